@@ -1,0 +1,43 @@
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+
+# What .venv gets when it has no torch yet: the version this project is tested with. Any torch
+# that pyproject.toml allows will do; for one CUDA version or a CPU-only build, choose it here
+# (`make TORCH=torch==2.10.0 test`) or make .venv yourself first.
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.gradcodec-dev
+
+# More threads than this slow the small models of the tests and the demo down.
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-full test quick lint
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Fit a codec and fine-tune a small LLaMA over federated clients (CPU, minutes)
+	$(BIN)/python examples/federated_llama.py --out runs/demo
+
+demo-full: $(STAMP) ## The same with every client, round and codec of the tables
+	$(BIN)/python examples/federated_llama.py --out runs/demo-full --full
+
+test: $(STAMP) ## Everything that must be green: lint, types, tests, wheel, README
+	bash .ci/check $(BIN)
+
+quick: $(STAMP) ## The tests that take seconds
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: $(STAMP) ## Style and types alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@

@@ -1,0 +1,58 @@
+"""Gradient compression for PyTorch: learned and fixed codecs for federated training.
+
+See ``README.md`` for a tour, ``WIRE.md`` for the bytes, ``docs/architecture.md`` for the map.
+"""
+
+from gradcodec import errors, metrics
+from gradcodec._version import __version__
+from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
+from gradcodec.codecs.base import Codec, CodecConfig, Decoder, Encoder
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.cast import Cast, CastConfig
+from gradcodec.codecs.compose import Chain
+from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs.subspace import Subspace, SubspaceConfig
+from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.faf import LatentOptimizer
+from gradcodec.tgap import (
+    GradientRecorder,
+    SecondMoments,
+    SnapshotStore,
+    fit_autoencoder,
+    fit_subspace,
+)
+from gradcodec.types import TensorSpec, UpdateSpec
+from gradcodec.wire import Payload
+
+__all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "BlockQuant",
+    "BlockQuantConfig",
+    "Cast",
+    "CastConfig",
+    "Chain",
+    "Codec",
+    "CodecConfig",
+    "Decoder",
+    "Encoder",
+    "GradientRecorder",
+    "Identity",
+    "LatentOptimizer",
+    "Payload",
+    "SecondMoments",
+    "SnapshotStore",
+    "Subspace",
+    "SubspaceConfig",
+    "TensorSpec",
+    "TopK",
+    "TopKConfig",
+    "UpdateSpec",
+    "__version__",
+    "errors",
+    "fit_autoencoder",
+    "fit_subspace",
+    "make_codec",
+    "metrics",
+]

@@ -1,0 +1,441 @@
+"""What every codec is: a frozen config, weights, and the pair (Encoder, Decoder).
+
+    update --to_code--> z --_pack--> body            (Encoder)
+    update <-from_code- z <-_unpack- body            (Decoder)
+
+``to_code``/``from_code`` are the transform, ``_pack``/``_unpack`` the quantiser and packer. A codec
+overrides the part that is its idea and inherits the rest: by default the code *is* the flat vector
+of values and is packed as fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradcodec import hub, layout, wire
+from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError
+from gradcodec.types import TensorSpec, Update, UpdateSpec
+from gradcodec.wire import Payload, tensor_digest
+
+C = TypeVar("C", bound="Codec")
+
+_KINDS: dict[str, type[Codec]] = {}
+
+
+def register(cls: type[C]) -> type[C]:
+    """Class decorator: enter a codec under its config's ``kind``."""
+    _KINDS[cls.Config.kind] = cls
+    return cls
+
+
+def codec_class(kind: str) -> type[Codec]:
+    """The codec class registered under ``kind``; ``ConfigError`` lists what there is."""
+    if kind not in _KINDS:
+        raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {kind!r}")
+    return _KINDS[kind]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Settings of one codec; what is saved, hashed and pinned by every payload."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, ``kind`` included."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in data.items() if k != "kind"}
+        unknown = sorted(set(given) - set(fields))
+        if unknown:
+            raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
+        missing = sorted(
+            n
+            for n, f in fields.items()
+            if n not in given
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        )
+        if missing:
+            raise ConfigError(f"{cls.kind}: missing keys {missing}")
+        return cls(**given)
+
+
+class Codec(ABC):
+    """A codec: ``encoder`` turns an update into a ``Payload``, ``decoder`` turns it back.
+
+    Args:
+        config: the frozen settings.
+        spec: the update's tensor table. A codec that knows it is *bound*: its payloads carry no
+            table, only the digest. An unbound codec takes any update and sends the table along.
+        base: 8-byte digest of what updates are relative to (a base model, an initial state).
+            When set it travels with every payload and is checked by the decoder.
+        weights: learned tensors by name; names start with ``encoder.``, ``decoder.`` or
+            ``shared.`` so that one half can be loaded alone.
+        weight_digests: hex SHA-256 by weight name, when only one half of the weights is here.
+    """
+
+    Config: ClassVar[type[CodecConfig]]
+    linear: ClassVar[bool] = True
+    """Codes add: ``decode(a) + decode(b) == decode(a + b)`` before quantisation."""
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        *,
+        spec: UpdateSpec | None = None,
+        base: bytes | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        weight_digests: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.base = base
+        self.weights: dict[str, Tensor] = dict(weights or {})
+        self._given_digests = dict(weight_digests) if weight_digests is not None else None
+        self.notes: str | None = None
+
+    # -- the four parts of the pipeline ----------------------------------------------------
+
+    def code_numel(self, spec: UpdateSpec) -> int:
+        """Number of code values ``m`` for an update of this spec."""
+        return spec.numel
+
+    def to_code(self, update: Update) -> Tensor:
+        """Analysis transform: update -> code ``z`` ``[m]``, fp32."""
+        return layout.flatten(update, self._spec_of(update))
+
+    def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
+        """Synthesis transform: code ``z`` ``[m]`` -> update; differentiable in ``z``."""
+        return layout.unflatten(z, self._known_spec(spec))
+
+    def pullback(self, z: Tensor, gradients: Update) -> Tensor:
+        """Vector-Jacobian product of ``from_code`` at ``z``: tensor gradients -> gradient of z."""
+        leaf = z.detach().requires_grad_()
+        with torch.enable_grad():
+            out = self.from_code(leaf)
+        names = [n for n in out if n in gradients]
+        seeds = [gradients[n].to(out[n].dtype) for n in names]
+        pulled: Tensor = torch.autograd.grad([out[n] for n in names], leaf, seeds)[0]
+        return pulled
+
+    def step_scales(self) -> Tensor:
+        """``[m]``: how far to move each code value for a step of unit size per parameter value.
+
+        An adaptive optimiser moves every value by about its learning rate ``lr``: a step of norm
+        ``lr sqrt(n)`` in parameter space, ``lr ||J s||`` through the decoder's Jacobian ``J`` with
+        scales ``s``. The default is one scale for all, ``sqrt(n) / ||J e||`` for a fixed random
+        sign vector ``e``, taken at ``z = 0``.
+        """
+        spec = self._known_spec(None)
+        m = self.code_numel(spec)
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (m,), generator=generator).float() * 2 - 1
+
+        def decode(z: Tensor) -> Tensor:
+            return layout.flatten_any(self.from_code(z), spec)
+
+        moved = torch.func.jvp(decode, (torch.zeros(m),), (signs,))[1]
+        norm = float(moved.norm())
+        return torch.full((m,), math.sqrt(spec.numel) / norm if norm else 1.0)
+
+    def _pack(self, z: Tensor, seed: int) -> bytes:
+        layout.check_finite(z, self.config.kind)
+        return wire.raw_bytes(z.float())
+
+    def _unpack(self, body: bytes, numel: int) -> Tensor:
+        return wire.raw_tensor(body, torch.float32)
+
+    @abstractmethod
+    def packed_nbytes(self, numel: int) -> int:
+        """Exact size in bytes of ``numel`` packed code values."""
+
+    # -- bodies -----------------------------------------------------------------------------
+
+    def nbytes(self, spec: UpdateSpec | None = None) -> int:
+        """Exact body size for an update of this spec, known before encoding."""
+        return self.packed_nbytes(self.code_numel(self._known_spec(spec)))
+
+    def _encode_body(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
+        return self._pack(self.to_code(update), seed)
+
+    def _decode_body(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
+        return self.from_code(self._checked_unpack(body, spec), spec)
+
+    def _checked_unpack(self, body: bytes, spec: UpdateSpec) -> Tensor:
+        self._check_length(body, spec)
+        return self._unpack(body, self.code_numel(spec))
+
+    def _check_length(self, body: bytes, spec: UpdateSpec) -> None:
+        expected = self.nbytes(spec)
+        if len(body) != expected:
+            raise MalformedBodyError(
+                f"{self.config.kind}: expected a body of {expected} bytes for {spec.numel} "
+                f"elements, got {len(body)}"
+            )
+
+    # -- codes as payloads: what federated averaging in code space needs ----------------------
+
+    def write_code(self, z: Tensor, *, seed: int = 0) -> Payload:
+        """Quantise and pack a code that is already there; the codec must be bound."""
+        spec = self._known_spec(None)
+        m = self.code_numel(spec)
+        if z.numel() != m:
+            raise ConfigError(f"{self.config.kind}: expected a code of {m} values, got {z.numel()}")
+        layout.check_finite(z, "code")
+        return self._payload(self._pack(z.detach(), seed))
+
+    def read_code(self, payload: Payload) -> Tensor:
+        """The dequantised code ``z`` ``[m]`` of a payload, fp32."""
+        return self._checked_unpack(payload.body, self._open(payload))
+
+    # -- identity of the codec ----------------------------------------------------------------
+
+    @cached_property
+    def weight_digests(self) -> dict[str, str]:
+        """Hex SHA-256 of every weight's dtype, shape and bytes, both halves' weights included."""
+        mine = {name: tensor_digest(t) for name, t in self.weights.items()}
+        return mine if self._given_digests is None else {**self._given_digests, **mine}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """8 bytes of SHA-256 over config, bound tensor table and weights; pinned by payloads."""
+        identity = {
+            "config": self.config.to_dict(),
+            "spec": None if self.spec is None else self.spec.digest.hex(),
+            "weights": self.weight_digests,
+        }
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).digest()[: wire.DIGEST_BYTES]
+
+    @property
+    def code_space(self) -> bytes:
+        """Pins what code values mean; codecs with equal code spaces can add each other's codes."""
+        return self._known_spec(None).digest
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of the weights: what a participant downloads once."""
+        return sum(t.numel() * t.element_size() for t in self.weights.values())
+
+    @property
+    def encoder(self) -> Encoder:
+        """The client's half."""
+        return Encoder(self)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The server's half."""
+        return Decoder(self)
+
+    def bind(self, spec: UpdateSpec, base: bytes | None = None) -> Self:
+        """The same codec for one tensor table (and base): smaller payloads, stricter checks."""
+        return self._remade(spec=spec, base=base)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same codec with its weights on ``device``."""
+        return self._remade(weights={n: t.to(device) for n, t in self.weights.items()})
+
+    @classmethod
+    def from_config(cls, data: Mapping[str, Any], **parts: Any) -> Codec:
+        """Codec of this family from ``config.to_dict()`` output and the constructor's arguments."""
+        return cls(cls.Config.from_dict(data), **parts)
+
+    def _remade(self, **changes: Any) -> Self:
+        parts: dict[str, Any] = {"spec": self.spec, "base": self.base, "weights": self.weights}
+        digests = {"weight_digests": self._given_digests}
+        return type(self)(self.config, **{**parts, **digests, **changes})
+
+    def _known_spec(self, spec: UpdateSpec | None) -> UpdateSpec:
+        if spec is None:
+            spec = self.spec
+        if spec is None:
+            raise ConfigError(f"{self.config.kind}: not bound to a tensor table; call .bind(spec)")
+        return spec
+
+    def _spec_of(self, update: Update) -> UpdateSpec:
+        if self.spec is None:
+            return UpdateSpec.of(update)
+        self.spec.check(update)
+        return self.spec
+
+    def _payload(self, body: bytes, spec: UpdateSpec | None = None) -> Payload:
+        return Payload(self.config.kind, self.digest, body, spec, self.base)
+
+    def _open(self, payload: Payload) -> UpdateSpec:
+        """Check that a payload is this codec's, and return its tensor table."""
+        if payload.codec != self.config.kind:
+            raise CodecMismatchError(f"expected codec {self.config.kind!r}, got {payload.codec!r}")
+        if payload.digest != self.digest:
+            raise CodecMismatchError(
+                f"expected codec digest {self.digest.hex()} ({self}), got {payload.digest.hex()}: "
+                "its config, weights or tensor table differ"
+            )
+        if self.base is not None and payload.base != self.base:
+            came = None if payload.base is None else payload.base.hex()
+            raise CodecMismatchError(f"expected an update of base {self.base.hex()}, got {came}")
+        if (payload.spec is None) != (self.spec is not None):
+            have = "none" if payload.spec is None else "one"
+            raise CodecMismatchError(f"{self}: tensor table in the payload: {have}")
+        return self._known_spec(payload.spec)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.config).items())
+        bound = (
+            "" if self.spec is None else f", {len(self.spec)} tensors, {self.spec.numel} elements"
+        )
+        return f"{type(self).__name__}({fields}{bound})"
+
+    # -- files: hub.py reads and writes them and knows nothing of codecs --------------------------
+
+    @staticmethod
+    def from_pretrained(
+        name: str | Path, *, revision: str | None = None, half: str | None = None
+    ) -> Codec:
+        """Load a codec by bundled name, local folder or Hub repository id.
+
+        Args:
+            name: tried in this order: a bundled codec, an existing folder, a Hub repository id.
+            revision: branch, tag or commit of the Hub repository.
+            half: ``"encoder"`` or ``"decoder"`` to load only that half's weights.
+
+        Raises:
+            HubError: the folder or repository cannot be read, or its files do not fit together.
+            ConfigError: the config has an unknown kind, version or key.
+        """
+        folder = hub.read(name, revision=revision, half=half)
+        codec = codec_class(folder.kind).from_config(
+            folder.config, spec=folder.spec, weights=folder.weights, weight_digests=folder.digests
+        )
+        folder.check_digest(codec.digest)
+        codec.notes = folder.notes
+        return codec
+
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a card ``README.md`` into ``folder``.
+
+        Set ``codec.notes`` before to say what the codec was fitted on; it goes into both.
+        """
+        hub.write(folder, self._folder(), card=card)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish on the Hugging Face Hub with a generated card; options: see ``hub.push``."""
+        return hub.push(repo_id, self._folder(), **options)
+
+    def _folder(self) -> hub.Folder:
+        return hub.Folder(
+            self.config.to_dict(),
+            self.spec,
+            self.weights,
+            self.weight_digests,
+            self.digest,
+            self.notes,
+        )
+
+
+class Encoder:
+    """The client's half of a codec."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    @torch.no_grad()
+    def encode(self, update: Update, *, seed: int = 0) -> Payload:
+        """Encode named tensors; ``update`` is not modified.
+
+        Args:
+            update: tensors by name; for a bound codec exactly those of its table.
+            seed: for codecs that round stochastically; equal seeds give equal bytes.
+
+        Raises:
+            UpdateError: names, shapes or dtypes do not fit.
+            NonFiniteError: NaN or Inf given to a lossy codec.
+        """
+        spec = self.codec._spec_of(update)
+        body = self.codec._encode_body(update, spec, seed)
+        return self.codec._payload(body, None if self.codec.spec is not None else spec)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Encoder:
+        """Load the encoder half alone."""
+        return cls(Codec.from_pretrained(name, revision=revision, half="encoder"))
+
+
+class Decoder:
+    """The server's half of a codec."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    @torch.no_grad()
+    def decode(self, payload: Payload) -> dict[str, Tensor]:
+        """Restore an update: same names, shapes and dtypes, in the same order.
+
+        Raises:
+            CodecMismatchError: the payload is of another codec, other weights or another base.
+            MalformedBodyError: the body cannot come from this codec's encoder.
+        """
+        return self.codec._decode_body(payload.body, self.codec._open(payload))
+
+    @torch.no_grad()
+    def decode_mean(
+        self, payloads: Sequence[Payload], weights: Sequence[float] | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted mean of updates, ``sum_i w_i x_i / sum_i w_i``, in payload order and fp32.
+
+        Linear codecs average codes and decode once; others decode each payload.
+
+        Raises:
+            ConfigError: no payload, or weights that are not as many positive finite numbers.
+        """
+        shares = mean_shares(len(payloads), weights)
+        codec = self.codec
+        spec = codec._open(payloads[0])
+        total: Tensor | None = None
+        for payload, share in zip(payloads, shares, strict=True):
+            if codec._open(payload) != spec:
+                raise CodecMismatchError("the payloads of one mean must share their tensor table")
+            if codec.linear:
+                x = codec._checked_unpack(payload.body, spec)
+            else:
+                x = layout.flatten(codec._decode_body(payload.body, spec), spec)
+            total = x * share if total is None else total.add_(x, alpha=share)
+        assert total is not None
+        return codec.from_code(total, spec) if codec.linear else layout.unflatten(total, spec)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Decoder:
+        """Load the decoder half alone."""
+        return cls(Codec.from_pretrained(name, revision=revision, half="decoder"))
+
+
+def mean_shares(count: int, weights: Sequence[float] | None) -> list[float]:
+    """Weights normalised to sum to one; ``ConfigError`` unless ``count`` positive numbers."""
+    if count == 0:
+        raise ConfigError("a mean needs at least one payload")
+    given = [1.0] * count if weights is None else [float(w) for w in weights]
+    if len(given) != count or not all(w > 0 and math.isfinite(w) for w in given):
+        raise ConfigError(f"expected {count} positive finite weights, got {given}")
+    total = sum(given)
+    return [w / total for w in given]
+
+
+def code_spec(numel: int) -> UpdateSpec:
+    """Spec of a bare code: one fp32 vector, what the inner codec of a chain sees."""
+    return UpdateSpec((TensorSpec("code", (numel,)),))

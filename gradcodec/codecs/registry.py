@@ -1,0 +1,45 @@
+"""Names users type -> codecs; and the check that wire ids and classes are one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gradcodec.codecs.autoencoder import Autoencoder
+from gradcodec.codecs.base import _KINDS, Codec
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.cast import Cast, CastConfig
+from gradcodec.codecs.compose import Chain
+from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.subspace import Subspace
+from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.errors import ConfigError
+from gradcodec.wire import CODEC_IDS
+
+_CLASSES = {
+    c.Config.kind: c for c in (Identity, Cast, BlockQuant, TopK, Subspace, Autoencoder, Chain)
+}
+
+if not set(_CLASSES) == set(_KINDS) == set(CODEC_IDS):
+    raise ImportError(f"codec classes {sorted(_KINDS)} and wire ids {sorted(CODEC_IDS)} differ")
+
+#: Codecs that need no fitting, by the name a user types.
+UNTRAINED: dict[str, Callable[[], Codec]] = {
+    "fp32": Identity,
+    "fp16": lambda: Cast(CastConfig("float16")),
+    "bf16": lambda: Cast(CastConfig("bfloat16")),
+    "int8": lambda: BlockQuant(BlockQuantConfig(8)),
+    "int4": lambda: BlockQuant(BlockQuantConfig(4)),
+    "int2": lambda: BlockQuant(BlockQuantConfig(2)),
+    "sign": lambda: BlockQuant(BlockQuantConfig(1)),
+    "topk": lambda: TopK(TopKConfig()),
+}
+
+
+def make_codec(name: str) -> Codec:
+    """An untrained codec by name; ``ConfigError`` lists the names.
+
+    Trained ones come from ``Codec.from_pretrained`` or ``gradcodec.tgap``.
+    """
+    if name not in UNTRAINED:
+        raise ConfigError(f"expected a codec name of {sorted(UNTRAINED)}, got {name!r}")
+    return UNTRAINED[name]()

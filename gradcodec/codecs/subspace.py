@@ -1,0 +1,276 @@
+"""The learned linear codec: per-parameter bases fitted by TGAP, code ``z = U^T g``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradcodec import layout
+from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.types import TensorSpec, Update, UpdateSpec
+
+ALLOCATIONS = ("uniform", "energy", "tempered")
+SIDES = ("auto", "long", "short")
+
+
+@dataclass(frozen=True)
+class SubspaceConfig(CodecConfig):
+    """How the bases were (or are to be) fitted; they themselves are the codec's weights.
+
+    Attributes:
+        ratio: update elements per code value, at least 1.
+        allocation: how code dimensions are shared out over parameters (see ``allocate``).
+        temper: exponent of the parameter's energy under ``"tempered"``, 0 (relative) .. 1 (energy).
+        side: which side of a matrix gets the basis: ``"long"``, ``"short"``, or ``"auto"``: the
+            short one where it still leaves ``min_rank`` dimensions, since that basis is smaller.
+        min_rank: fewest dimensions a parameter may get.
+        basis_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` storage of the bases.
+    """
+
+    kind: ClassVar[str] = "subspace"
+    ratio: float = 32.0
+    allocation: str = "uniform"
+    temper: float = 0.5
+    side: str = "auto"
+    min_rank: int = 1
+    basis_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.ratio, int | float) and 1 <= self.ratio < math.inf):
+            raise ConfigError(f"subspace: expected a ratio of at least 1, got {self.ratio!r}")
+        if self.allocation not in ALLOCATIONS:
+            raise ConfigError(
+                f"subspace: expected allocation of {ALLOCATIONS}, got {self.allocation!r}"
+            )
+        if self.side not in SIDES:
+            raise ConfigError(f"subspace: expected side of {SIDES}, got {self.side!r}")
+        if not 0 <= self.temper <= 1:
+            raise ConfigError(f"subspace: expected temper within 0..1, got {self.temper!r}")
+        if not (isinstance(self.min_rank, int) and self.min_rank >= 1):
+            raise ConfigError(f"subspace: expected min_rank of at least 1, got {self.min_rank!r}")
+        if self.basis_dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"subspace: unknown basis_dtype {self.basis_dtype!r}")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The side of a parameter's matrix view ``[rows, cols]`` that is projected."""
+
+    left: bool
+    size: int
+    other: int
+
+    @classmethod
+    def choose(cls, spec: TensorSpec, config: SubspaceConfig) -> Axis:
+        """Apply the config's ``side`` rule to one parameter."""
+        rows, cols = layout.matrix_shape(spec)
+        short = min(rows, cols)
+        fits = short / config.ratio >= max(config.min_rank, 2)
+        use_short = config.side == "short" or (config.side == "auto" and fits)
+        left = (rows <= cols) if use_short else (rows >= cols)
+        return cls(left, rows if left else cols, cols if left else rows)
+
+    @property
+    def prefix(self) -> str:
+        """Weight name prefix: which side is part of the name, so a square matrix is unambiguous."""
+        return "shared.left." if self.left else "shared.right."
+
+
+@register
+class Subspace(Codec):
+    """Orthonormal bases, one per parameter; Encoder and Decoder are tied (they share the bases).
+
+        g [rows, cols] --U^T g--> z [k, cols]   --concatenate--> code      (basis on the left)
+        g [rows, cols] --g V----> z [rows, k]                              (basis on the right)
+        code --U z | z V^T--> g~
+
+    With ``U`` the top eigenvectors of the gradients' second moment this is the best linear
+    autoencoder of its size (Baldi and Hornik 1989); CG-FedLLM (arXiv 2405.13746) trains a
+    convolutional one instead. A parameter without a basis is not updated at all.
+
+    The code is linear, so payloads are averaged as codes, and its vector-Jacobian product is the
+    encoder itself.
+    """
+
+    Config = SubspaceConfig
+    config: SubspaceConfig
+
+    def __init__(self, config: CodecConfig, **parts: Any) -> None:
+        super().__init__(config, **parts)
+        if self.spec is None:
+            raise ConfigError("subspace: a spec is needed; the bases belong to named parameters")
+        self._bases = _match(self.spec, self.weights)
+
+    @classmethod
+    def from_bases(
+        cls, config: SubspaceConfig, spec: UpdateSpec, bases: Mapping[str, tuple[Axis, Tensor]]
+    ) -> Subspace:
+        """Codec of fitted bases by parameter name: ``(axis, U [axis.size, k])``."""
+        dtype = getattr(torch, config.basis_dtype)
+        weights = {
+            axis.prefix + name: u.to(dtype).contiguous() for name, (axis, u) in bases.items()
+        }
+        return cls(config, spec=spec, weights=weights)
+
+    def bases(self) -> dict[str, tuple[Axis, Tensor]]:
+        """Bases by parameter name: ``(axis, U [axis.size, k])``."""
+        return dict(self._bases)
+
+    def code_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of each parameter's part of the code, in code order."""
+        return {
+            name: (u.shape[1], axis.other) if axis.left else (axis.other, u.shape[1])
+            for name, (axis, u) in self._bases.items()
+        }
+
+    def step_scales(self) -> Tensor:
+        """``[m]``: sqrt(parameter elements / code values), the step scale of each code value.
+
+        An adaptive optimiser moves every value by about its learning rate. Scaled by this, a step
+        in code space has the same Euclidean norm as the step it stands for.
+        """
+        parts = [
+            torch.full((rows * cols,), math.sqrt(axis.size / u.shape[1]))
+            for (rows, cols), (axis, u) in zip(
+                self.code_shapes().values(), self._bases.values(), strict=True
+            )
+        ]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    @property
+    def code_space(self) -> bytes:
+        """These very bases."""
+        return self.digest
+
+    def code_numel(self, spec: UpdateSpec) -> int:
+        """Sum of ``k * other side`` over the parameters that have a basis."""
+        self._own(spec)
+        return sum(rows * cols for rows, cols in self.code_shapes().values())
+
+    def to_code(self, update: Update) -> Tensor:
+        """``U^T g`` or ``g V`` per parameter, concatenated in spec order."""
+        self._spec_of(update)
+        return self._project(update)
+
+    def pullback(self, z: Tensor, gradients: Update) -> Tensor:
+        """The transposed Jacobian is the encoder, whatever ``z``."""
+        return self._project(gradients)
+
+    def _project(self, update: Update) -> Tensor:
+        parts = []
+        for name, (axis, u) in self._bases.items():
+            g = update[name].detach()
+            g = g.reshape(_rows(g), -1).float()
+            basis = u.to(device=g.device, dtype=torch.float32)
+            parts.append((basis.T @ g if axis.left else g @ basis).reshape(-1))
+        code = torch.cat(parts) if parts else torch.empty(0)
+        return code
+
+    def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
+        """``U z`` or ``z V^T`` per parameter; zeros where there is no basis."""
+        spec = self._own(spec)
+        shapes = self.code_shapes()
+        sizes = [rows * cols for rows, cols in shapes.values()]
+        parts = dict(zip(shapes, torch.split(z, sizes), strict=True)) if sizes else {}
+        out = {}
+        for t in spec:
+            if t.name not in parts:
+                out[t.name] = torch.zeros(t.shape, dtype=t.dtype, device=z.device)
+                continue
+            axis, u = self._bases[t.name]
+            basis = u.to(device=z.device, dtype=torch.float32)
+            part = parts[t.name].reshape(shapes[t.name])
+            dense = basis @ part if axis.left else part @ basis.T
+            out[t.name] = dense.reshape(t.shape).to(t.dtype)
+        return out
+
+    def packed_nbytes(self, numel: int) -> int:
+        """Four bytes a value; chain a quantiser behind to send fewer."""
+        return 4 * numel
+
+    def _own(self, spec: UpdateSpec | None) -> UpdateSpec:
+        if spec is not None and spec != self.spec:
+            raise UpdateError("subspace: the bases belong to another tensor table")
+        return self._known_spec(None)
+
+
+def allocate(
+    spec: UpdateSpec, spectra: Mapping[str, Tensor], config: SubspaceConfig
+) -> dict[str, int]:
+    """Share code dimensions out over parameters; the total is at most ``spec.numel / ratio``.
+
+    Every parameter first gets ``min_rank`` dimensions, then:
+
+    - ``"uniform"``: each gets ``size / ratio`` of its own ``size``-long side;
+    - ``"energy"``: greedily the dimension with the most energy per code value, which minimises the
+      total squared error of reconstruction;
+    - ``"tempered"``: the same, with each parameter's spectrum divided by its total energy to the
+      power ``1 - temper``, so that quiet parameters are not starved.
+
+    Args:
+        spec: the parameters.
+        spectra: eigenvalues of each parameter's second moment, largest first.
+        config: rule and ratio.
+
+    Returns:
+        Number of dimensions ``k`` by parameter name.
+
+    Raises:
+        ConfigError: ``min_rank`` alone is more than the ratio allows.
+    """
+    axes = {t.name: Axis.choose(t, config) for t in spec if t.numel}
+    budget = spec.numel / config.ratio
+    most = {n: min(a.size, len(spectra[n])) for n, a in axes.items()}
+    ranks = {n: min(config.min_rank, most[n]) for n in axes}
+    if config.allocation == "uniform":
+        for name, axis in axes.items():
+            ranks[name] = max(ranks[name], min(most[name], int(axis.size / config.ratio)))
+    spent = sum(ranks[n] * axes[n].other for n in axes)
+    if spent > budget and config.allocation != "uniform":
+        raise ConfigError(
+            f"subspace: {spent} code values are needed for min_rank={config.min_rank}, "
+            f"ratio {config.ratio} allows {int(budget)}"
+        )
+    if config.allocation == "uniform":
+        return ranks
+    power = 0.0 if config.allocation == "energy" else 1 - config.temper
+    offers = []
+    for name, axis in axes.items():
+        values = spectra[name].double().clamp_min(0)
+        weight = float(values.sum()) ** power or 1.0
+        for j in range(ranks[name], most[name]):
+            offers.append((float(values[j]) / weight / axis.other, name, axis.other))
+    for score, name, cost in sorted(offers, key=lambda o: (-o[0], o[1])):
+        if score > 0 and spent + cost <= budget:
+            ranks[name] += 1
+            spent += cost
+    return ranks
+
+
+def _match(spec: UpdateSpec, weights: Mapping[str, Tensor]) -> dict[str, tuple[Axis, Tensor]]:
+    """Find every parameter's basis, in spec order, and check that it fits."""
+    left_over = set(weights)
+    found = {}
+    for t in spec:
+        rows, cols = layout.matrix_shape(t)
+        for axis in (Axis(True, rows, cols), Axis(False, cols, rows)):
+            u = weights.get(axis.prefix + t.name)
+            if u is None:
+                continue
+            left_over.discard(axis.prefix + t.name)
+            if u.ndim != 2 or u.shape[0] != axis.size or u.shape[1] > axis.size:
+                raise ConfigError(f"subspace: basis of {t} has shape {list(u.shape)}")
+            found[t.name] = (axis, u)
+    if left_over:
+        raise ConfigError(f"subspace: bases of unknown parameters: {sorted(left_over)[:3]}")
+    return found
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.ndim >= 2 else tensor.numel()

@@ -1,0 +1,83 @@
+"""The few bytes around payloads that a federation needs: who, when, how many samples.
+
+    reply      client u32, round u32, examples u32, payload
+    broadcast  round u32, count u16, then per part: kind u8, length u32, payload
+
+All integers little-endian. These bytes are counted as wire bytes like all others.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from gradcodec.errors import LimitError, MalformedBodyError, TrailingBytesError, TruncatedError
+from gradcodec.wire import Payload
+
+_REPLY = struct.Struct("<III")
+_BROADCAST = struct.Struct("<IH")
+_PART = struct.Struct("<BI")
+
+INCREMENT, SNAPSHOT = 1, 2
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer: its update, and the number of examples it was trained on."""
+
+    client: int
+    round: int
+    examples: int
+    payload: Payload
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the uplink."""
+        return _REPLY.pack(self.client, self.round, self.examples) + self.payload.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Reply:
+        """Inverse of ``to_bytes``; raises ``WireError`` subclasses."""
+        if len(blob) < _REPLY.size:
+            raise TruncatedError(f"reply: expected at least {_REPLY.size} bytes, got {len(blob)}")
+        client, number, examples = _REPLY.unpack_from(blob)
+        if examples == 0:
+            raise MalformedBodyError(f"client {client}: expected at least one example, got 0")
+        return cls(client, number, examples, Payload.from_bytes(blob[_REPLY.size :]))
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What brings a client to ``round``: increments in order, or one snapshot."""
+
+    round: int
+    parts: tuple[tuple[int, bytes], ...]
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the downlink."""
+        out = [_BROADCAST.pack(self.round, len(self.parts))]
+        for kind, blob in self.parts:
+            out += [_PART.pack(kind, len(blob)), blob]
+        return b"".join(out)
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Broadcast:
+        """Inverse of ``to_bytes``; raises ``WireError`` subclasses."""
+        if len(blob) < _BROADCAST.size:
+            raise TruncatedError(f"broadcast: expected {_BROADCAST.size} bytes, got {len(blob)}")
+        number, count = _BROADCAST.unpack_from(blob)
+        at = _BROADCAST.size
+        parts: list[tuple[int, bytes]] = []
+        for _ in range(count):
+            if len(blob) - at < _PART.size:
+                raise TruncatedError(f"broadcast: {count} parts announced, {len(parts)} came")
+            kind, length = _PART.unpack_from(blob, at)
+            at += _PART.size
+            if kind not in (INCREMENT, SNAPSHOT):
+                raise LimitError(f"broadcast: expected a part of kind 1 or 2, got {kind}")
+            if length > len(blob) - at:
+                raise TruncatedError(f"broadcast: part of {length} bytes, {len(blob) - at} left")
+            parts.append((kind, bytes(blob[at : at + length])))
+            at += length
+        if at != len(blob):
+            raise TrailingBytesError(f"broadcast ends at byte {at}, got {len(blob)} bytes")
+        return cls(number, tuple(parts))

@@ -1,0 +1,266 @@
+"""The plain federated loop: sample, send, train, collect, average; every byte counted.
+
+Each message really is encoded to bytes and decoded from them; nothing is passed by reference. A
+framework adapter replaces this file, not ``server.py`` or ``replica.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradcodec import layout, metrics
+from gradcodec.errors import ConfigError, EmptyClientError, NonFiniteError, TrainingError, WireError
+from gradcodec.faf import LatentOptimizer
+from gradcodec.federated.envelope import Broadcast, Reply
+from gradcodec.federated.replica import Replica
+from gradcodec.federated.server import Server
+from gradcodec.representation import represent
+from gradcodec.types import Update
+from gradcodec.wire import Payload
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client reports of its local training: examples seen, mean training loss."""
+
+    examples: int
+    loss: float
+
+
+class Task(Protocol):
+    """A model and its clients' data, as the loop needs them."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained and sent, by name."""
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:
+        """The clients' optimiser class; made anew for each client and round."""
+
+    @property
+    def optimizer_options(self) -> Mapping[str, Any]:
+        """Its settings, ``lr`` and so on."""
+
+    def train(self, client: int, round: int, optimizer: torch.optim.Optimizer) -> LocalResult:
+        """Train ``parameters`` in place on one client's data; seeded by client and round alone."""
+
+    def evaluate(self) -> float:
+        """Held-out loss of the current parameters."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Who takes part: ``per_round`` of ``clients`` in each of ``rounds``, sampled by ``seed``."""
+
+    rounds: int
+    clients: Sequence[int]
+    per_round: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or not 1 <= self.per_round <= len(self.clients):
+            raise ConfigError(
+                f"expected rounds >= 1 and per_round of 1..{len(self.clients)} clients, "
+                f"got {self.rounds} and {self.per_round}"
+            )
+
+    def sample(self, round: int) -> list[int]:
+        """The clients of one round, the same for every scheme."""
+        rng = np.random.default_rng([self.seed, round])
+        return sorted(int(c) for c in rng.choice(self.clients, self.per_round, replace=False))
+
+
+@dataclass
+class RoundReport:
+    """What happened in one round; byte counts are of this round, both payload and wire."""
+
+    round: int
+    loss: float
+    train_loss: float
+    participants: list[int]
+    rejected: dict[int, str]
+    uplink_payload_bytes: int = 0
+    uplink_bytes: int = 0
+    downlink_payload_bytes: int = 0
+    downlink_bytes: int = 0
+    snr_db: float = 0.0
+    mean_snr_db: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> RoundReport:
+        """Inverse of ``to_dict``, also after a trip through JSON (whose keys are strings)."""
+        rejected = {int(client): text for client, text in row["rejected"].items()}
+        return cls(**{**row, "rejected": rejected})
+
+
+@dataclass
+class _Sums:
+    """Weighted sums of one round, for the signal-to-noise ratio of the mean update."""
+
+    sent: dict[str, Tensor] = field(default_factory=dict)
+    true: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, true: Update, sent: Update, weight: float) -> None:
+        for sums, update in ((self.true, true), (self.sent, sent)):
+            for name, t in update.items():
+                value = weight * t.detach().cpu().float()
+                sums[name] = sums[name] + value if name in sums else value
+
+
+class Federation:
+    """A task, a server and the clients' replicas, moved on round by round.
+
+    Args:
+        task: model and data.
+        server: holds the codecs and the aggregation rule.
+        config: sampling.
+        watch: a context manager factory put around each client's training (a TGAP recorder).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        server: Server,
+        config: LoopConfig,
+        *,
+        watch: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.task, self.server, self.config, self.watch = task, server, config, watch
+        self.replicas: dict[int, Replica] = {}
+        self.versions: dict[int, int] = {}
+        self.finished = 0
+
+    def run(self) -> Iterator[RoundReport]:
+        """Yield a report after each remaining round; the global state is then in the task."""
+        while self.finished < self.config.rounds:
+            yield self.step()
+
+    def step(self) -> RoundReport:
+        """One round.
+
+        A client whose update cannot be encoded or whose reply is refused costs its reply, not the
+        round; it is reported under ``rejected``.
+
+        Raises:
+            TrainingError: no client of the round gave a usable reply.
+        """
+        began = time.perf_counter()
+        report = RoundReport(self.finished, 0.0, 0.0, [], {})
+        losses, sums, snrs = [], _Sums(), []
+        for client in self.config.sample(self.finished):
+            start = self._deliver(client, report)
+            self._load(start)
+            try:
+                reply, result, true = self._train(client, start, report)
+                blob = reply.to_bytes()
+                clock = time.perf_counter()
+                self.server.receive(blob)
+                report.decode_s += time.perf_counter() - clock
+            except (NonFiniteError, WireError, EmptyClientError) as err:
+                report.rejected[client] = f"{type(err).__name__}: {err}"
+                continue
+            report.participants.append(client)
+            report.uplink_bytes += len(blob)
+            report.uplink_payload_bytes += len(reply.payload.body)
+            losses.append(result.loss)
+            sent = self._decoded(reply)
+            snrs.append(metrics.snr_db(true, sent))
+            sums.add(true, sent, float(result.examples))
+        if not report.participants:
+            raise TrainingError(
+                f"round {self.finished}: no client gave a usable reply: {report.rejected}"
+            )
+        clock = time.perf_counter()
+        self.server.close_round()
+        report.decode_s += time.perf_counter() - clock
+        self.load_global()
+        report.loss = self.task.evaluate()
+        report.train_loss = float(np.mean(losses))
+        report.snr_db = float(np.mean(snrs))
+        report.mean_snr_db = metrics.snr_db(sums.true, sums.sent)
+        report.seconds = time.perf_counter() - began
+        self.finished += 1
+        return report
+
+    def _deliver(self, client: int, report: RoundReport) -> dict[str, Tensor]:
+        """Send a client what it missed, and return the state it arrives at."""
+        replica = self.replicas.get(client)
+        if replica is None:
+            replica = Replica(self.server.replica.initial, self.server.space)
+            self.replicas[client] = replica
+            self._catch_up(replica, self.versions.get(client, 0))
+        blob = self.server.broadcast(replica.version)
+        clock = time.perf_counter()
+        replica.receive(blob)
+        report.decode_s += time.perf_counter() - clock
+        self.versions[client] = replica.version
+        report.downlink_bytes += len(blob)
+        parts = Broadcast.from_bytes(blob).parts
+        report.downlink_payload_bytes += sum(len(Payload.from_bytes(b).body) for _, b in parts)
+        return replica.state()
+
+    def _catch_up(self, replica: Replica, version: int) -> None:
+        """After a resume: put a replica where it was; these bytes were counted before."""
+        for blob in self.server.increments[:version]:
+            replica.advance(Payload.from_bytes(blob))
+
+    def _train(
+        self, client: int, start: Update, report: RoundReport
+    ) -> tuple[Reply, LocalResult, dict[str, Tensor]]:
+        task, server = self.task, self.server
+        if server.config.mode == "latent":
+            optimizer: torch.optim.Optimizer = LatentOptimizer(
+                task.parameters, server.uplink, task.optimizer, **task.optimizer_options
+            )
+        else:
+            optimizer = task.optimizer(list(task.parameters.values()), **task.optimizer_options)
+        with nullcontext() if self.watch is None else self.watch():
+            result = task.train(client, self.finished, optimizer)
+        if result.examples < 1:
+            raise EmptyClientError(f"client {client}: expected at least one example, got none")
+        end = {n: p.detach().cpu() for n, p in task.parameters.items()}
+        true = represent(server.config.representation, end, start)
+        clock = time.perf_counter()
+        if isinstance(optimizer, LatentOptimizer):
+            payload = optimizer.payload(seed=self.finished)
+        else:
+            for name, t in true.items():
+                layout.check_finite(t, f"client {client}, {name}")
+            payload = server.uplink.encoder.encode(true, seed=self.finished)
+        report.encode_s += time.perf_counter() - clock
+        return Reply(client, self.finished, result.examples, payload), result, true
+
+    @torch.no_grad()
+    def _decoded(self, reply: Reply) -> dict[str, Tensor]:
+        """What the server makes of a reply, for the report only."""
+        codec = self.server.uplink
+        update = codec.decoder.decode(reply.payload)
+        if self.server.config.mode == "latent" and not codec.linear:
+            zero = codec.from_code(torch.zeros(codec.code_numel(self.server.replica.spec)))
+            update = {n: t - zero[n] for n, t in update.items()}
+        return update
+
+    def load_global(self) -> None:
+        """Put the global state into the task's parameters."""
+        self._load(self.server.replica.state())
+
+    @torch.no_grad()
+    def _load(self, state: Update) -> None:
+        for name, p in self.task.parameters.items():
+            p.copy_(state[name])

@@ -1,0 +1,67 @@
+"""Named tensors <-> the canonical blocks that codecs work on. No codec knows a model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradcodec.errors import NonFiniteError, UpdateError
+from gradcodec.types import TensorSpec, Update, UpdateSpec
+
+
+def flatten(update: Update, spec: UpdateSpec) -> Tensor:
+    """All values as one fp32 vector ``[spec.numel]``, tensors in spec order, row-major.
+
+    Raises:
+        UpdateError: a tensor is not of a floating dtype.
+    """
+    for t in spec:
+        if not t.dtype.is_floating_point:
+            raise UpdateError(f"{t}: only floating tensors can be coded with loss; use 'identity'")
+    return flatten_any({t.name: update[t.name].detach() for t in spec}, spec)
+
+
+def flatten_any(update: Update, spec: UpdateSpec) -> Tensor:
+    """``flatten`` without its checks and differentiable in ``update``."""
+    parts = [update[t.name].reshape(-1).float() for t in spec]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def unflatten(vector: Tensor, spec: UpdateSpec) -> dict[str, Tensor]:
+    """Inverse of ``flatten``: ``[spec.numel]`` -> tensors of the spec's shapes and dtypes.
+
+    Differentiable in ``vector``.
+    """
+    if vector.numel() != spec.numel:
+        raise UpdateError(f"expected a vector of {spec.numel} elements, got {vector.numel()}")
+    parts = torch.split(vector, [t.numel for t in spec])
+    return {t.name: narrow(p.reshape(t.shape), t.dtype) for t, p in zip(spec, parts, strict=True)}
+
+
+def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to a floating dtype; finite values beyond its range become its largest, not Inf.
+
+    A quantiser may round the largest fp16 value up; that must not turn into an infinity.
+    """
+    if dtype.itemsize < values.dtype.itemsize:
+        top = torch.finfo(dtype).max
+        values = values.clamp(-top, top)
+    return values.to(dtype)
+
+
+def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
+    """The 2-D view of a tensor: vectors are columns ``[n, 1]``, later axes are folded together."""
+    if len(spec.shape) < 2:
+        return spec.numel, 1
+    return spec.shape[0], math.prod(spec.shape[1:])
+
+
+def check_finite(vector: Tensor, what: str) -> None:
+    """Raise ``NonFiniteError`` if ``vector`` holds NaN or Inf, saying how many."""
+    bad = int((~torch.isfinite(vector)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{what}: expected finite values, {bad} of {vector.numel()} are NaN or Inf"
+        )

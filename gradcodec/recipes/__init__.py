@@ -1,0 +1,1 @@
+"""Runnable recipes: the federated fine-tuning example and the small model it needs."""

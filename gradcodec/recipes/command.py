@@ -1,0 +1,161 @@
+"""The command lines of the recipes: ``gradcodec run-federated`` and ``gradcodec tgap``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from gradcodec import describe
+from gradcodec.codecs.autoencoder import AutoencoderConfig
+from gradcodec.codecs.subspace import ALLOCATIONS, SubspaceConfig
+from gradcodec.errors import ConfigError
+from gradcodec.recipes import report, schemes
+from gradcodec.recipes.federated_llama import Experiment
+from gradcodec.recipes.results import summarise
+from gradcodec.recipes.run_folder import RunFolder
+from gradcodec.recipes.settings import PRESETS, Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; what is not given keeps the preset's (or the default's) value."""
+    add = parser.add_argument
+    add("--out", default="runs/demo", help="the run's folder")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
+    add("--full", action="store_true", help="compare all schemes, for 20 rounds")
+    add("--schemes", help=f"comma-separated, of: {', '.join(schemes.SCHEMES)}")
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = parser.add_argument_group("settings")
+    for field in (*dataclasses.fields(Settings), *_local_fields()):
+        if field.name in ("local", "schemes"):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif field.name == "targets":
+            settings.add_argument(flag, help="comma-separated module names, e.g. q_proj,v_proj")
+        else:
+            kind = {"int": int, "int | None": int, "float": float}.get(str(field.type), str)
+            settings.add_argument(flag, type=kind)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; prints progress, the table and where the files are."""
+    settings = settings_of(options)
+    folder = RunFolder(options.out, settings.to_dict(), resume=options.resume)
+    with _Bars() as bars:
+        results = Experiment(settings, folder, bars.update).run()
+    summary = summarise(settings, results, folder.read_json("tgap.json"))
+    folder.write_json("summary.json", summary)
+    files = report.plot(summary, folder.path)
+    histories = {n: folder.read_json(f"{n}.json") for n in schemes.TRAINED}
+    present = {n: rows for n, rows in histories.items() if rows}
+    if present:
+        files.append(report.plot_training(present, folder.path / "autoencoders.png"))
+    print("\n" + report.table(summary) + "\n")
+    print("files:", ", ".join(str(f) for f in (folder.path / "summary.json", *files)))
+    return 0
+
+
+def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``gradcodec tgap``: the codec to fit, then the settings of the run it watches."""
+    add = parser.add_argument
+    add("--out", required=True, help="folder for the codec; what was gathered goes to OUT.run")
+    add("--family", choices=("subspace", "resnet3", "cnn1d", "uformer"), default="subspace")
+    add("--ratio", type=float, default=32.0, help="subspace: update elements per code value")
+    add(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default="uniform",
+        help="subspace: sharing out of dimensions",
+    )
+    add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
+    _add_settings(parser)
+
+
+def run_tgap(options: argparse.Namespace) -> int:
+    """Gather on D1, fit one codec, say what it is."""
+    out = Path(options.out)
+    settings = dataclasses.replace(settings_of(options), schemes=("fp32",))
+    config: SubspaceConfig | AutoencoderConfig = (
+        AutoencoderConfig(arch=options.family)
+        if (options.family != "subspace")
+        else SubspaceConfig(ratio=options.ratio, allocation=options.allocation)
+    )
+    work = out.with_name(out.name + ".run")
+    described = {**settings.to_dict(), "codec": config.to_dict()}
+    with _Bars() as bars:
+        experiment = Experiment(settings, RunFolder(work, described, resume=True), bars.update)
+        experiment.fit({out.name: config}, out.parent)
+    for key, value in describe.codec(str(out.resolve())).items():
+        print(f"{key:10} {value}")
+    return 0
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Preset, then ``--full``, then single options, each over the one before."""
+    settings = PRESETS[options.preset] if options.preset else Settings()
+    if getattr(options, "full", False):
+        settings = dataclasses.replace(settings, schemes=schemes.FULL, rounds=20)
+    given = {k: v for k, v in vars(options).items() if v is not None}
+    if "targets" in given:
+        given["targets"] = _names(given["targets"])
+    if "schemes" in given:
+        given["schemes"] = _names(given["schemes"])
+    local = {f.name: given[f.name] for f in _local_fields() if f.name in given}
+    own = {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
+    return dataclasses.replace(settings, **own, local=dataclasses.replace(settings.local, **local))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(n.strip() for n in text.split(",") if n.strip())
+    if not names:
+        raise ConfigError(f"expected comma-separated names, got {text!r}")
+    return names
+
+
+def _local_fields() -> tuple[dataclasses.Field[object], ...]:
+    return dataclasses.fields(type(Settings().local))
+
+
+class _Bars:
+    """One progress bar per phase, on stderr."""
+
+    def __init__(self) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError as err:
+            raise ConfigError("progress bars need tqdm: pip install 'gradcodec[examples]'") from err
+        self._tqdm = tqdm
+        self._bar: tqdm[None] | None = None
+        self._phase = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, phase: str, done: int, total: int, figures: Mapping[str, str]) -> None:
+        """Move the phase's bar; a new phase closes the one before."""
+        if phase != self._phase or self._bar is None:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = self._tqdm(total=total, desc=f"{phase:36}", file=sys.stderr)
+            self._phase = phase
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.n = done
+        self._bar.refresh()

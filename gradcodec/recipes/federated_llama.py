@@ -1,0 +1,284 @@
+"""CG-FedLLM end to end: base model, LoRA, TGAP on D1, codecs, FAF on D2, scheme by scheme.
+
+examples --Dirichlet--> clients --3:7--> D1 | D2
+D1: federated LoRA, watched --> second moments, snapshots --fit--> codecs
+D2: for each scheme: federated LoRA from the same start, coded both ways --> losses and bytes
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradcodec.codecs.autoencoder import AutoencoderConfig
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.errors import TrainingError
+from gradcodec.federated import checkpoint
+from gradcodec.federated.collect import collect
+from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
+from gradcodec.federated.server import Server
+from gradcodec.recipes import data, models
+from gradcodec.recipes.evaluate import choice_accuracy
+from gradcodec.recipes.results import Result
+from gradcodec.recipes.run_folder import RunFolder
+from gradcodec.recipes.schemes import TRAINED, Scheme, choose
+from gradcodec.recipes.settings import Settings
+from gradcodec.recipes.task import LanguageTask
+from gradcodec.tgap import (
+    GradientRecorder,
+    SecondMoments,
+    SnapshotStore,
+    fit_autoencoder,
+    fit_subspace,
+)
+from gradcodec.tgap.fit_autoencoder import FitRow
+from gradcodec.types import UpdateSpec
+
+Progress = Callable[[str, int, int, Mapping[str, str]], None]
+"""Called after each round: phase, rounds done, rounds in all, a few figures."""
+
+
+class Experiment:
+    """A run of the example; every finished piece is on disk and not made again.
+
+    Args:
+        settings: what to run.
+        folder: where it goes.
+        progress: told of each round.
+    """
+
+    def __init__(self, settings: Settings, folder: RunFolder, progress: Progress) -> None:
+        self.settings, self.folder, self.progress = settings, folder, progress
+        self.schemes = choose(settings.schemes)
+        s = settings
+        self.device = models.resolve_device(s.device)
+        self.model, self.tokenizer = models.load_base(
+            s.model, dtype=getattr(torch, s.dtype), device=self.device, revision=s.revision
+        )
+        models.add_lora(self.model, r=s.lora_r, alpha=s.lora_alpha, targets=s.targets, seed=s.seed)
+        if s.gradient_checkpointing:
+            model: Any = self.model  # transformers' methods, reached through peft's wrapper
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        self.parameters = models.adapter_parameters(self.model)
+        self.initial = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+        self._deal()
+
+    def _deal(self) -> None:
+        """Hold examples out, deal the rest to clients, split each client's into D1 and D2."""
+        s = self.settings
+        examples = data.load_examples(s.dataset, limit=s.limit)
+        kept, held = data.held_out(examples, s.held_out, s.seed)
+        self.encoded = [data.encode_example(self.tokenizer, e, s.max_length) for e in kept]
+        self.held = [data.encode_example(self.tokenizer, e, s.max_length) for e in held]
+        self.questions = data.multiple_choice(held, kept, min(s.questions, len(held)), seed=s.seed)
+        parts = data.dirichlet_partition(
+            [e.label for e in kept], s.clients, s.dirichlet, s.seed, s.min_client
+        )
+        splits = [data.split_d1_d2(part, s.d1, seed=s.seed + c) for c, part in enumerate(parts)]
+        self.d1 = {c: [self.encoded[i] for i in d1] for c, (d1, _) in enumerate(splits)}
+        self.d2 = {c: [self.encoded[i] for i in d2] for c, (_, d2) in enumerate(splits)}
+
+    def _task(self, shards: Mapping[int, Any], rounds: int) -> LanguageTask:
+        self._reset()
+        return LanguageTask(
+            self.model,
+            self.parameters,
+            shards,
+            self.held,
+            pad_id=self.tokenizer.pad_token_id,
+            rounds=rounds,
+            local=self.settings.local,
+            seed=self.settings.seed,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def _reset(self) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(self.initial[name])
+
+    # -- TGAP -----------------------------------------------------------------------------------
+
+    @cached_property
+    def trained(self) -> dict[str, Codec]:
+        """The codecs that the chosen schemes need, fitted on D1 or loaded from the run's folder."""
+        names = list(dict.fromkeys(n for s in self.schemes for n in s.needs))
+        if names and self.folder.read_json("tgap.json") is None:
+            self.fit({n: TRAINED[n] for n in names}, self.folder.path / "codecs")
+        return {n: Codec.from_pretrained(self.folder.path / "codecs" / n) for n in names}
+
+    def fit(self, configs: Mapping[str, SubspaceConfig | AutoencoderConfig], root: Path) -> None:
+        """TGAP: gather on D1 once, then fit every codec into ``root/<name>``."""
+        s = self.settings
+        began = time.perf_counter()
+        linear = {n: c for n, c in configs.items() if isinstance(c, SubspaceConfig)}
+        nets = {n: c for n, c in configs.items() if isinstance(c, AutoencoderConfig)}
+        # One recording serves every ratio: the finest one asks for the most directions.
+        finest = min(linear.values(), key=lambda c: c.ratio, default=SubspaceConfig())
+        moments = SecondMoments(UpdateSpec.of(self.parameters), finest)
+        store = SnapshotStore(self.folder.fresh("snapshots"), limit=512)
+        watchers = []
+        if linear:
+            watchers.append(
+                GradientRecorder(self.parameters, moments, representation=s.tgap_records)
+            )
+        if nets:
+            watchers.append(
+                GradientRecorder(self.parameters, snapshots=store, representation=s.representation)
+            )
+        gathered = collect(
+            self._task(self.d1, s.tgap_rounds),
+            lambda: _all_of(watchers),
+            LoopConfig(s.tgap_rounds, range(s.clients), s.per_round, seed=s.seed + 1),
+            s.tgap_reading,
+            lambda done, total: self.progress("TGAP: collect", done, total, {}),
+        )
+        collected = time.perf_counter() - began
+        notes = (
+            f"Fitted on {s.tgap_records}s of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}) "
+            f"on {s.dataset}: D1 of {s.clients} clients, {s.tgap_rounds} {s.tgap_reading} rounds."
+        )
+        for name, config in linear.items():
+            self._save(fit_subspace(moments, config), root / name, notes)
+        for name, net in nets.items():
+            fit = fit_autoencoder(
+                store,
+                net,
+                moments.spec,
+                steps=s.ae_steps,
+                seed=s.seed,
+                loss_log=partial(self._ae_progress, name),
+            )
+            self._save(fit.codec, root / name, notes)
+            self.folder.write_json(f"{name}.json", [asdict(row) for row in fit.history])
+        self.folder.write_json(
+            "tgap.json",
+            {
+                "uplink_bytes": gathered.uplink_bytes,
+                "downlink_bytes": gathered.downlink_bytes,
+                "collect_s": collected,
+                "fit_s": time.perf_counter() - began - collected,
+            },
+        )
+
+    def _ae_progress(self, name: str, row: FitRow) -> None:
+        figures = {"RSE": f"{row.val_rse:.3g}"}
+        self.progress(f"TGAP: train {name}", row.step, self.settings.ae_steps, figures)
+
+    def _save(self, codec: Codec, path: Path, notes: str) -> None:
+        codec.notes = notes
+        codec.save_pretrained(path)
+
+    # -- FAF ------------------------------------------------------------------------------------
+
+    def run(self) -> list[Result]:
+        """Every scheme, or what is missing of them."""
+        trained = self.trained
+        self._reset()
+        start = self._task(self.d2, self.settings.rounds).evaluate()
+        self.folder.log("start", loss=start)
+        return [self._scheme(scheme, trained, start) for scheme in self.schemes]
+
+    def _scheme(self, scheme: Scheme, trained: Mapping[str, Codec], start: float) -> Result:
+        done = self.folder.read_json(f"schemes/{scheme.name}.json")
+        if done is not None:
+            return Result.from_dict(scheme, done)
+        task = self._task(self.d2, self.settings.rounds)
+        if scheme.kind == "federated":
+            reports, distinct = self._federate(scheme, task, trained)
+        elif scheme.kind == "centralised":
+            reports, distinct = self._centralise(scheme), 0
+        else:
+            reports, distinct = [], 0
+        result = Result(
+            scheme,
+            start,
+            reports,
+            accuracy=choice_accuracy(
+                self.model, self.tokenizer, self.questions, self.settings.max_length
+            ),
+            codec_bytes=sum(self._download(n) for n in scheme.needs),
+            participants=distinct,
+        )
+        self.folder.write_json(f"schemes/{scheme.name}.json", result.to_dict())
+        return result
+
+    def _federate(
+        self, scheme: Scheme, task: LanguageTask, trained: Mapping[str, Codec]
+    ) -> tuple[list[RoundReport], int]:
+        s = self.settings
+        server_config = replace(scheme.server, lr=s.server_lr, momentum=s.server_momentum)
+        if scheme.server.mode == "post":
+            # The paper's readings concern the paper's scheme; the others send updates.
+            paper = any(isinstance(TRAINED[n], AutoencoderConfig) for n in scheme.needs)
+            server_config = replace(
+                server_config,
+                representation=s.representation if paper else "update",
+                aggregation=s.aggregation if paper else "mean",
+            )
+        uplink, downlink = scheme.codecs(trained)
+        federation = Federation(
+            task,
+            Server(self.initial, uplink, downlink, server_config),
+            LoopConfig(s.rounds, range(s.clients), s.per_round, seed=s.seed),
+        )
+        path = self.folder.path / "checkpoints" / f"{scheme.name}.safetensors"
+        reports = checkpoint.load(path, federation) if path.exists() else []
+        for report in reports:
+            self._note(scheme, report)
+        try:
+            for report in federation.run():
+                reports.append(report)
+                checkpoint.save(path, federation, reports)
+                self._note(scheme, report)
+        except TrainingError as err:
+            # A codec that destroys the model is a result, not a reason to lose the other schemes.
+            self.folder.log(
+                "diverged", scheme=scheme.name, round=federation.finished, error=str(err)
+            )
+        federation.load_global()
+        return reports, len(federation.versions)
+
+    def _centralise(self, scheme: Scheme) -> list[RoundReport]:
+        """One model, one optimiser, pooled data; as many steps in all as the federated clients."""
+        s = self.settings
+        pool = [e for shard in self.d2.values() for e in shard]
+        task = self._task(dict.fromkeys(range(s.per_round), pool), s.rounds)
+        optimizer = task.optimizer(list(task.parameters.values()), **task.optimizer_options)
+        reports = []
+        for number in range(s.rounds):
+            began = time.perf_counter()
+            losses = [task.train(k, number, optimizer).loss for k in range(s.per_round)]
+            report = RoundReport(number, task.evaluate(), sum(losses) / len(losses), [], {})
+            report.seconds = time.perf_counter() - began
+            reports.append(report)
+            self._note(scheme, report)
+        return reports
+
+    def _note(self, scheme: Scheme, report: RoundReport) -> None:
+        self.folder.log("round", scheme=scheme.name, **report.to_dict())
+        self.progress(
+            scheme.title, report.round + 1, self.settings.rounds, {"loss": f"{report.loss:.4f}"}
+        )
+
+    def _download(self, name: str) -> int:
+        """Bytes of a trained codec's folder: what each participant fetches once."""
+        folder = self.folder.path / "codecs" / name
+        return sum((folder / f).stat().st_size for f in ("config.json", "model.safetensors"))
+
+
+@contextmanager
+def _all_of(recorders: Sequence[GradientRecorder]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for recorder in recorders:
+            stack.enter_context(recorder)
+        yield

@@ -1,0 +1,185 @@
+"""Base models and their LoRA adapters.
+
+`transformers` and `peft` are imported where they are used, so that the package imports without
+them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from gradcodec.errors import ConfigError
+
+__all__ = [
+    "EMBEDDED_FOLDER",
+    "adapter_parameters",
+    "add_lora",
+    "linear_names",
+    "load_base",
+    "resolve_device",
+]
+
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "stdlib-llama"
+_UNTRAINED_SEED = 0
+
+
+def load_base(
+    name: str = "embedded",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """Return a causal language model and its tokenizer, ready to train.
+
+    Args:
+        name: ``"embedded"`` for the model shipped with the package; ``"embedded-untrained"`` for
+            the same architecture with weights drawn from a fixed seed; otherwise a folder or a
+            Hugging Face model id.
+        dtype: Floating-point type of the weights in memory.
+        device: Where the weights go.
+        revision: Branch, tag or commit of a Hugging Face model; pin it for repeatable runs.
+
+    Returns:
+        The model in training mode and its tokenizer, which has a padding token.
+
+    Raises:
+        ConfigError: `transformers` is missing, or the model cannot be loaded.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "loading a model needs: pip install transformers tokenizers safetensors"
+        ) from error
+    library: Any = transformers  # annotated only in part
+    embedded = name in ("embedded", "embedded-untrained")
+    place = str(EMBEDDED_FOLDER) if embedded else name
+    options: dict[str, Any] = {"local_files_only": True} if embedded else {"revision": revision}
+    try:
+        tokenizer: Any = library.AutoTokenizer.from_pretrained(place, **options)
+        # Loading draws as well, where a checkpoint lacks weights.
+        with _seeded(_UNTRAINED_SEED):
+            if name == "embedded-untrained":
+                config = library.AutoConfig.from_pretrained(place, **options)
+                model = library.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            else:
+                model = library.AutoModelForCausalLM.from_pretrained(
+                    place, dtype=dtype, use_safetensors=True, **options
+                )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(nn.Module, model).to(device).train(), tokenizer
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    dropout: float = 0.0,
+) -> nn.Module:
+    r"""Freeze `model` and put low-rank adapters beside its linear maps, in place.
+
+    A map :math:`W` becomes :math:`W + (\alpha / r) B A` with :math:`A` of shape ``(r, inputs)``
+    drawn from `seed` and :math:`B` of shape ``(outputs, r)`` zero, so the first output is that of
+    the base model. The global random state is left as it was.
+
+    Args:
+        model: A `transformers` model.
+        r: Rank, at least 1.
+        alpha: Scale before division by `r`.
+        targets: Last parts of module names, such as ``q_proj``; each must occur.
+        seed: Seed of the initial :math:`A`.
+        dropout: Probability with which an adapter input is dropped in training.
+
+    Returns:
+        The `peft` model around `model`.
+
+    Raises:
+        ConfigError: `peft` is missing, a number is out of range, or a target names no module.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("LoRA adapters need: pip install peft") from error
+    if r < 1 or alpha <= 0 or not 0.0 <= dropout < 1.0:
+        raise ConfigError(
+            "expected r >= 1, alpha > 0 and 0 <= dropout < 1, "
+            f"got r={r}, alpha={alpha}, dropout={dropout}"
+        )
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    there = linear_names(model)
+    missing = [target for target in wanted if target not in there]
+    if missing or not wanted:
+        raise ConfigError(
+            f"no linear module is named {', '.join(missing) or '(no target given)'}; "
+            f"{type(model).__name__} has {', '.join(there)}"
+        )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=cast(int, alpha),  # declared int, used as a factor
+        lora_dropout=dropout,
+        target_modules=wanted,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with _seeded(seed):
+        return cast(nn.Module, get_peft_model(cast(Any, model), config))
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the distinct last parts of the names of `model`'s linear modules, in model order."""
+    names = {
+        name.rpartition(".")[2]: None
+        for name, module in model.named_modules()
+        # GPT-2 keeps its linear maps in a class of its own.
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    return list(names)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters in model order, under names free of `peft` wrapping.
+
+    ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` becomes
+    ``model.layers.0.self_attn.q_proj.lora_A.weight``.
+    """
+    return {
+        name.removeprefix("base_model.model.").replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called ``"auto"`` (CUDA if there is one), ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: The name is another one, or CUDA is asked for and absent.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device must be one of auto, cpu, cuda; got {name!r}")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ConfigError(
+            f"device 'cuda' was asked for, but torch {torch.__version__} sees no CUDA device; "
+            "there is: cpu"
+        )
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch inside the block and restore every generator after it."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

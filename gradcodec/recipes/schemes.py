@@ -1,0 +1,137 @@
+"""The ways of sending updates that the federated example compares, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from gradcodec.codecs.autoencoder import AutoencoderConfig
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.compose import Chain
+from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.errors import ConfigError
+from gradcodec.federated.server import ServerConfig
+
+Trained = Mapping[str, Codec]
+"""Codecs that TGAP fitted, by their names in ``TRAINED``."""
+
+#: What TGAP can be asked to fit for a scheme.
+TRAINED: dict[str, SubspaceConfig | AutoencoderConfig] = {
+    "subspace-16": SubspaceConfig(ratio=16),
+    "subspace-32": SubspaceConfig(ratio=32),
+    "subspace-64": SubspaceConfig(ratio=64),
+    "resnet3-literal": AutoencoderConfig(variant="literal", normalise="none"),
+    "resnet3-working": AutoencoderConfig(variant="working", normalise="tensor_rms"),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One row of the comparison.
+
+    Attributes:
+        name: key in tables, files and the command line.
+        title: what a reader of the table sees.
+        codecs: makes (uplink, downlink) of what TGAP fitted.
+        server: mode and aggregation.
+        needs: names of the trained codecs.
+        kind: ``"federated"``, ``"base"`` (no training) or ``"centralised"`` (pooled data).
+    """
+
+    name: str
+    title: str
+    codecs: Callable[[Trained], tuple[Codec, Codec]]
+    server: ServerConfig = field(default_factory=ServerConfig)
+    needs: tuple[str, ...] = ()
+    kind: str = "federated"
+
+
+def _plain(uplink: str, downlink: str | None = None) -> Callable[[Trained], tuple[Codec, Codec]]:
+    return lambda trained: (make_codec(uplink), make_codec(downlink or uplink))
+
+
+def _coded(name: str, bits: int, down_bits: int) -> Callable[[Trained], tuple[Codec, Codec]]:
+    """A trained transform with quantised codes in both directions."""
+    return lambda trained: (
+        Chain(trained[name], BlockQuant(BlockQuantConfig(bits))),
+        Chain(trained[name], BlockQuant(BlockQuantConfig(down_bits))),
+    )
+
+
+def _uplink_only(name: str) -> Callable[[Trained], tuple[Codec, Codec]]:
+    """The paper's accounting: fp32 latents up, the whole state down."""
+    return lambda trained: (trained[name], Identity())
+
+
+_LATENT = ServerConfig(mode="latent")
+
+_ALL = (
+    Scheme("fp32", "LoRA FedAvg, fp32", _plain("fp32")),
+    Scheme(
+        "paper-literal",
+        "CG-FedLLM ResNet-3, literal",
+        _uplink_only("resnet3-literal"),
+        needs=("resnet3-literal",),
+    ),
+    Scheme(
+        "paper-working",
+        "CG-FedLLM ResNet-3, working",
+        _uplink_only("resnet3-working"),
+        needs=("resnet3-working",),
+    ),
+    Scheme(
+        "subspace-post",
+        "subspace 1/32, 2 bit, post",
+        _coded("subspace-32", 2, 8),
+        needs=("subspace-32",),
+    ),
+    Scheme(
+        "subspace-16",
+        "subspace 1/16, 4 bit, latent",
+        _coded("subspace-16", 4, 8),
+        _LATENT,
+        ("subspace-16",),
+    ),
+    Scheme(
+        "subspace-32",
+        "subspace 1/32, 2 bit, latent",
+        _coded("subspace-32", 2, 8),
+        _LATENT,
+        ("subspace-32",),
+    ),
+    Scheme("base", "base model, no fine-tuning", _plain("fp32"), kind="base"),
+    Scheme("centralised", "centralised, pooled data", _plain("fp32"), kind="centralised"),
+    Scheme("fp16", "fp16 cast", _plain("fp16")),
+    Scheme("sign", "sign, mean scale per block", _plain("sign", "int8")),
+    Scheme("topk", "top-64 of 4096, 8 bit", _plain("topk", "int8")),
+    Scheme(
+        "paper-latent",
+        "CG-FedLLM ResNet-3, working, latent",
+        _coded("resnet3-working", 8, 8),
+        _LATENT,
+        ("resnet3-working",),
+    ),
+    Scheme(
+        "subspace-64",
+        "subspace 1/64, 4 bit, latent",
+        _coded("subspace-64", 4, 8),
+        _LATENT,
+        ("subspace-64",),
+    ),
+)
+
+SCHEMES = {s.name: s for s in _ALL}
+DEFAULT = ("fp32", "paper-literal", "paper-working", "subspace-post", "subspace-16", "subspace-32")
+FULL = tuple(SCHEMES)
+QUICK = ("fp32", "paper-working", "subspace-32")
+
+
+def choose(names: tuple[str, ...]) -> list[Scheme]:
+    """The schemes of these names, ``fp32`` always first: it is what ratios refer to."""
+    unknown = [n for n in names if n not in SCHEMES]
+    if unknown:
+        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(SCHEMES)}")
+    return [SCHEMES[n] for n in dict.fromkeys(("fp32", *names))]

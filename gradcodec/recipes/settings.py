@@ -1,0 +1,142 @@
+"""The settings of the federated example, and the paper's three as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradcodec.errors import ConfigError
+from gradcodec.federated.collect import READINGS
+from gradcodec.recipes import schemes
+from gradcodec.recipes.task import LocalTraining
+from gradcodec.representation import RECORDED, SENT, check
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run depends on; written to its folder and compared on resume.
+
+    Attributes:
+        model, revision: ``"embedded"`` or a Hugging Face causal language model.
+        dataset, limit: ``"stdlib"``, a JSON(L) file or a Hugging Face data set.
+        lora_r, lora_alpha, targets: the adapter.
+        dtype, device, gradient_checkpointing: how the model is held.
+        max_length: tokens per example.
+        clients, fraction, rounds: ``max(1, int(fraction * clients))`` clients in each round.
+        dirichlet, min_client: label skew between clients, fewest examples of a client.
+        d1: share of each client's data that TGAP may see.
+        held_out, questions: held-out examples, and how many of them are asked with four options.
+        local: a client's training.
+        tgap_rounds, tgap_reading, tgap_records: TGAP's rounds on D1 (``"federated"`` or
+            ``"local"``), and what the subspaces are fitted on.
+        representation: what the autoencoders encode (the subspaces encode updates).
+        aggregation, server_lr, server_momentum: the server's rule.
+        ae_steps: training steps of each autoencoder.
+        seed: of adapter, partition, sampling and batches.
+        schemes: names from ``gradcodec.recipes.schemes``.
+    """
+
+    model: str = "embedded"
+    revision: str | None = None
+    dataset: str = "stdlib"
+    limit: int | None = None
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dtype: str = "float32"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    max_length: int = 64
+    clients: int = 40
+    fraction: float = 0.125
+    rounds: int = 8
+    dirichlet: float = 0.5
+    min_client: int = 16
+    d1: float = 0.3
+    held_out: int = 200
+    questions: int = 100
+    local: LocalTraining = field(default_factory=LocalTraining)
+    tgap_rounds: int = 4
+    tgap_reading: str = "federated"
+    tgap_records: str = "gradient"
+    representation: str = "update"
+    aggregation: str = "mean"
+    server_lr: float = 1.0
+    server_momentum: float = 0.0
+    ae_steps: int = 400
+    seed: int = 0
+    schemes: tuple[str, ...] = schemes.DEFAULT
+
+    def __post_init__(self) -> None:
+        check(self.tgap_records, RECORDED)
+        check(self.representation, SENT)
+        if self.tgap_reading not in READINGS:
+            raise ConfigError(f"expected tgap_reading of {READINGS}, got {self.tgap_reading!r}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {self.dtype!r}")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"expected a fraction within (0, 1], got {self.fraction}")
+        schemes.choose(self.schemes)
+
+    @property
+    def per_round(self) -> int:
+        """Clients in each round."""
+        return max(1, int(self.fraction * self.clients))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+_PAPER = Settings(
+    dtype="bfloat16",
+    gradient_checkpointing=True,
+    max_length=512,
+    min_client=1,
+    tgap_rounds=20,
+    ae_steps=3000,
+    schemes=schemes.FULL,
+)
+
+#: The paper's three settings (its appendix; what it leaves open keeps this project's default).
+PRESETS: dict[str, Settings] = {
+    "dolly": dataclasses.replace(
+        _PAPER,
+        model="huggyllama/llama-7b",
+        dataset="databricks/databricks-dolly-15k",
+        clients=100,
+        fraction=0.05,
+        rounds=20,
+        min_client=40,
+        local=LocalTraining(lr=1.5e-4, batch=32, micro_batch=16, steps=0, epochs=1),
+    ),
+    "ceval": dataclasses.replace(
+        _PAPER,
+        model="huggyllama/llama-7b",
+        dataset="ceval/ceval-exam:all:dev",
+        lora_r=16,
+        clients=3,
+        fraction=1.0,
+        rounds=5,
+        local=LocalTraining(lr=2e-4, batch=24, micro_batch=8, steps=0, epochs=3),
+    ),
+    "mmlu": dataclasses.replace(
+        _PAPER,
+        model="Qwen/Qwen-7B",
+        dataset="cais/mmlu:all:dev",
+        clients=3,
+        fraction=1.0,
+        rounds=8,
+        local=LocalTraining(lr=3.5e-4, batch=8, micro_batch=4, steps=0, epochs=2),
+    ),
+}
+PRESETS["quick"] = Settings(
+    rounds=3,
+    tgap_rounds=2,
+    held_out=100,
+    questions=40,
+    ae_steps=60,
+    schemes=schemes.QUICK,
+    local=LocalTraining(steps=4),
+)

@@ -1,0 +1,42 @@
+"""Second moments -> the subspace codec, in closed form."""
+
+from __future__ import annotations
+
+from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
+from gradcodec.errors import ConfigError, TrainingError
+from gradcodec.tgap.moments import SecondMoments
+
+
+def fit_subspace(moments: SecondMoments, config: SubspaceConfig | None = None) -> Subspace:
+    """The best tied linear autoencoder of the recorded gradients (Eckart-Young, per parameter).
+
+    Minimises ``sum_t ||G_t - U U^T G_t||^2`` over orthonormal ``U`` with ``k`` columns: the top
+    ``k`` eigenvectors of the second moment ``sum_t G_t G_t^T``. How many columns each parameter
+    gets is ``subspace.allocate``'s rule.
+
+    Args:
+        moments: what a recorder gathered.
+        config: another ratio or allocation than the moments were made for; ``side`` and, for sides
+            that were sketched, the number of directions stay those of the moments.
+
+    Raises:
+        TrainingError: nothing was recorded, or only zeros.
+        ConfigError: the config asks for other sides than were recorded.
+    """
+    config = config or moments.config
+    if moments.count == 0:
+        raise TrainingError("nothing was recorded; was the optimiser stepped inside the recorder?")
+    spectra = moments.spectra()
+    if all(float(values.sum()) == 0 for values, _ in spectra.values()):
+        raise TrainingError(f"all {moments.count} recorded updates are zero")
+    if any(Axis.choose(t, config) != moments.axes[t.name] for t in moments.spec if t.numel):
+        raise ConfigError(
+            "this config projects other sides than were recorded; record again with it"
+        )
+    ranks = allocate(moments.spec, {n: values for n, (values, _) in spectra.items()}, config)
+    bases = {
+        name: (moments.axes[name], vectors[:, : ranks[name]].float())
+        for name, (_, vectors) in spectra.items()
+        if ranks[name]
+    }
+    return Subspace.from_bases(config, moments.spec, bases)

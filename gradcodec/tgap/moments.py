@@ -1,0 +1,147 @@
+"""Streaming second moments: what a linear codec needs to know of all gradients seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradcodec import layout
+from gradcodec.codecs.subspace import Axis, SubspaceConfig
+from gradcodec.errors import ConfigError
+from gradcodec.types import Update, UpdateSpec
+
+EXACT_LIMIT = 2048
+
+
+class Moment(Protocol):
+    """Second moment ``C = sum_t G_t G_t^T`` of one parameter's projected side."""
+
+    def add(self, rows: Tensor) -> None:
+        """Add samples, one per row: ``rows`` ``[n, size]`` contributes ``rows^T rows``."""
+
+    def top(self, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` largest eigenvalues, descending, and their vectors ``[size, .]``."""
+
+
+class ExactMoment:
+    """The whole ``[size, size]`` matrix, fp32 sums; for sides up to ``EXACT_LIMIT``."""
+
+    def __init__(self, size: int) -> None:
+        self.sum = torch.zeros(size, size)
+
+    def add(self, rows: Tensor) -> None:
+        """``C += rows^T rows``."""
+        self.sum.addmm_(rows.T, rows)
+
+    def top(self, count: int) -> tuple[Tensor, Tensor]:
+        """By full symmetric eigendecomposition in fp64."""
+        values, vectors = torch.linalg.eigh(self.sum.double())
+        return _signed(values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count])
+
+
+class SketchedMoment:
+    """Frequent Directions (Ghashami et al., arXiv 1501.01711): ``[2 l, size]`` numbers only.
+
+    The sketch ``B`` of ``l`` rows obeys ``0 <= C - B^T B <= ||C - C_k||_F^2 / (l - k)`` in the
+    spectral order, for every ``k < l``.
+    """
+
+    def __init__(self, size: int, rows: int) -> None:
+        self.rows = min(rows, size)
+        self.buffer = torch.zeros(2 * self.rows, size)
+        self.filled = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Append rows; shrink whenever the buffer is full."""
+        while len(rows):
+            room = len(self.buffer) - self.filled
+            taken, rows = rows[:room], rows[room:]
+            self.buffer[self.filled : self.filled + len(taken)] = taken
+            self.filled += len(taken)
+            if self.filled == len(self.buffer):
+                self._shrink()
+
+    def _shrink(self) -> None:
+        values, vectors = self._spectrum()
+        kept = (values[: self.rows] - values[self.rows]).clamp_min(0).sqrt()
+        self.buffer[: self.rows] = (kept[:, None] * vectors[:, : self.rows].T).float()
+        self.buffer[self.rows :] = 0
+        self.filled = self.rows
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        # Eigenvectors through the small Gram matrix [2l, 2l].
+        b = self.buffer[: max(self.filled, 1)].double()
+        values, left = torch.linalg.eigh(b @ b.T)
+        values, left = values.flip(0).clamp_min(0), left.flip(1)
+        vectors = b.T @ left / values.sqrt().clamp_min(1e-30)
+        return values, vectors
+
+    def top(self, count: int) -> tuple[Tensor, Tensor]:
+        """Eigenpairs of the sketch; fewer than ``count`` if fewer directions were ever seen."""
+        values, vectors = self._spectrum()
+        seen = int((values > values[0] * 1e-12).sum()) if float(values[0]) > 0 else 0
+        count = min(count, seen)
+        # Orthonormal to fp64 rounding even where eigenvalues are close.
+        q = torch.linalg.qr(vectors[:, :count]).Q
+        return _signed(values[:count], q)
+
+
+class SecondMoments:
+    """One streaming moment per parameter; memory does not grow with the number of updates.
+
+    Args:
+        spec: the parameters.
+        config: decides which side of each matrix is projected, and how many directions at most are
+            needed when a side is too long for the whole matrix.
+        sketch_rows: rows of each sketch; default twice the directions that the config can use.
+    """
+
+    def __init__(
+        self, spec: UpdateSpec, config: SubspaceConfig, *, sketch_rows: int | None = None
+    ) -> None:
+        self.spec = spec
+        self.config = config
+        self.count = 0
+        self.axes = {t.name: Axis.choose(t, config) for t in spec if t.numel}
+        self._moments: dict[str, Moment] = {}
+        for name, axis in self.axes.items():
+            if axis.size <= EXACT_LIMIT:
+                self._moments[name] = ExactMoment(axis.size)
+            else:
+                need = 2 * max(config.min_rank, int(axis.size / config.ratio))
+                self._moments[name] = SketchedMoment(axis.size, sketch_rows or need)
+
+    @torch.no_grad()
+    def add(self, update: Update) -> None:
+        """Add one gradient or update; tensors that it lacks count as zero.
+
+        Raises:
+            UpdateError, NonFiniteError: unknown names or shapes, NaN or Inf.
+        """
+        unknown = sorted(set(update) - {t.name for t in self.spec})
+        if unknown:
+            raise ConfigError(f"gradients of unknown parameters: {unknown[:3]}")
+        for name, tensor in update.items():
+            if name not in self.axes:
+                continue
+            layout.check_finite(tensor, name)
+            axis = self.axes[name]
+            matrix = tensor.detach().reshape(tensor.shape[0] if tensor.ndim > 1 else -1, -1)
+            rows = matrix.T if axis.left else matrix
+            self._moments[name].add(rows.float().cpu())
+        self.count += 1
+
+    def spectra(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Per parameter: eigenvalues, descending, and eigenvectors ``[size, .]``, fp64."""
+        return {n: m.top(self.axes[n].size) for n, m in self._moments.items()}
+
+
+def _signed(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Fix each eigenvector's sign (largest entry positive), so that fits are reproducible."""
+    if vectors.numel():
+        peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        vectors = vectors * torch.where(peak < 0, -1.0, 1.0)
+    return values, vectors

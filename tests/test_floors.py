@@ -1,0 +1,130 @@
+"""The architecture as a law: a module imports only what is listed before it (docs/architecture.md).
+
+Imports inside functions count too: they change when a module loads, not what it knows.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+#: Lowest first. A name stands for the module or the package of that name; modules of one package
+#: may import each other.
+FLOORS: dict[int, tuple[str, ...]] = {
+    0: ("gradcodec._version", "gradcodec.errors", "gradcodec.types"),
+    1: (
+        "gradcodec.layout",
+        "gradcodec.wire",
+        "gradcodec.reference",
+        "gradcodec_kernels",
+        "gradcodec.ops",
+        "gradcodec.hub",
+    ),
+    2: ("gradcodec.codecs", "gradcodec.metrics"),
+    3: ("gradcodec.representation", "gradcodec.tgap", "gradcodec.faf", "gradcodec.describe"),
+    4: ("gradcodec.federated",),
+    5: ("gradcodec",),  # the roof: public names only
+    6: ("gradcodec.recipes", "gradcodec.cli"),
+}
+ORDER = [name for names in FLOORS.values() for name in names]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the tree by its import name."""
+    found = {}
+    for base in (ROOT, ROOT / "kernels"):
+        for package in ("gradcodec", "gradcodec_kernels"):
+            for path in sorted((base / package).rglob("*.py")):
+                parts = path.relative_to(base).with_suffix("").parts
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def place(module: str) -> int | None:
+    """Position of a module in ``ORDER``: its own entry or its package's, never the roof's."""
+    for position, name in enumerate(ORDER):
+        if module == name or (name != "gradcodec" and module.startswith(name + ".")):
+            return position
+    return None
+
+
+def imports(module: str, source: str) -> Iterator[str]:
+    """Modules of ours that a source imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            origin = node.module or ""
+            below = [f"{origin}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else origin for name in below]
+        else:
+            continue
+        yield from (n for n in names if n.split(".")[0] in ("gradcodec", "gradcodec_kernels"))
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module imports although it stands at the same place or after it."""
+    mine = place(module)
+    assert mine is not None
+    bad = []
+    for name in imports(module, source):
+        theirs = place(name)
+        assert theirs is not None, f"{module} imports {name}, which is in no floor"
+        same_package = theirs == mine and ORDER[mine] != "gradcodec"
+        if theirs > mine or (theirs == mine and not same_package):
+            bad.append(f"{module} imports {name}")
+    return bad
+
+
+def test_every_module_has_a_floor() -> None:
+    assert [m for m in MODULES if place(m) is None] == []
+
+
+def test_the_picture_shows_these_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = dict(re.findall(r"^\| (\d) \| (.*?) \|", page, re.MULTILINE))
+    drawn = {int(floor): tuple(re.findall(r"`(\w+)`", names)) for floor, names in rows.items()}
+    assert drawn == {f: tuple(n.removeprefix("gradcodec.") for n in ns) for f, ns in FLOORS.items()}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_lower_floors(module: str) -> None:
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_ops_imports_kernels(module: str) -> None:
+    if module == "gradcodec.ops" or module.startswith("gradcodec_kernels"):
+        return
+    named = imports(module, MODULES[module].read_text())
+    assert [n for n in named if n.split(".")[0] == "gradcodec_kernels"] == []
+
+
+def test_kernels_know_nothing_of_gradcodec() -> None:
+    for module, path in MODULES.items():
+        if module.startswith("gradcodec_kernels"):
+            assert [
+                n for n in imports(module, path.read_text()) if n.startswith("gradcodec.")
+            ] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import gradcodec.codecs.base",
+        "from gradcodec import codecs",
+        "from gradcodec.codecs.base import Codec",
+        "from gradcodec import Codec",
+        "def f():\n    from gradcodec.codecs import base",
+    ],
+)
+def test_the_law_sees_every_kind_of_import(source: str) -> None:
+    assert len(violations("gradcodec.wire", source)) == 1

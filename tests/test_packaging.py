@@ -1,0 +1,126 @@
+"""What a user installs is what is in the tree."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = {"gradcodec": ROOT / "gradcodec", "gradcodec_kernels": ROOT / "kernels/gradcodec_kernels"}
+
+
+def packages_of_tree() -> set[str]:
+    """Import names of the folders that hold an ``__init__.py``."""
+    found = set()
+    for name, folder in SOURCES.items():
+        for init in folder.rglob("__init__.py"):
+            found.add(".".join((name, *init.parent.relative_to(folder).parts)))
+    return found
+
+
+def test_kernels_is_a_folder_and_not_a_package() -> None:
+    # With an __init__.py it would shadow Hugging Face's `kernels`, which transformers imports.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_listed_packages_are_those_of_the_tree() -> None:
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert listed == sorted(listed)
+    assert set(listed) == packages_of_tree()
+
+
+def test_every_module_is_in_a_package() -> None:
+    for folder in SOURCES.values():
+        for path in folder.rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), f"{path.relative_to(ROOT)}: no package"
+
+
+def test_type_information_is_shipped() -> None:
+    assert (ROOT / "gradcodec" / "py.typed").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from a copy so that no earlier build folder can help."""
+    copy = tmp_path_factory.mktemp("source")
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("gradcodec", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", str(copy))
+    (built,) = (copy / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a fresh environment that holds the wheel."""
+    home = tmp_path_factory.mktemp("fresh")
+    venv.create(home, with_pip=True)
+    windows = os.name == "nt"
+    python = home / ("Scripts/python.exe" if windows else "bin/python")
+    run(str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel))
+    # The dependencies are borrowed from this environment, after the install and behind it on the
+    # path, rather than downloaded a second time. Editable installs are not borrowed: python reads
+    # .pth files only in an environment's own folder.
+    libs = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    lent = sysconfig.get_path("purelib")
+    Path(libs, "zz_dependencies.pth").write_text(lent + "\n")
+    return python
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_tree(wheel: Path) -> None:
+    expected = set()
+    for name, folder in SOURCES.items():
+        for path in folder.rglob("*"):
+            shipped = path.suffix == ".py" or path.name == "py.typed" or "assets" in path.parts
+            if path.is_file() and shipped:
+                expected.add(f"{name}/{path.relative_to(folder).as_posix()}")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert names == expected
+
+
+@pytest.mark.slow
+def test_every_module_of_the_wheel_imports(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")]
+    modules = sorted(
+        n.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for n in names
+    )
+    lines = ["import importlib, pathlib, sys"]
+    lines += [f"importlib.import_module({m!r})" for m in modules]
+    lines += [
+        "for name, module in list(sys.modules.items()):",
+        "    if name.split('.')[0] in ('gradcodec', 'gradcodec_kernels'):",
+        "        assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module.__file__",
+    ]
+    run(str(installed), "-I", "-c", "\n".join(lines), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_version_is_the_packages(wheel: Path) -> None:
+    import gradcodec
+
+    assert wheel.name.split("-")[1] == gradcodec.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
+def test_command_is_installed(command: str, installed: Path, tmp_path: Path) -> None:
+    assert "usage" in run(str(installed.with_name(command)), "--help", cwd=tmp_path).lower()
+
+
+def run(*command: str, cwd: Path | None = None) -> str:
+    """Output of a command; its errors, too, when it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
