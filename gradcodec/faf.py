@@ -13,6 +13,7 @@ project's own reading of "AutoEncoder-involved", not the paper's algorithm.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -82,8 +83,7 @@ class LatentOptimizer(torch.optim.Optimizer):
         self._w = torch.zeros(m, device=device)
         self.inner = optimizer([self._w], **defaults)
         super().__init__(list(self.named.values()), dict(self.inner.defaults))
-        # fp32 anchors: in bf16 the small steps of an update would be rounded away one by one.
-        self._anchor = {n: p.detach().float().clone() for n, p in self.named.items()}
+        self._anchor = self._wide()
         self._offset = self._decode(torch.zeros(m, device=device)) if not codec.linear else None
 
     @property
@@ -126,7 +126,7 @@ class LatentOptimizer(torch.optim.Optimizer):
 
         The inner optimiser keeps its moments, which are in code space and so stay meaningful.
         """
-        self._anchor = {n: p.detach().float().clone() for n, p in self.named.items()}
+        self._anchor = self._wide()
         self._w.zero_()
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class LatentOptimizer(torch.optim.Optimizer):
         return {
             "w": self._w.clone(),
             "anchor": {n: t.clone() for n, t in self._anchor.items()},
-            "inner": self.inner.state_dict(),
+            "inner": copy.deepcopy(self.inner.state_dict()),
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
         }
 
@@ -144,10 +144,17 @@ class LatentOptimizer(torch.optim.Optimizer):
         UpdateSpec.of(self._anchor).check(state_dict["anchor"])
         self._w.copy_(state_dict["w"])
         self._anchor = {n: state_dict["anchor"][n].to(t) for n, t in self._anchor.items()}
-        self.inner.load_state_dict(state_dict["inner"])
+        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
         for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
             group.update(saved)
         self._write()
+
+    def _wide(self) -> dict[str, Tensor]:
+        # At least fp32: in bf16 the small steps of an update would be rounded away one by one.
+        return {
+            n: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone()
+            for n, p in self.named.items()
+        }
 
     def _decode(self, z: Tensor) -> dict[str, Tensor]:
         return self.codec_on_device.from_code(z)

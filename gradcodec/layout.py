@@ -17,9 +17,7 @@ def flatten(update: Update, spec: UpdateSpec) -> Tensor:
     Raises:
         UpdateError: a tensor is not of a floating dtype.
     """
-    for t in spec:
-        if not t.dtype.is_floating_point:
-            raise UpdateError(f"{t}: only floating tensors can be coded with loss; use 'identity'")
+    check_floating(spec)
     return flatten_any({t.name: update[t.name].detach() for t in spec}, spec)
 
 
@@ -33,7 +31,11 @@ def unflatten(vector: Tensor, spec: UpdateSpec) -> dict[str, Tensor]:
     """Inverse of ``flatten``: ``[spec.numel]`` -> tensors of the spec's shapes and dtypes.
 
     Differentiable in ``vector``.
+
+    Raises:
+        UpdateError: another number of elements, or a tensor not of a floating dtype.
     """
+    check_floating(spec)
     if vector.numel() != spec.numel:
         raise UpdateError(f"expected a vector of {spec.numel} elements, got {vector.numel()}")
     parts = torch.split(vector, [t.numel for t in spec])
@@ -56,6 +58,13 @@ def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
     if len(spec.shape) < 2:
         return spec.numel, 1
     return spec.shape[0], math.prod(spec.shape[1:])
+
+
+def check_floating(spec: UpdateSpec) -> None:
+    """Raise ``UpdateError`` if a tensor is not of a floating dtype."""
+    for t in spec:
+        if not t.dtype.is_floating_point:
+            raise UpdateError(f"{t}: only floating tensors can be coded with loss; use 'identity'")
 
 
 def check_finite(vector: Tensor, what: str) -> None:

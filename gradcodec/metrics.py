@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from gradcodec.errors import UpdateError
 from gradcodec.types import Update
 
 
 def flat64(x: Tensor | Update) -> Tensor:
     """All values of a tensor or update as one fp64 vector."""
     tensors = [x] if isinstance(x, Tensor) else list(x.values())
-    return torch.cat([t.detach().reshape(-1).double() for t in tensors])
+    parts = [t.detach().reshape(-1).double() for t in tensors]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def _pair(x: Tensor | Update, y: Tensor | Update) -> tuple[Tensor, Tensor]:
+    """Both as fp64 vectors, two updates matched by name; ``UpdateError`` if they do not match."""
+    if isinstance(x, Mapping) and isinstance(y, Mapping):
+        if set(x) != set(y):
+            raise UpdateError(f"names differ: {sorted(set(x) ^ set(y))[:3]} are in one update only")
+        y = {name: y[name] for name in x}
+    a, b = flat64(x), flat64(y)
+    if a.numel() != b.numel():
+        raise UpdateError(f"expected as many values, got {a.numel()} and {b.numel()}")
+    return a, b
 
 
 def rse(x: Tensor | Update, y: Tensor | Update) -> float:
@@ -21,7 +36,7 @@ def rse(x: Tensor | Update, y: Tensor | Update) -> float:
 
     0 if both are zero, infinity if only ``x`` is.
     """
-    a, b = flat64(x), flat64(y)
+    a, b = _pair(x, y)
     error, energy = float((b - a).square().sum()), float(a.square().sum())
     if energy == 0:
         return 0.0 if error == 0 else math.inf
@@ -40,14 +55,14 @@ def snr_paper(x: Tensor | Update, y: Tensor | Update) -> float:
     Inflated by the number of elements ``n``: sending nothing at all scores exactly ``n``. Only for
     comparison with the paper's tables; use ``snr_db``.
     """
-    a, b = flat64(x), flat64(y)
-    error = float((b - a).square().mean())
+    a, b = _pair(x, y)
+    error = float((b - a).square().sum()) / max(a.numel(), 1)
     return math.inf if error == 0 else float(a.square().sum()) / error
 
 
 def cosine(x: Tensor | Update, y: Tensor | Update) -> float:
     """Cosine of the angle between two updates; 0 if one of them is zero."""
-    a, b = flat64(x), flat64(y)
+    a, b = _pair(x, y)
     norms = float(a.norm() * b.norm())
     return float(a @ b) / norms if norms else 0.0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradcodec.errors import ConfigError
 from gradcodec.types import Update
@@ -44,14 +45,17 @@ def balanced(state: Update) -> dict[str, Tensor]:
     out = dict(state)
     for name, a in state.items():
         partner = name.replace("lora_A", "lora_B")
-        if partner == name or partner not in state:
+        if partner == name or partner not in state or a.ndim != 2:
             continue
         b = state[partner]
         q_b, r_b = torch.linalg.qr(b.double())
         q_a, r_a = torch.linalg.qr(a.double().T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         left, right = q_b @ u, vh @ q_a.T
         sign = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-        out[partner] = (left * sign * s.sqrt()).to(b.dtype)
-        out[name] = (sign.T * s.sqrt()[:, None] * right).to(a.dtype)
+        # A rank above the sides of the product leaves columns over; they are zero.
+        spare = b.shape[1] - len(s)
+        left = functional.pad(left * sign * s.sqrt(), (0, spare))
+        right = functional.pad(sign.T * s.sqrt()[:, None] * right, (0, 0, 0, spare))
+        out[partner], out[name] = left.to(b.dtype), right.to(a.dtype)
     return out

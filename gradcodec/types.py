@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,8 +67,8 @@ class UpdateSpec:
     def __post_init__(self) -> None:
         names = [t.name for t in self.tensors]
         if len(set(names)) != len(names):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            raise UpdateError(f"tensor names must be unique, these come twice: {twice}")
+            twice = sorted(n for n, count in Counter(names).items() if count > 1)
+            raise UpdateError(f"tensor names must be unique, these come twice: {_some(twice)}")
         for t in self.tensors:
             if t.dtype not in DTYPE_CODES:
                 known = sorted(str(d) for d in DTYPE_CODES)

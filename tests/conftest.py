@@ -17,6 +17,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 POISON_BYTE = 0xA5
 
+# torch remembers its constructors when a device context is first used; they must be the real ones,
+# or `with torch.device("meta")` stops working under the poison fixture.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:

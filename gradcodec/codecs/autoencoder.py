@@ -20,6 +20,7 @@ from gradcodec.types import Update, UpdateSpec
 RATIOS = {"resnet3": 64, "cnn1d": 32, "uformer": 64}
 """Update elements per code value, by architecture."""
 VARIANTS = ("literal", "working")
+BASES = ("kind", "tensor")
 NORMALISATIONS = ("none", "global_rms", "factor_rms", "tensor_rms")
 
 
@@ -36,6 +37,8 @@ class AutoencoderConfig(CodecConfig):
             matrices (LoRA's A) and one for the rest (B); ``"tensor_rms"``, one per tensor.
         oversample: working variant: how many times more coefficients a column has in the
             networks than on the wire.
+        bases: working variant: ``"kind"``, one row basis for all layers' tensors of a kind, or
+            ``"tensor"``, one each: more exact, and as many times larger as there are layers.
     """
 
     kind: ClassVar[str] = "autoencoder"
@@ -43,12 +46,14 @@ class AutoencoderConfig(CodecConfig):
     variant: str = "working"
     normalise: str = "tensor_rms"
     oversample: int = 4
+    bases: str = "kind"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("arch", self.arch, tuple(RATIOS)),
             ("variant", self.variant, VARIANTS),
             ("normalise", self.normalise, NORMALISATIONS),
+            ("bases", self.bases, BASES),
         ):
             if value not in known:
                 raise ConfigError(f"autoencoder: expected {name} of {known}, got {value!r}")
@@ -91,8 +96,8 @@ class Autoencoder(Codec):
     is none), everything about the 1-D CNN and the U-Former except latent ratio and name. Ours,
     working: row basis and mix in place of the stages; no one-channel stem or head, no Tanh, no
     BN; zero padding; blocks that start as the identity, so that the fit starts at a closed-form
-    linear code and gradient descent can only improve on it. It does so little: nearly all of what
-    the working form gains is linear, and ``subspace`` has it in a smaller and additive codec.
+    linear code, and only what validates better replaces it. On the LoRA updates we tried nothing
+    did: what the working form gains is linear, and ``subspace`` is the simpler, additive codec.
 
     Weights: ``encoder.*``, ``decoder.*``, ``shared.scales`` ``[tensors]``; either half works alone.
     The code is not linear; its vector-Jacobian product is autograd's through the decoder.
@@ -317,7 +322,7 @@ def build_nets(
 def latent_numel(config: AutoencoderConfig, spec: UpdateSpec) -> int:
     """Number of code values ``m`` for these tensors."""
     if config.variant == "working":
-        return Columns(spec, config.ratio, config.oversample).latent_numel
+        return _columns(config, spec).latent_numel
     image = Image.of(spec)
     return image.height * image.width // config.ratio
 
@@ -325,8 +330,12 @@ def latent_numel(config: AutoencoderConfig, spec: UpdateSpec) -> int:
 def _net(half: str, config: AutoencoderConfig, spec: UpdateSpec) -> nn.Module:
     if config.variant == "literal":
         return (ImageEncoder if half == "encoder" else ImageDecoder)(config.arch, Image.of(spec))
-    columns = Columns(spec, config.ratio, config.oversample)
+    columns = _columns(config, spec)
     return (ColumnEncoder if half == "encoder" else ColumnDecoder)(config.arch, columns)
+
+
+def _columns(config: AutoencoderConfig, spec: UpdateSpec) -> Columns:
+    return Columns(spec, config.ratio, config.oversample, config.bases == "tensor")
 
 
 def _bases(columns: Columns) -> nn.ParameterList:

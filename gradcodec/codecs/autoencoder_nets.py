@@ -301,8 +301,8 @@ class Trunk(nn.Module):
         x = self.fold(grid)
         x = self.blocks(self.mix(x)) if self.encoder else self.mix(self.blocks(x))
         n, _, _, w = x.shape
-        x = x.reshape(n, -1, FOLD, self.k, w).permute(0, 1, 3, 4, 2)
-        return x.reshape(n, -1, w * FOLD)
+        out: Tensor = x.reshape(n, -1, FOLD, self.k, w).permute(0, 1, 3, 4, 2)
+        return out.reshape(n, -1, w * FOLD)
 
 
 # -- arithmetic ------------------------------------------------------------------------------------

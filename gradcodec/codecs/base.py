@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gradcodec import hub, layout, wire
-from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError
+from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
 
@@ -173,6 +173,9 @@ class Codec(ABC):
         return self.packed_nbytes(self.code_numel(self._known_spec(spec)))
 
     def _encode_body(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
+        # Tensor by tensor: the message names it, and what a transform drops is looked at as well.
+        for t in spec:
+            layout.check_finite(update[t.name], f"{self.config.kind}: {t.name!r}")
         return self._pack(self.to_code(update), seed)
 
     def _decode_body(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
@@ -180,6 +183,10 @@ class Codec(ABC):
 
     def _checked_unpack(self, body: bytes, spec: UpdateSpec) -> Tensor:
         self._check_length(body, spec)
+        try:
+            layout.check_floating(spec)
+        except UpdateError as err:
+            raise MalformedBodyError(f"{self.config.kind}: no encoder takes {err}") from err
         return self._unpack(body, self.code_numel(spec))
 
     def _check_length(self, body: bytes, spec: UpdateSpec) -> None:
@@ -302,7 +309,7 @@ class Codec(ABC):
         )
         return f"{type(self).__name__}({fields}{bound})"
 
-    # -- files: hub.py reads and writes them and knows nothing of codecs --------------------------
+    # -- files: hub reads and writes them and knows nothing of codecs --------------------------
 
     @staticmethod
     def from_pretrained(

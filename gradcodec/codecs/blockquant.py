@@ -26,7 +26,7 @@ class BlockQuantConfig(CodecConfig):
     block: int = 256
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
+        if type(self.bits) is not int or self.bits not in _BITS:
             raise ConfigError(f"blockquant: expected bits of {_BITS}, got {self.bits!r}")
         if not isinstance(self.block, int) or not 8 <= self.block <= 1 << 20:
             raise ConfigError(f"blockquant: expected a block of 8..{1 << 20}, got {self.block!r}")
@@ -58,6 +58,8 @@ class BlockQuant(Codec):
     def _pack(self, z: Tensor, seed: int) -> bytes:
         layout.check_finite(z, "blockquant")
         codes, scales = block_quantize(z.float(), self.config.bits, self.config.block)
+        # The mean of values near the end of the fp32 range may be beyond it.
+        layout.check_finite(scales, "blockquant scales")
         return wire.raw_bytes(scales) + wire.raw_bytes(pack_bits(codes, self.config.bits))
 
     def _unpack(self, body: bytes, numel: int) -> Tensor:

@@ -22,7 +22,7 @@ class CastConfig(IdentityConfig):
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise ConfigError(f"cast: expected dtype of {sorted(_DTYPES)}, got {self.dtype!r}")
 
 

@@ -106,7 +106,8 @@ class Columns:
 
     Tensors are of one kind when they differ only in the numbers in their names, such as a layer's
     index (``layers.3.q_proj.lora_A`` and ``layers.7.q_proj.lora_A``), and stand on sides of equal
-    length. Long sides may differ between kinds, so any model fits without padding its columns.
+    length; with ``per_tensor`` each is a kind of its own. Long sides may differ between kinds, so
+    any model fits without padding its columns.
 
         grid [oversample * k, W]   column j: the j-th column of the update, in spec order
                                    row s*k + i: coefficient s*rank + i of that column's basis
@@ -118,6 +119,7 @@ class Columns:
     spec: UpdateSpec
     ratio: int
     oversample: int
+    per_tensor: bool = False
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -127,7 +129,9 @@ class Columns:
             if t.numel:
                 rows, cols = layout.matrix_shape(t)
                 parts = t.name.split(".")
-                kind = ".".join("*" if p.isdigit() else p for p in parts)
+                if not self.per_tensor:
+                    parts = ["*" if p.isdigit() else p for p in parts]
+                kind = ".".join(parts)
                 found.setdefault((kind, max(rows, cols), rows < cols), []).append(at)
         tensors = self.spec.tensors
         return tuple(

@@ -50,7 +50,7 @@ class SubspaceConfig(CodecConfig):
             )
         if self.side not in SIDES:
             raise ConfigError(f"subspace: expected side of {SIDES}, got {self.side!r}")
-        if not 0 <= self.temper <= 1:
+        if not (isinstance(self.temper, int | float) and 0 <= self.temper <= 1):
             raise ConfigError(f"subspace: expected temper within 0..1, got {self.temper!r}")
         if not (isinstance(self.min_rank, int) and self.min_rank >= 1):
             raise ConfigError(f"subspace: expected min_rank of at least 1, got {self.min_rank!r}")
@@ -136,7 +136,7 @@ class Subspace(Codec):
         in code space has the same Euclidean norm as the step it stands for.
         """
         parts = [
-            torch.full((rows * cols,), math.sqrt(axis.size / u.shape[1]))
+            torch.full((rows * cols,), math.sqrt(axis.size / max(u.shape[1], 1)))
             for (rows, cols), (axis, u) in zip(
                 self.code_shapes().values(), self._bases.values(), strict=True
             )
@@ -166,7 +166,8 @@ class Subspace(Codec):
         parts = []
         for name, (axis, u) in self._bases.items():
             g = update[name].detach()
-            g = g.reshape(_rows(g), -1).float()
+            shape = (axis.size, axis.other) if axis.left else (axis.other, axis.size)
+            g = g.reshape(shape).float()
             basis = u.to(device=g.device, dtype=torch.float32)
             parts.append((basis.T @ g if axis.left else g @ basis).reshape(-1))
         code = torch.cat(parts) if parts else torch.empty(0)
@@ -187,7 +188,7 @@ class Subspace(Codec):
             basis = u.to(device=z.device, dtype=torch.float32)
             part = parts[t.name].reshape(shapes[t.name])
             dense = basis @ part if axis.left else part @ basis.T
-            out[t.name] = dense.reshape(t.shape).to(t.dtype)
+            out[t.name] = layout.narrow(dense.reshape(t.shape), t.dtype)
         return out
 
     def packed_nbytes(self, numel: int) -> int:
@@ -203,11 +204,11 @@ class Subspace(Codec):
 def allocate(
     spec: UpdateSpec, spectra: Mapping[str, Tensor], config: SubspaceConfig
 ) -> dict[str, int]:
-    """Share code dimensions out over parameters; the total is at most ``spec.numel / ratio``.
+    """Share code dimensions out over parameters.
 
     Every parameter first gets ``min_rank`` dimensions, then:
 
-    - ``"uniform"``: each gets ``size / ratio`` of its own ``size``-long side;
+    - ``"uniform"``: each gets ``size / ratio`` of its own ``size``-long side, if that is more;
     - ``"energy"``: greedily the dimension with the most energy per code value, which minimises the
       total squared error of reconstruction;
     - ``"tempered"``: the same, with each parameter's spectrum divided by its total energy to the
@@ -219,10 +220,12 @@ def allocate(
         config: rule and ratio.
 
     Returns:
-        Number of dimensions ``k`` by parameter name.
+        Number of dimensions ``k`` by parameter name. Together they make at most
+        ``spec.numel / ratio`` code values; under ``"uniform"``, sides shorter than
+        ``min_rank * ratio`` come on top.
 
     Raises:
-        ConfigError: ``min_rank`` alone is more than the ratio allows.
+        ConfigError: ``min_rank`` alone is more than the ratio allows, except under ``"uniform"``.
     """
     axes = {t.name: Axis.choose(t, config) for t in spec if t.numel}
     budget = spec.numel / config.ratio
@@ -264,13 +267,11 @@ def _match(spec: UpdateSpec, weights: Mapping[str, Tensor]) -> dict[str, tuple[A
             if u is None:
                 continue
             left_over.discard(axis.prefix + t.name)
+            if t.name in found:
+                raise ConfigError(f"subspace: {t} has a basis on either side, expected one")
             if u.ndim != 2 or u.shape[0] != axis.size or u.shape[1] > axis.size:
                 raise ConfigError(f"subspace: basis of {t} has shape {list(u.shape)}")
             found[t.name] = (axis, u)
     if left_over:
         raise ConfigError(f"subspace: bases of unknown parameters: {sorted(left_over)[:3]}")
     return found
-
-
-def _rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.ndim >= 2 else tensor.numel()

@@ -71,8 +71,8 @@ class TopK(Codec):
         tail = z[full:]
         if tail.numel():
             kept.append(tail.abs().topk(min(self.config.k, tail.numel())).indices.sort().values)
-        index = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64)
-        values = self._values._pack(z[index + self._starts(z.numel())], seed)
+        index = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64, device=z.device)
+        values = self._values._pack(z[index + self._starts(z.numel()).to(z.device)], seed)
         return values + wire.raw_bytes(pack_bits(index, self._index_bits))
 
     def _unpack(self, body: bytes, numel: int) -> Tensor:

@@ -1,7 +1,22 @@
 """Federated learning with a codec in both directions, framework-free.
 
-envelope   what surrounds payloads in a message: round, client, sample count
-replica    one participant's copy of the global state, moved on by payloads
-server     aggregates replies, broadcasts increments, catches late clients up
-loop       the plain loop: sampling, training, accounting, checkpoints
+``envelope`` is what surrounds payloads in a message; ``replica`` one participant's copy of the
+global state; ``server`` aggregates replies and catches late clients up; ``client`` receives and
+encodes what was trained; ``loop`` is the plain loop around them; ``checkpoint`` puts it on disk;
+``collect`` gathers gradients for TGAP.
 """
+
+from gradcodec.federated.client import Client
+from gradcodec.federated.loop import Federation, LocalResult, LoopConfig, RoundReport, Task
+from gradcodec.federated.server import Server, ServerConfig
+
+__all__ = [
+    "Client",
+    "Federation",
+    "LocalResult",
+    "LoopConfig",
+    "RoundReport",
+    "Server",
+    "ServerConfig",
+    "Task",
+]

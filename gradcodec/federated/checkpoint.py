@@ -37,19 +37,20 @@ def save(path: str | Path, federation: Federation, reports: Sequence[RoundReport
 def load(path: str | Path, federation: Federation) -> list[RoundReport]:
     """Put a federation of the same settings back where ``save`` left it; returns its reports.
 
-    Clients' replicas are rebuilt from the increments when they next take part.
+    Clients are rebuilt from the increments when they next take part.
 
     Raises:
-        ConfigError: the file is not a checkpoint.
+        ConfigError: the file is not a checkpoint of this federation, which is then unchanged.
     """
     try:
         with safe_open(str(path), framework="pt") as f:
             meta = json.loads(f.metadata()["federation"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as err:
-        raise ConfigError(f"{path} is not a federation checkpoint: {err}") from err
-    federation.server.load_state_dict(tensors)
-    federation.finished = int(meta["finished"])
-    federation.versions = {int(c): int(v) for c, v in meta["versions"].items()}
-    federation.replicas = {}
-    return [RoundReport.from_dict(row) for row in meta["reports"]]
+        finished = int(meta["finished"])
+        versions = {int(c): int(v) for c, v in meta["versions"].items()}
+        reports = [RoundReport.from_dict(row) for row in meta["reports"]]
+        federation.server.load_state_dict(tensors)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, OSError) as err:
+        raise ConfigError(f"{path} is not a checkpoint of this federation: {err!r}") from err
+    federation.finished, federation.versions, federation.clients = finished, versions, {}
+    return reports

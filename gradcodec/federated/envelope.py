@@ -1,22 +1,31 @@
 """The few bytes around payloads that a federation needs: who, when, how many samples.
 
-    reply      client u32, round u32, examples u32, payload
-    broadcast  round u32, count u16, then per part: kind u8, length u32, payload
+    reply      client u32, round u32, examples u32, payload, crc32 u32
+    broadcast  round u32, count u16, per part (kind u8, length u64, payload), crc32 u32
 
-All integers little-endian. These bytes are counted as wire bytes like all others.
+All integers little-endian; the CRC-32 covers everything before it, so that a flipped bit in a
+sample count cannot change a weight. These bytes are counted as wire bytes like all others.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass
 
-from gradcodec.errors import LimitError, MalformedBodyError, TrailingBytesError, TruncatedError
+from gradcodec.errors import (
+    ChecksumError,
+    LimitError,
+    MalformedBodyError,
+    TrailingBytesError,
+    TruncatedError,
+)
 from gradcodec.wire import Payload
 
 _REPLY = struct.Struct("<III")
 _BROADCAST = struct.Struct("<IH")
-_PART = struct.Struct("<BI")
+_PART = struct.Struct("<BQ")
+_CRC_BYTES = 4
 
 INCREMENT, SNAPSHOT = 1, 2
 
@@ -32,13 +41,13 @@ class Reply:
 
     def to_bytes(self) -> bytes:
         """The bytes of the uplink."""
-        return _REPLY.pack(self.client, self.round, self.examples) + self.payload.to_bytes()
+        head = _REPLY.pack(self.client, self.round, self.examples)
+        return _sealed(head + self.payload.to_bytes())
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Reply:
         """Inverse of ``to_bytes``; raises ``WireError`` subclasses."""
-        if len(blob) < _REPLY.size:
-            raise TruncatedError(f"reply: expected at least {_REPLY.size} bytes, got {len(blob)}")
+        blob = _opened(blob, _REPLY.size, "reply")
         client, number, examples = _REPLY.unpack_from(blob)
         if examples == 0:
             raise MalformedBodyError(f"client {client}: expected at least one example, got 0")
@@ -57,13 +66,12 @@ class Broadcast:
         out = [_BROADCAST.pack(self.round, len(self.parts))]
         for kind, blob in self.parts:
             out += [_PART.pack(kind, len(blob)), blob]
-        return b"".join(out)
+        return _sealed(b"".join(out))
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Broadcast:
         """Inverse of ``to_bytes``; raises ``WireError`` subclasses."""
-        if len(blob) < _BROADCAST.size:
-            raise TruncatedError(f"broadcast: expected {_BROADCAST.size} bytes, got {len(blob)}")
+        blob = _opened(blob, _BROADCAST.size, "broadcast")
         number, count = _BROADCAST.unpack_from(blob)
         at = _BROADCAST.size
         parts: list[tuple[int, bytes]] = []
@@ -81,3 +89,20 @@ class Broadcast:
         if at != len(blob):
             raise TrailingBytesError(f"broadcast ends at byte {at}, got {len(blob)} bytes")
         return cls(number, tuple(parts))
+
+
+def _sealed(message: bytes) -> bytes:
+    return message + zlib.crc32(message).to_bytes(_CRC_BYTES, "little")
+
+
+def _opened(blob: bytes, head: int, what: str) -> bytes:
+    """The message without its checksum, which was right."""
+    if len(blob) < head + _CRC_BYTES:
+        raise TruncatedError(
+            f"{what}: expected at least {head + _CRC_BYTES} bytes, got {len(blob)}"
+        )
+    message, crc = blob[:-_CRC_BYTES], int.from_bytes(blob[-_CRC_BYTES:], "little")
+    actual = zlib.crc32(message)
+    if crc != actual:
+        raise ChecksumError(f"{what}: expected CRC-32 {crc:08x}, the bytes have {actual:08x}")
+    return message

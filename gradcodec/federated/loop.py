@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradcodec import layout, metrics
+from gradcodec import metrics
 from gradcodec.errors import ConfigError, EmptyClientError, NonFiniteError, TrainingError, WireError
 from gradcodec.faf import LatentOptimizer
+from gradcodec.federated.client import Client
 from gradcodec.federated.envelope import Broadcast, Reply
-from gradcodec.federated.replica import Replica
 from gradcodec.federated.server import Server
 from gradcodec.representation import represent
 from gradcodec.types import Update
@@ -142,7 +142,7 @@ class Federation:
         watch: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.task, self.server, self.config, self.watch = task, server, config, watch
-        self.replicas: dict[int, Replica] = {}
+        self.clients: dict[int, Client] = {}
         self.versions: dict[int, int] = {}
         self.finished = 0
 
@@ -167,16 +167,15 @@ class Federation:
             start = self._deliver(client, report)
             self._load(start)
             try:
-                reply, result, true = self._train(client, start, report)
-                blob = reply.to_bytes()
+                blob, result, true = self._train(client, start, report)
+                report.uplink_bytes += len(blob)  # a refused reply has crossed the wire as well
                 clock = time.perf_counter()
-                self.server.receive(blob)
+                reply = self.server.receive(blob)
                 report.decode_s += time.perf_counter() - clock
             except (NonFiniteError, WireError, EmptyClientError) as err:
                 report.rejected[client] = f"{type(err).__name__}: {err}"
                 continue
             report.participants.append(client)
-            report.uplink_bytes += len(blob)
             report.uplink_payload_bytes += len(reply.payload.body)
             losses.append(result.loss)
             sent = self._decoded(reply)
@@ -198,53 +197,48 @@ class Federation:
         self.finished += 1
         return report
 
-    def _deliver(self, client: int, report: RoundReport) -> dict[str, Tensor]:
+    def _deliver(self, number: int, report: RoundReport) -> Update:
         """Send a client what it missed, and return the state it arrives at."""
-        replica = self.replicas.get(client)
-        if replica is None:
-            replica = Replica(self.server.replica.initial, self.server.space)
-            self.replicas[client] = replica
-            self._catch_up(replica, self.versions.get(client, 0))
-        blob = self.server.broadcast(replica.version)
+        client = self.clients.get(number)
+        if client is None:
+            server = self.server
+            client = Client(
+                number, server.replica.initial, server.uplink, server.downlink, server.config
+            )
+            self.clients[number] = client
+            # After a resume: put it where it was; these bytes were counted before.
+            for blob in server.increments[: self.versions.get(number, 0)]:
+                client.replica.advance(Payload.from_bytes(blob))
+        blob = self.server.broadcast(client.version)
         clock = time.perf_counter()
-        replica.receive(blob)
+        state = client.receive(blob)
         report.decode_s += time.perf_counter() - clock
-        self.versions[client] = replica.version
+        self.versions[number] = client.version
         report.downlink_bytes += len(blob)
         parts = Broadcast.from_bytes(blob).parts
         report.downlink_payload_bytes += sum(len(Payload.from_bytes(b).body) for _, b in parts)
-        return replica.state()
-
-    def _catch_up(self, replica: Replica, version: int) -> None:
-        """After a resume: put a replica where it was; these bytes were counted before."""
-        for blob in self.server.increments[:version]:
-            replica.advance(Payload.from_bytes(blob))
+        return state
 
     def _train(
-        self, client: int, start: Update, report: RoundReport
-    ) -> tuple[Reply, LocalResult, dict[str, Tensor]]:
-        task, server = self.task, self.server
-        if server.config.mode == "latent":
-            optimizer: torch.optim.Optimizer = LatentOptimizer(
-                task.parameters, server.uplink, task.optimizer, **task.optimizer_options
+        self, number: int, start: Update, report: RoundReport
+    ) -> tuple[bytes, LocalResult, dict[str, Tensor]]:
+        """Local training and the reply's bytes, beside what a lossless reply would have said."""
+        task, client = self.task, self.clients[number]
+        optimizer: torch.optim.Optimizer
+        if client.config.mode == "latent":
+            optimizer = LatentOptimizer(
+                task.parameters, client.codec, task.optimizer, **task.optimizer_options
             )
         else:
             optimizer = task.optimizer(list(task.parameters.values()), **task.optimizer_options)
         with nullcontext() if self.watch is None else self.watch():
-            result = task.train(client, self.finished, optimizer)
-        if result.examples < 1:
-            raise EmptyClientError(f"client {client}: expected at least one example, got none")
+            result = task.train(number, self.finished, optimizer)
         end = {n: p.detach().cpu() for n, p in task.parameters.items()}
-        true = represent(server.config.representation, end, start)
         clock = time.perf_counter()
-        if isinstance(optimizer, LatentOptimizer):
-            payload = optimizer.payload(seed=self.finished)
-        else:
-            for name, t in true.items():
-                layout.check_finite(t, f"client {client}, {name}")
-            payload = server.uplink.encoder.encode(true, seed=self.finished)
+        trained = optimizer if isinstance(optimizer, LatentOptimizer) else end
+        blob = client.reply(trained, result.examples)
         report.encode_s += time.perf_counter() - clock
-        return Reply(client, self.finished, result.examples, payload), result, true
+        return blob, result, represent(client.config.representation, end, start)
 
     @torch.no_grad()
     def _decoded(self, reply: Reply) -> dict[str, Tensor]:

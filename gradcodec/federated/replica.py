@@ -104,7 +104,11 @@ class Replica:
             moved = layout.unflatten(self.position, fp32)
         if self.space.absolute and self.version:
             return {n: moved[n].to(t.dtype) for n, t in self.initial.items()}
-        return {n: (t.float() + moved[n].float()).to(t.dtype) for n, t in self.initial.items()}
+        out = {}
+        for name, t in self.initial.items():
+            wide = torch.promote_types(t.dtype, torch.float32)
+            out[name] = (t.to(wide) + moved[name].to(wide)).to(t.dtype)
+        return out
 
     @torch.no_grad()
     def advance(self, payload: Payload) -> None:

@@ -64,6 +64,12 @@ class ServerConfig:
             raise ConfigError("server lr and momentum act on updates, not on states")
 
 
+def space_of(downlink: Codec, config: ServerConfig) -> Space:
+    """How broadcasts move a participant's replica under these settings."""
+    absolute = config.representation != "update"
+    return Space(downlink, latent=config.mode == "latent", absolute=absolute)
+
+
 class Server:
     """Holds the global replica, collects replies, closes rounds.
 
@@ -91,8 +97,7 @@ class Server:
         self.uplink = for_state(uplink, initial)
         self.downlink = self.uplink if downlink is None else for_state(downlink, initial)
         latent = self.config.mode == "latent"
-        absolute = self.config.representation != "update"
-        self.space = Space(self.downlink, latent=latent, absolute=absolute)
+        self.space = space_of(self.downlink, self.config)
         same = self.uplink.code_space == self.downlink.code_space
         if latent and not same:
             raise ConfigError(
@@ -176,6 +181,7 @@ class Server:
         momentum = self.config.momentum * self.momentum + total
         wanted = self.config.lr * momentum + self.residual
         try:
+            layout.check_finite(wanted, "aggregate")
             payload, sent = self._encode(wanted)
         except NonFiniteError as err:
             raise TrainingError(
@@ -206,12 +212,19 @@ class Server:
         return out
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of ``state_dict``: replays the increments, which restores it to the bit."""
+        """Inverse of ``state_dict``: replays the increments, which restores it to the bit.
+
+        Raises:
+            ConfigError, WireError: the state is another federation's; nothing is changed then.
+        """
+        for name in ("momentum", "residual"):
+            size, came = len(self.momentum), state.get(name, torch.empty(0)).shape
+            if tuple(came) != (size,):
+                raise ConfigError(f"server state: expected {name} [{size}], got {list(came)}")
+        replica = Replica(self.replica.initial, self.space)
+        keys = sorted(k for k in state if k.startswith("increment."))
+        increments = [state[key].numpy().tobytes() for key in keys]
+        for blob in increments:
+            replica.advance(Payload.from_bytes(blob))
         self.momentum, self.residual = state["momentum"].clone(), state["residual"].clone()
-        self.replica = Replica(self.replica.initial, self.space)
-        self.increments = []
-        for key in sorted(k for k in state if k.startswith("increment.")):
-            blob = state[key].numpy().tobytes()
-            self.replica.advance(Payload.from_bytes(blob))
-            self.increments.append(blob)
-        self._replies = {}
+        self.replica, self.increments, self._replies = replica, increments, {}

@@ -11,6 +11,9 @@ from types import TracebackType
 
 from gradcodec import describe
 from gradcodec.codecs.autoencoder import AutoencoderConfig
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.subspace import ALLOCATIONS, SubspaceConfig
 from gradcodec.errors import ConfigError
 from gradcodec.recipes import report, schemes
@@ -73,8 +76,15 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        default="uniform",
+        default="tempered",
         help="subspace: sharing out of dimensions",
+    )
+    add(
+        "--bits",
+        type=int,
+        choices=(0, 1, 2, 4, 8),
+        default=2,
+        help="quantise code values to so many bits; 0 leaves them fp32",
     )
     add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
     _add_settings(parser)
@@ -84,16 +94,21 @@ def run_tgap(options: argparse.Namespace) -> int:
     """Gather on D1, fit one codec, say what it is."""
     out = Path(options.out)
     settings = dataclasses.replace(settings_of(options), schemes=("fp32",))
-    config: SubspaceConfig | AutoencoderConfig = (
-        AutoencoderConfig(arch=options.family)
-        if (options.family != "subspace")
-        else SubspaceConfig(ratio=options.ratio, allocation=options.allocation)
-    )
+    config: SubspaceConfig | AutoencoderConfig
+    if options.family == "subspace":
+        config = SubspaceConfig(ratio=options.ratio, allocation=options.allocation)
+    else:
+        config = AutoencoderConfig(arch=options.family)
     work = out.with_name(out.name + ".run")
-    described = {**settings.to_dict(), "codec": config.to_dict()}
+    described = {**settings.to_dict(), "codec": config.to_dict(), "bits": options.bits}
     with _Bars() as bars:
         experiment = Experiment(settings, RunFolder(work, described, resume=True), bars.update)
-        experiment.fit({out.name: config}, out.parent)
+        codec: Codec = experiment.fit({out.name: config}, work)[out.name]
+    if options.bits:
+        quantised = Chain(codec, BlockQuant(BlockQuantConfig(options.bits)))
+        quantised.notes = codec.notes
+        codec = quantised
+    codec.save_pretrained(out)
     for key, value in describe.codec(str(out.resolve())).items():
         print(f"{key:10} {value}")
     return 0

@@ -364,7 +364,12 @@ def _rows_of_dataset(source: str) -> Iterable[Row]:
         ) from error
     name, _, rest = source.partition(":")
     configuration, _, split = rest.partition(":")
-    rows: Iterable[Row] = datasets.load_dataset(name, configuration or None, split=split or "train")
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(
+            name, configuration or None, split=split or "train"
+        )
+    except (OSError, ValueError) as error:  # missing, unreachable, no such configuration or split
+        raise ConfigError(f"cannot load the data set {source!r}: {error}") from error
     return rows
 
 

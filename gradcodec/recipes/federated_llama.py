@@ -116,21 +116,24 @@ class Experiment:
             self.fit({n: TRAINED[n] for n in names}, self.folder.path / "codecs")
         return {n: Codec.from_pretrained(self.folder.path / "codecs" / n) for n in names}
 
-    def fit(self, configs: Mapping[str, SubspaceConfig | AutoencoderConfig], root: Path) -> None:
-        """TGAP: gather on D1 once, then fit every codec into ``root/<name>``."""
+    def fit(
+        self, configs: Mapping[str, SubspaceConfig | AutoencoderConfig], root: Path
+    ) -> dict[str, Codec]:
+        """TGAP: gather on D1 once, then fit every codec; saved as ``root/<name>``."""
+        codecs: dict[str, Codec] = {}
         s = self.settings
         began = time.perf_counter()
         linear = {n: c for n, c in configs.items() if isinstance(c, SubspaceConfig)}
         nets = {n: c for n, c in configs.items() if isinstance(c, AutoencoderConfig)}
-        # One recording serves every ratio: the finest one asks for the most directions.
-        finest = min(linear.values(), key=lambda c: c.ratio, default=SubspaceConfig())
-        moments = SecondMoments(UpdateSpec.of(self.parameters), finest)
+        spec = UpdateSpec.of(self.parameters)
         store = SnapshotStore(self.folder.fresh("snapshots"), limit=512)
-        watchers = []
-        if linear:
-            watchers.append(
-                GradientRecorder(self.parameters, moments, representation=s.tgap_records)
-            )
+        moments: dict[str, SecondMoments] = {}
+        # The finest ratio first: it asks for the most directions, its recording serves the others.
+        for config in sorted(linear.values(), key=lambda c: c.ratio):
+            moments.setdefault(s.records_for(config.ratio), SecondMoments(spec, config))
+        watchers = [
+            GradientRecorder(self.parameters, m, representation=r) for r, m in moments.items()
+        ]
         if nets:
             watchers.append(
                 GradientRecorder(self.parameters, snapshots=store, representation=s.representation)
@@ -143,40 +146,50 @@ class Experiment:
             lambda done, total: self.progress("TGAP: collect", done, total, {}),
         )
         collected = time.perf_counter() - began
-        notes = (
-            f"Fitted on {s.tgap_records}s of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}) "
-            f"on {s.dataset}: D1 of {s.clients} clients, {s.tgap_rounds} {s.tgap_reading} rounds."
-        )
         for name, config in linear.items():
-            self._save(fit_subspace(moments, config), root / name, notes)
+            records = s.records_for(config.ratio)
+            codecs[name] = fit_subspace(moments[records], config)
+            codecs[name].notes = self._notes(records)
         for name, net in nets.items():
             fit = fit_autoencoder(
                 store,
                 net,
-                moments.spec,
+                spec,
                 steps=s.ae_steps,
                 seed=s.seed,
                 loss_log=partial(self._ae_progress, name),
             )
-            self._save(fit.codec, root / name, notes)
+            codecs[name] = fit.codec
+            codecs[name].notes = self._notes(s.representation)
             self.folder.write_json(f"{name}.json", [asdict(row) for row in fit.history])
+        for name, codec in codecs.items():
+            codec.save_pretrained(root / name)
         self.folder.write_json(
             "tgap.json",
             {
                 "uplink_bytes": gathered.uplink_bytes,
                 "downlink_bytes": gathered.downlink_bytes,
+                # Updates reach the server anyway; statistics of gradients would have to be sent.
+                "statistics_bytes_per_client": sum(
+                    m.nbytes for records, m in moments.items() if records == "gradient"
+                ),
                 "collect_s": collected,
                 "fit_s": time.perf_counter() - began - collected,
             },
+        )
+        return codecs
+
+    def _notes(self, records: str) -> str:
+        """What a codec was fitted on, for its card."""
+        s = self.settings
+        return (
+            f"{records}s of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}, seed {s.seed}) on "
+            f"{s.dataset}: D1 of {s.clients} clients, {s.tgap_rounds} {s.tgap_reading} rounds."
         )
 
     def _ae_progress(self, name: str, row: FitRow) -> None:
         figures = {"RSE": f"{row.val_rse:.3g}"}
         self.progress(f"TGAP: train {name}", row.step, self.settings.ae_steps, figures)
-
-    def _save(self, codec: Codec, path: Path, notes: str) -> None:
-        codec.notes = notes
-        codec.save_pretrained(path)
 
     # -- FAF ------------------------------------------------------------------------------------
 

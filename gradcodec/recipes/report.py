@@ -27,13 +27,13 @@ def table(summary: Mapping[str, Any]) -> str:
     )
     rows = [head]
     for s in summary["schemes"]:
-        coded = s["uplink_bytes"] > 0
-        snr = [x for x in s["mean_snr_db"] if math.isfinite(x)]
-        failed = s["rounds"] < summary["config"]["rounds"] and s["losses"]
+        coded = s["uplink_ratio"] is not None
+        snr = [x for x in s["mean_snr_db"] if _finite(x)]
+        failed = s["rounds"] < summary["config"]["rounds"] and s["name"] != "base"
         rows.append(
             (
                 s["title"] + (f" (stopped after round {s['rounds']})" if failed else ""),
-                f"{s['final_loss']:.3f}",
+                f"{s['final_loss']:.3f}" if _finite(s["final_loss"]) else "diverged",
                 "" if s["gain_kept"] is None else f"{s['gain_kept']:.1%}",
                 f"{s['accuracy']:.0%}",
                 size(s["uplink_bytes"]) if coded else "-",
@@ -66,7 +66,14 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"TGAP on D1: {size(gathered)} sent uncompressed, once, for all codecs; not in ratios"
         )
+        statistics = summary["tgap"].get("statistics_bytes_per_client")
+        if statistics:
+            lines.append(f"and {size(statistics)} of gradient statistics from each client in it")
     return "\n".join(lines)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def size(count: float) -> str:
@@ -91,11 +98,16 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    schemes = [s for s in summary["schemes"] if s["losses"]]
+    # A curve ends where its scheme did; what is not finite cannot be drawn.
+    schemes = [
+        {**s, "losses": [x if _finite(x) else math.nan for x in s["losses"]]}
+        for s in summary["schemes"]
+        if any(_finite(x) for x in s["losses"])
+    ]
     colours = {
         s["name"]: plt.get_cmap("tab20")(2 * i % 20 + (i >= 10)) for i, s in enumerate(schemes)
     }
-    top = schemes[0]["start_loss"]
+    top = summary["schemes"][0]["start_loss"]
     written = []
 
     def draw(
@@ -108,15 +120,17 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
             ax.plot(xs, ys, style, label=s["title"], markersize=3.5, linewidth=1.6, color=colour)
         ax.set(title=title, xlabel=x_label, ylabel=y_label, **axes)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        if lines:
+            ax.legend(fontsize=8)
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
         written.append(path)
 
     # A codec that destroys the model must not flatten everybody else's curve.
-    low = min(min(s["losses"]) for s in schemes)
-    span = {"ylim": (low - 0.05 * (top - low), top + 0.6 * max(top - low, 0.01))}
+    low = min([top, *(x for s in schemes for x in s["losses"] if math.isfinite(x))])
+    fall = max(top - low, 0.01)
+    span = {"ylim": (low - 0.05 * fall, top + 0.6 * fall)}
     rounds = [(s, range(len(s["losses"]) + 1), [top, *s["losses"]]) for s in schemes]
     draw("loss_rounds", "Held-out loss", "round", "nats per token", rounds, **span)
     sent = [s for s in schemes if s["uplink_bytes"]]
@@ -132,8 +146,8 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     finite = [
         (
             s,
-            [i + 1 for i, v in enumerate(s["mean_snr_db"]) if math.isfinite(v)],
-            [v for v in s["mean_snr_db"] if math.isfinite(v)],
+            [i + 1 for i, v in enumerate(s["mean_snr_db"]) if _finite(v)],
+            [v for v in s["mean_snr_db"] if _finite(v)],
         )
         for s in sent
     ]

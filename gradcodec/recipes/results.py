@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ class Result:
         """Held-out loss at the end."""
         return self.losses[-1] if self.reports else self.start_loss
 
-    def total(self, name: str) -> float:
-        """Sum of one of the reports' figures over all rounds."""
-        return float(sum(getattr(r, name) for r in self.reports))
+    def total(self, name: str, rounds: int | None = None) -> float:
+        """Sum of one of the reports' figures over all rounds, or over the first ones."""
+        return float(sum(getattr(r, name) for r in self.reports[:rounds]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the scheme by its name."""
@@ -75,36 +76,39 @@ def summarise(
     """The run's ``summary.json``.
 
     ``uplink_ratio`` and ``total_ratio`` are wire bytes of the fp32 scheme over this one's, uplink
-    and both directions; ``total_ratio_with_codec`` adds one codec download per participant.
-    ``gain_kept`` is this scheme's decrease of the held-out loss over that of fp32.
+    and both directions, over the rounds that both finished; ``total_ratio_with_codec`` adds one
+    codec download per participant. ``gain_kept`` is this scheme's decrease of the held-out loss
+    over that of fp32. Figures that are not finite are ``null``: JSON has no others.
     """
     reference = results[0]
     rows = []
     for r in results:
-        up, down = int(r.total("uplink_bytes")), int(r.total("downlink_bytes"))
         one_time = r.codec_bytes * r.participants
-        whole = reference.total("uplink_bytes") + reference.total("downlink_bytes")
+        both = min(len(r.reports), len(reference.reports))
+        up, down = r.total("uplink_bytes", both), r.total("downlink_bytes", both)
+        whole_up = reference.total("uplink_bytes", both)
+        whole = whole_up + reference.total("downlink_bytes", both)
         gain = reference.start_loss - reference.final_loss
         rows.append(
             {
                 "name": r.scheme.name,
                 "title": r.scheme.title,
                 "start_loss": r.start_loss,
-                "final_loss": r.final_loss,
-                "losses": r.losses,
-                "gain_kept": (r.start_loss - r.final_loss) / gain if gain else None,
+                "final_loss": _finite(r.final_loss),
+                "losses": [_finite(loss) for loss in r.losses],
+                "gain_kept": _finite((r.start_loss - r.final_loss) / gain) if gain else None,
                 "accuracy": r.accuracy,
                 "uplink_payload_bytes": int(r.total("uplink_payload_bytes")),
                 "downlink_payload_bytes": int(r.total("downlink_payload_bytes")),
-                "uplink_bytes": up,
-                "downlink_bytes": down,
+                "uplink_bytes": int(r.total("uplink_bytes")),
+                "downlink_bytes": int(r.total("downlink_bytes")),
                 "codec_bytes": r.codec_bytes,
                 "participants": r.participants,
-                "uplink_ratio": reference.total("uplink_bytes") / up if up else None,
+                "uplink_ratio": whole_up / up if up else None,
                 "total_ratio": whole / (up + down) if up else None,
                 "total_ratio_with_codec": whole / (up + down + one_time) if up else None,
-                "snr_db": [x.snr_db for x in r.reports],
-                "mean_snr_db": [x.mean_snr_db for x in r.reports],
+                "snr_db": [_finite(x.snr_db) for x in r.reports],
+                "mean_snr_db": [_finite(x.mean_snr_db) for x in r.reports],
                 "cumulative_bytes": _cumulative(r.reports),
                 "rejected": int(sum(len(x.rejected) for x in r.reports)),
                 "rounds": len(r.reports),
@@ -121,6 +125,10 @@ def summarise(
         "tgap": tgap,
         "schemes": rows,
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _cumulative(reports: Sequence[RoundReport]) -> list[int]:

@@ -17,22 +17,24 @@ class RunFolder:
     Args:
         path: the folder.
         config: the run's settings as plain JSON values.
-        resume: go on with what is there; without it a folder that holds a run is refused.
+        resume: go on with what is there; without it a folder that holds a run is refused. One that
+            was refused or killed before it had anything to lose is no run.
 
     Raises:
-        ConfigError: the folder holds a run and ``resume`` is not set, or one of other settings.
+        ConfigError: the folder holds a run and ``resume`` is not set, or one of other settings, or
+            something else.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any], *, resume: bool = False) -> None:
         self.path = Path(path)
         settings = self.path / "config.json"
         config = json.loads(json.dumps(config))
-        if settings.exists():
+        if settings.exists() and self._holds_results():
             if not resume:
                 raise ConfigError(
                     f"{self.path} already holds a run; resume it (--resume) or choose another"
                 )
-            before = json.loads(settings.read_text())
+            before = self._read_settings(settings)
             differ = sorted(k for k in {*before, *config} if before.get(k) != config.get(k))
             if differ:
                 pairs = {k: (before.get(k), config.get(k)) for k in differ}
@@ -50,6 +52,21 @@ class RunFolder:
                     break  # the line that a kill cut off; it will be written again
         self._logged = {_key(row) for row in rows}
         self._write("events.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+    def _holds_results(self) -> bool:
+        known = {"config.json", "config.json.partial", "events.jsonl", "events.jsonl.partial"}
+        others = {p.name for p in self.path.iterdir()} - known - {"snapshots"}
+        events = self.path / "events.jsonl"
+        return bool(others) or (events.exists() and events.stat().st_size > 0)
+
+    def _read_settings(self, path: Path) -> dict[str, Any]:
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as err:
+            raise ConfigError(f"{path} is not the settings of a run: {err}") from err
+        if not isinstance(before, dict):
+            raise ConfigError(f"{path} is not the settings of a run")
+        return before
 
     def log(self, event: str, **values: Any) -> None:
         """Append one event; one that a killed run has already written is not repeated."""

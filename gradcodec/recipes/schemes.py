@@ -20,9 +20,9 @@ Trained = Mapping[str, Codec]
 
 #: What TGAP can be asked to fit for a scheme.
 TRAINED: dict[str, SubspaceConfig | AutoencoderConfig] = {
-    "subspace-16": SubspaceConfig(ratio=16),
-    "subspace-32": SubspaceConfig(ratio=32),
-    "subspace-64": SubspaceConfig(ratio=64),
+    "subspace-7": SubspaceConfig(ratio=7, allocation="tempered"),
+    "subspace-32": SubspaceConfig(ratio=32, allocation="tempered"),
+    "subspace-64": SubspaceConfig(ratio=64, allocation="tempered"),
     "resnet3-literal": AutoencoderConfig(variant="literal", normalise="none"),
     "resnet3-working": AutoencoderConfig(variant="working", normalise="tensor_rms"),
 }
@@ -85,20 +85,20 @@ _ALL = (
     Scheme(
         "subspace-post",
         "subspace 1/32, 2 bit, post",
-        _coded("subspace-32", 2, 8),
+        _coded("subspace-32", 2, 4),
         needs=("subspace-32",),
     ),
     Scheme(
-        "subspace-16",
-        "subspace 1/16, 4 bit, latent",
-        _coded("subspace-16", 4, 8),
+        "subspace-7",
+        "subspace 1/7, 2 bit, latent",
+        _coded("subspace-7", 2, 4),
         _LATENT,
-        ("subspace-16",),
+        ("subspace-7",),
     ),
     Scheme(
         "subspace-32",
         "subspace 1/32, 2 bit, latent",
-        _coded("subspace-32", 2, 8),
+        _coded("subspace-32", 2, 4),
         _LATENT,
         ("subspace-32",),
     ),
@@ -117,14 +117,14 @@ _ALL = (
     Scheme(
         "subspace-64",
         "subspace 1/64, 4 bit, latent",
-        _coded("subspace-64", 4, 8),
+        _coded("subspace-64", 4, 4),
         _LATENT,
         ("subspace-64",),
     ),
 )
 
 SCHEMES = {s.name: s for s in _ALL}
-DEFAULT = ("fp32", "paper-literal", "paper-working", "subspace-post", "subspace-16", "subspace-32")
+DEFAULT = ("fp32", "paper-literal", "paper-working", "subspace-post", "subspace-7", "subspace-32")
 FULL = tuple(SCHEMES)
 QUICK = ("fp32", "paper-working", "subspace-32")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradcodec.errors import ConfigError
 from gradcodec.federated.collect import READINGS
+from gradcodec.federated.server import ServerConfig
 from gradcodec.recipes import schemes
 from gradcodec.recipes.task import LocalTraining
 from gradcodec.representation import RECORDED, SENT, check
@@ -29,7 +30,7 @@ class Settings:
         held_out, questions: held-out examples, and how many of them are asked with four options.
         local: a client's training.
         tgap_rounds, tgap_reading, tgap_records: TGAP's rounds on D1 (``"federated"`` or
-            ``"local"``), and what the subspaces are fitted on.
+            ``"local"``), and what the subspaces are fitted on (``"auto"``: see ``records_for``).
         representation: what the autoencoders encode (the subspaces encode updates).
         aggregation, server_lr, server_momentum: the server's rule.
         ae_steps: training steps of each autoencoder.
@@ -59,25 +60,49 @@ class Settings:
     local: LocalTraining = field(default_factory=LocalTraining)
     tgap_rounds: int = 4
     tgap_reading: str = "federated"
-    tgap_records: str = "gradient"
+    tgap_records: str = "auto"
     representation: str = "update"
     aggregation: str = "mean"
     server_lr: float = 1.0
     server_momentum: float = 0.0
-    ae_steps: int = 400
+    ae_steps: int = 300
     seed: int = 0
     schemes: tuple[str, ...] = schemes.DEFAULT
 
     def __post_init__(self) -> None:
-        check(self.tgap_records, RECORDED)
+        check(self.tgap_records, ("auto", *RECORDED))
         check(self.representation, SENT)
         if self.tgap_reading not in READINGS:
             raise ConfigError(f"expected tgap_reading of {READINGS}, got {self.tgap_reading!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {self.dtype!r}")
+        counts = ("clients", "rounds", "tgap_rounds", "held_out", "questions", "lora_r")
+        for name in counts:  # named now, not after an hour of training
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.ae_steps < 0:
+            raise ConfigError(f"expected ae_steps of at least 0, got {self.ae_steps}")
+        if not 0 < self.d1 < 1:
+            raise ConfigError(f"expected a share d1 within (0, 1), got {self.d1}")
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"expected a fraction within (0, 1], got {self.fraction}")
+        ServerConfig(
+            representation=self.representation,
+            aggregation=self.aggregation,
+            lr=self.server_lr,
+            momentum=self.server_momentum,
+        )
         schemes.choose(self.schemes)
+
+    def records_for(self, ratio: float) -> str:
+        """What a subspace of this ratio is fitted on, ``tgap_records`` or its ``"auto"`` rule.
+
+        A few dimensions are best spent on where updates went; with many, gradients say more of
+        where they may still want to go.
+        """
+        if self.tgap_records != "auto":
+            return self.tgap_records
+        return "gradient" if ratio < 16 else "update"
 
     @property
     def per_round(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradcodec.errors import ConfigError
 from gradcodec.federated.loop import LocalResult
 from gradcodec.recipes.data import Encoded, collate
 from gradcodec.recipes.evaluate import mean_loss
@@ -29,13 +31,25 @@ class LocalTraining:
         weight_decay: AdamW's.
     """
 
-    lr: float = 4e-3
+    lr: float = 1.2e-2
     batch: int = 8
     micro_batch: int = 8
     steps: int = 8
     epochs: int = 1
     clip: float = 1.0
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "micro_batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ConfigError(f"expected steps of at least 0, got {self.steps}")
+        if not (0 < self.lr < math.inf and self.clip > 0 and 0 <= self.weight_decay < math.inf):
+            raise ConfigError(
+                "expected lr > 0, clip > 0 and weight_decay >= 0, all finite, "
+                f"got {self.lr}, {self.clip} and {self.weight_decay}"
+            )
 
 
 class LanguageTask:

@@ -50,7 +50,7 @@ def block_dequantize(codes: Tensor, scales: Tensor, bits: int, block: int) -> Te
     index = torch.arange(codes.numel(), device=codes.device) // block
     s = scales.float()[index]
     if bits >= 4:
-        return (codes - (1 << (bits - 1))).float() * s[:, 0]
+        return (codes.to(torch.int32) - (1 << (bits - 1))).float() * s[:, 0]
     sign = 1.0 - 2.0 * (codes & 1).float()
     if bits == 1:
         return sign * s[:, 0]

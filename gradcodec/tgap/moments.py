@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codecs.subspace import Axis, SubspaceConfig
-from gradcodec.errors import ConfigError
+from gradcodec.errors import UpdateError
 from gradcodec.types import Update, UpdateSpec
 
 EXACT_LIMIT = 2048
@@ -21,6 +21,10 @@ class Moment(Protocol):
 
     def add(self, rows: Tensor) -> None:
         """Add samples, one per row: ``rows`` ``[n, size]`` contributes ``rows^T rows``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes to send what was gathered."""
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` largest eigenvalues, descending, and their vectors ``[size, .]``."""
@@ -35,6 +39,12 @@ class ExactMoment:
     def add(self, rows: Tensor) -> None:
         """``C += rows^T rows``."""
         self.sum.addmm_(rows.T, rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one triangle of the symmetric matrix."""
+        size = len(self.sum)
+        return 4 * size * (size + 1) // 2
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """By full symmetric eigendecomposition in fp64."""
@@ -79,6 +89,11 @@ class SketchedMoment:
         vectors = b.T @ left / values.sqrt().clamp_min(1e-30)
         return values, vectors
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a shrunk sketch."""
+        return 4 * self.rows * self.buffer.shape[1]
+
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """Eigenpairs of the sketch; fewer than ``count`` if fewer directions were ever seen."""
         values, vectors = self._spectrum()
@@ -118,21 +133,31 @@ class SecondMoments:
     def add(self, update: Update) -> None:
         """Add one gradient or update; tensors that it lacks count as zero.
 
+        On an error nothing is added.
+
         Raises:
             UpdateError, NonFiniteError: unknown names or shapes, NaN or Inf.
         """
-        unknown = sorted(set(update) - {t.name for t in self.spec})
-        if unknown:
-            raise ConfigError(f"gradients of unknown parameters: {unknown[:3]}")
+        known = {t.name: t for t in self.spec}
+        for name, tensor in update.items():
+            if name not in known:
+                raise UpdateError(f"gradient of an unknown parameter: {name!r}")
+            if tuple(tensor.shape) != known[name].shape:
+                raise UpdateError(f"expected {known[name]}, got a shape of {list(tensor.shape)}")
+            layout.check_finite(tensor, name)
         for name, tensor in update.items():
             if name not in self.axes:
                 continue
-            layout.check_finite(tensor, name)
             axis = self.axes[name]
-            matrix = tensor.detach().reshape(tensor.shape[0] if tensor.ndim > 1 else -1, -1)
+            matrix = tensor.detach().reshape(layout.matrix_shape(known[name]))
             rows = matrix.T if axis.left else matrix
             self._moments[name].add(rows.float().cpu())
         self.count += 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to send these statistics: one triangle of each fp32 matrix, or the sketch."""
+        return sum(m.nbytes for m in self._moments.values())
 
     def spectra(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Per parameter: eigenvalues, descending, and eigenvectors ``[size, .]``, fp64."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from gradcodec import layout
 from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError
 from gradcodec.representation import RECORDED, check, represent
@@ -40,9 +42,10 @@ class GradientRecorder:
         codec = fit_subspace(recorder.moments)
 
     With ``representation="gradient"`` every optimiser step inside the block is recorded, as the
-    optimiser sees it (accumulated, unscaled and clipped). The others record once per block, when it
-    ends. Second moments are streamed; ``snapshots`` additionally keeps whole updates on disk for
-    the autoencoders.
+    optimiser sees it: accumulated, unscaled and clipped; what a closure computes, after each call
+    of it. Of several optimisers each contributes the parameters that it holds. The others record
+    once per block, when it ends. Second moments are streamed; ``snapshots`` keeps whole updates on
+    disk for the autoencoders.
 
     Args:
         model: a module, or parameters by name.
@@ -73,7 +76,7 @@ class GradientRecorder:
             raise ConfigError(f"recorder: expected every >= 1, got {every}")
         self.every = every
         self.steps = 0
-        self._ids = {id(p) for p in self.parameters.values()}
+        self._counts: Counter[tuple[str, ...]] = Counter()
         self._hook: RemovableHandle | None = None
         self._start: dict[str, Tensor] = {}
 
@@ -99,16 +102,40 @@ class GradientRecorder:
         elif kind is None:
             self._record(represent(self.representation, self.parameters, start))
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # The hook sees every optimiser of the process; only those that hold our parameters count.
-        if not any(id(p) in self._ids for g in optimizer.param_groups for p in g["params"]):
-            return
-        if self.steps % self.every == 0:
-            self._record({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        names = tuple(n for n, p in self.parameters.items() if id(p) in held)
+        if not names:
+            return None
+        itself, *rest = args
+        closure = rest[0] if rest else kwargs.get("closure")
+        if closure is None:
+            self._see(names)
+            return None
+
+        def watched() -> Any:
+            loss = closure()
+            self._see(names)
+            return loss
+
+        if rest:
+            return (itself, watched, *rest[1:]), kwargs
+        return args, {**kwargs, "closure": watched}
+
+    def _see(self, names: tuple[str, ...]) -> None:
+        if self._counts[names] % self.every == 0:
+            gradients = {n: self.parameters[n].grad for n in names}
+            self._record({n: g for n, g in gradients.items() if g is not None})
+        self._counts[names] += 1
         self.steps += 1
 
     @torch.no_grad()
     def _record(self, update: dict[str, Tensor]) -> None:
+        for name, tensor in update.items():
+            layout.check_finite(tensor, name)
         if self.moments is not None:
             self.moments.add(update)
         if self.snapshots is not None:

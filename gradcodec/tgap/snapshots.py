@@ -32,8 +32,10 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.limit = limit
         self._files = sorted(self.folder.glob("*.safetensors"))
-        self._seen = int(self._files[-1].stem) + 1 if self._files else 0
-        self._stride = 1
+        stems = [int(f.stem) for f in self._files]
+        self._seen = stems[-1] + 1 if stems else 0
+        # A store that was thinned before goes on as thin as it is.
+        self._stride = stems[1] - stems[0] if len(stems) > 1 else 1
 
     def add(self, update: Update) -> None:
         """Store one update, or skip it when the store is thinned."""

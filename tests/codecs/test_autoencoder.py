@@ -172,15 +172,6 @@ def test_the_image_is_a_multiple_of_64_and_at_least_128_each_side(spec: UpdateSp
     assert all(s % 64 == 0 and s >= 128 for s in (image.height, image.width))
 
 
-@settings(max_examples=30, deadline=None)
-@given(specs)
-def test_the_image_wastes_less_than_its_margins(spec: UpdateSpec) -> None:
-    image = Image.of(spec)
-    if not image.columns:
-        size = image.height * image.width
-        assert size <= max(spec.numel + 64 * image.width, 128 * image.width)
-
-
 @settings(max_examples=60, deadline=None)
 @given(specs, st.integers(1, 70))
 def test_columns_give_every_value_back(spec: UpdateSpec, ratio: int) -> None:
@@ -218,6 +209,11 @@ def test_long_sides_stand_and_columns_follow_the_spec() -> None:
 def test_one_layer_after_another_shares_a_kind() -> None:
     kinds = [g.members for g in Columns(MIXED, 64, 2).groups]
     assert kinds == [(0, 2), (1, 3), (4,), (5,), (7,)]
+
+
+def test_tensors_are_their_own_kinds_on_request() -> None:
+    kinds = [g.members for g in Columns(MIXED, 64, 2, per_tensor=True).groups]
+    assert kinds == [(0,), (1,), (2,), (3,), (4,), (5,), (7,)]
 
 
 # -- the codec ------------------------------------------------------------------------------------
@@ -381,7 +377,13 @@ def test_a_code_of_another_length_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"arch": "resnet4"}, {"variant": "best"}, {"normalise": "max"}, {"oversample": 0}],
+    [
+        {"arch": "resnet4"},
+        {"variant": "best"},
+        {"normalise": "max"},
+        {"oversample": 0},
+        {"bases": "row"},
+    ],
     ids=str,
 )
 def test_an_unknown_setting_is_refused(change: dict[str, object]) -> None:
@@ -391,6 +393,6 @@ def test_an_unknown_setting_is_refused(change: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_the_config_survives_json_values(normalise: str) -> None:
-    config = AutoencoderConfig("cnn1d", "literal", normalise, oversample=2)
+    config = AutoencoderConfig("cnn1d", "literal", normalise, oversample=2, bases="tensor")
     assert AutoencoderConfig.from_dict(config.to_dict()) == config
     assert dataclasses.asdict(config).items() <= config.to_dict().items()

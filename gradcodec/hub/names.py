@@ -1,0 +1,45 @@
+"""What a codec's name stands for: a bundled codec, a folder or a Hub repository."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from gradcodec.errors import ConfigError, HubError
+from gradcodec.hub.folder import HALVES, Folder
+from gradcodec.hub.local import bundled, bundled_path, read_folder
+from gradcodec.hub.remote import REPO_ID, download
+
+
+def read(name: str | Path, *, revision: str | None = None, half: str | None = None) -> Folder:
+    """Read a codec by name.
+
+    Args:
+        name: tried in this order: a bundled name, an existing folder, a Hub id ``user/name``.
+        revision: branch, tag or commit; only a Hub repository has one.
+        half: ``"encoder"`` or ``"decoder"`` reads the weights of that half alone; the digests of
+            all weights come along, so the codec's identity does not depend on it.
+
+    Raises:
+        HubError: missing, unreachable, incomplete or altered.
+        ConfigError: ``config.json`` is of a newer schema, or has unknown, missing or bad entries.
+    """
+    if half is not None and half not in HALVES:
+        raise ConfigError(f"expected half of {sorted(HALVES)} or None, got {half!r}")
+    local = bundled_path(name) if isinstance(name, str) and name in bundled() else Path(name)
+    if local.is_dir() and str(name):
+        if revision is not None:
+            raise HubError(f"{name} is the folder {local}; only a Hub repository has a {revision=}")
+        return read_folder(local, str(name), half)
+    if isinstance(name, Path) or local.exists() or not REPO_ID.fullmatch(name):
+        raise HubError(_wrong_name(str(name)))
+    return read_folder(download(name, revision), name, half)
+
+
+def _wrong_name(name: str) -> str:
+    close = difflib.get_close_matches(name, bundled(), 1)
+    return (
+        f"expected a codec, got {name!r}: no bundled codec has this name ({bundled()}), "
+        "no such folder is here, and it is not a Hub repository id 'user/name'"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )

@@ -1,0 +1,113 @@
+"""Codec folders on the Hugging Face Hub: publish one, fetch one, say why that failed."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from gradcodec.errors import ConfigError, HubError
+from gradcodec.hub.card import make_card
+from gradcodec.hub.folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Folder
+from gradcodec.hub.local import bundled, write
+
+REPO_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+
+def push(
+    repo_id: str,
+    folder: Folder,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+    message: str | None = None,
+    card: str | None = None,
+) -> str:
+    """Publish the three files as one commit; the repository is created if there is none.
+
+    Args:
+        repo_id: ``user/name``.
+        folder: what to publish.
+        revision: branch to commit to, created if missing; the default branch when not given.
+        private: visibility of a repository that is created; an existing one keeps its own.
+        token: access token; ``HF_TOKEN`` or the stored login when not given.
+        message: commit message.
+        card: text of ``README.md``; generated when not given.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        HubError: the Hub cannot be reached or refuses.
+        ConfigError: one half of the weights is missing, or ``repo_id`` is not a repository id.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise ConfigError(f"expected a repository id 'user/name', got {repo_id!r}")
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
+    with tempfile.TemporaryDirectory() as local:
+        write(local, folder, card=make_card(folder, repo_id) if card is None else card)
+        try:
+            api = HfApi(token=token, library_name="gradcodec")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(f, Path(local, f)) for f in files],
+                commit_message=message or f"{folder.kind} codec {folder.digest.hex()}",
+                revision=revision,
+            )
+        except Exception as err:
+            raise _explain(err, repo_id, revision) from err
+    return str(commit.commit_url)
+
+
+def download(repo_id: str, revision: str | None) -> Path:
+    """Both files of one commit, from the Hub or the client's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # A snapshot is of one commit. Two single downloads could straddle a push.
+        path = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            library_name="gradcodec",
+        )
+    except Exception as err:
+        raise _explain(err, repo_id, revision) from err
+    return Path(path)
+
+
+def _explain(err: Exception, repo_id: str, revision: str | None) -> HubError:
+    """What was expected of the Hub and what came.
+
+    Callers catch ``Exception``: transport errors belong to the client's HTTP library, which has
+    been another one in each of its major versions.
+    """
+    from huggingface_hub import constants, errors
+
+    status = getattr(getattr(err, "response", None), "status_code", None)
+    if isinstance(err, errors.GatedRepoError):
+        expected = "a token of an account that was granted access; the repository is gated"
+    elif isinstance(err, errors.RevisionNotFoundError):
+        expected = f"an existing branch, tag or commit, there is no {revision!r}"
+    elif isinstance(err, errors.RepositoryNotFoundError):
+        expected = (
+            "a repository of this name, there is none, or it is private and the token does not "
+            f"open it; no folder of this name is here, and the bundled codecs are {bundled()}"
+        )
+    elif isinstance(err, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        expected = "a reachable Hub or a complete cached copy, there is neither"
+    elif status in (401, 403):
+        expected = f"a token with access (HF_TOKEN or token=), it was refused with {status}"
+    else:
+        expected = "a complete answer of the Hub"
+    came = " ".join(str(err).split())[:300]
+    return HubError(
+        f"{repo_id} at {constants.ENDPOINT}: expected {expected} [{type(err).__name__}: {came}]"
+    )

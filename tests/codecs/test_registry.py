@@ -1,0 +1,86 @@
+"""Names, kinds and wire ids."""
+
+import re
+
+import pytest
+
+from gradcodec import wire
+from gradcodec.codecs.base import Codec, codec_class
+from gradcodec.codecs.registry import UNTRAINED, make_codec
+from gradcodec.errors import ConfigError
+from gradcodec.wire import CODEC_IDS
+
+EXPECTED = {
+    "fp32": ("identity", 32),
+    "fp16": ("cast", 16),
+    "bf16": ("cast", 16),
+    "int8": ("blockquant", 8),
+    "int4": ("blockquant", 4),
+    "int2": ("blockquant", 2),
+    "sign": ("blockquant", 1),
+    "topk": ("topk", None),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_names_make_the_codec_they_say(name: str) -> None:
+    codec = make_codec(name)
+    kind, bits = EXPECTED[name]
+    assert codec.config.kind == kind
+    # 2^16 values hide a block's scales: 16 bits for 256 values at 8, 4 and 1 bit, 32 at 2 bits.
+    if bits is not None:
+        assert bits <= 8 * codec.packed_nbytes(1 << 16) / (1 << 16) <= bits + 1 / 8
+
+
+def test_every_name_is_expected() -> None:
+    assert set(EXPECTED) == set(UNTRAINED)
+
+
+@pytest.mark.parametrize("name", ["", "int3", "INT4", "subspace", "identity"])
+def test_an_unknown_name_lists_the_names(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_codec(name)
+    assert re.findall(r"'(\w+)'", str(caught.value))[: len(UNTRAINED)] == sorted(UNTRAINED)
+
+
+def test_codecs_are_made_anew() -> None:
+    assert make_codec("int4") is not make_codec("int4")
+
+
+def test_wire_ids_are_one_to_one() -> None:
+    assert len(set(CODEC_IDS.values())) == len(CODEC_IDS)
+
+
+def test_wire_ids_fit_a_byte_and_leave_zero_out() -> None:
+    assert set(CODEC_IDS.values()) <= set(range(1, 256))
+
+
+@pytest.mark.parametrize("kind", CODEC_IDS)
+def test_every_wire_id_has_a_class_of_its_kind(kind: str) -> None:
+    cls = codec_class(kind)
+    assert issubclass(cls, Codec)
+    assert cls.Config.kind == kind
+
+
+def test_classes_are_one_to_one() -> None:
+    assert len({codec_class(kind) for kind in CODEC_IDS}) == len(wire.CODEC_IDS)
+
+
+def test_an_unknown_kind_lists_the_kinds() -> None:
+    with pytest.raises(ConfigError) as caught:
+        codec_class("zip")
+    assert all(repr(kind) in str(caught.value) for kind in CODEC_IDS)
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_config_survives_json_values(name: str) -> None:
+    codec = make_codec(name)
+    again = codec_class(codec.config.kind).from_config(codec.config.to_dict())
+    assert again.digest == codec.digest
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_an_unknown_setting_is_an_error_that_names_it(name: str) -> None:
+    codec = make_codec(name)
+    with pytest.raises(ConfigError, match="speed"):
+        type(codec).Config.from_dict({**codec.config.to_dict(), "speed": 1})
