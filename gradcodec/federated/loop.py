@@ -205,6 +205,7 @@ class Federation:
             client = Client(
                 number, server.replica.initial, server.uplink, server.downlink, server.config
             )
+            client.replica.initial = server.replica.initial  # one copy for all simulated clients
             self.clients[number] = client
             # After a resume: put it where it was; these bytes were counted before.
             for blob in server.increments[: self.versions.get(number, 0)]:

@@ -54,7 +54,8 @@ def write(path: str | Path, folder: Folder, *, card: str | None = None) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with _replacing(path / WEIGHTS_NAME) as temporary:
-            safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+            # Not save_file: it makes files that only their owner can read.
+            temporary.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
         with _replacing(path / CONFIG_NAME) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         with _replacing(path / CARD_NAME) as temporary:

@@ -31,7 +31,7 @@ from gradcodec.recipes.results import Result
 from gradcodec.recipes.run_folder import RunFolder
 from gradcodec.recipes.schemes import TRAINED, Scheme, choose
 from gradcodec.recipes.settings import Settings
-from gradcodec.recipes.task import LanguageTask
+from gradcodec.recipes.task import LanguageTask, LocalTraining
 from gradcodec.tgap import (
     GradientRecorder,
     SecondMoments,
@@ -87,7 +87,9 @@ class Experiment:
         self.d1 = {c: [self.encoded[i] for i in d1] for c, (d1, _) in enumerate(splits)}
         self.d2 = {c: [self.encoded[i] for i in d2] for c, (_, d2) in enumerate(splits)}
 
-    def _task(self, shards: Mapping[int, Any], rounds: int) -> LanguageTask:
+    def _task(
+        self, shards: Mapping[int, Any], rounds: int, local: LocalTraining | None = None
+    ) -> LanguageTask:
         self._reset()
         return LanguageTask(
             self.model,
@@ -96,7 +98,7 @@ class Experiment:
             self.held,
             pad_id=self.tokenizer.pad_token_id,
             rounds=rounds,
-            local=self.settings.local,
+            local=local or self.settings.local,
             seed=self.settings.seed,
             device=self.device,
         )
@@ -183,8 +185,8 @@ class Experiment:
         """What a codec was fitted on, for its card."""
         s = self.settings
         return (
-            f"{records}s of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}, seed {s.seed}) on "
-            f"{s.dataset}: D1 of {s.clients} clients, {s.tgap_rounds} {s.tgap_reading} rounds."
+            f"{records}s of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}, seed {s.seed}) "
+            f"on {s.dataset}: D1 of {s.clients} clients, {s.tgap_rounds} {s.tgap_reading} rounds."
         )
 
     def _ae_progress(self, name: str, row: FitRow) -> None:
@@ -262,10 +264,15 @@ class Experiment:
         return reports, len(federation.versions)
 
     def _centralise(self, scheme: Scheme) -> list[RoundReport]:
-        """One model, one optimiser, pooled data; as many steps in all as the federated clients."""
+        """One model, one optimiser, pooled data; as many steps in all as the federated clients.
+
+        The learning rate is divided by the clients of a round: here their steps come one after
+        another instead of being averaged.
+        """
         s = self.settings
+        local = replace(s.local, lr=s.local.lr / s.per_round)
         pool = [e for shard in self.d2.values() for e in shard]
-        task = self._task(dict.fromkeys(range(s.per_round), pool), s.rounds)
+        task = self._task(dict.fromkeys(range(s.per_round), pool), s.rounds, local)
         optimizer = task.optimizer(list(task.parameters.values()), **task.optimizer_options)
         reports = []
         for number in range(s.rounds):

@@ -121,7 +121,7 @@ def summarise(
     return {
         "schema": SUMMARY_SCHEMA,
         "config": settings.to_dict(),
-        "versions": _versions(),
+        "versions": run_versions(),
         "tgap": tgap,
         "schemes": rows,
     }
@@ -139,7 +139,7 @@ def _cumulative(reports: Sequence[RoundReport]) -> list[int]:
     return out
 
 
-def _versions() -> dict[str, str | None]:
+def run_versions() -> dict[str, str | None]:
     """Versions, machine and the commit that a number belongs to."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True

@@ -57,14 +57,24 @@ def test_views_and_shared_memory_are_saved_by_value(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
-    def full(_: object, path: Path, **__: object) -> None:
-        Path(path).write_bytes(b"the first half")
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write(path, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(HubError, match="No space left"):
         chain(seed=5).save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_written_files_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    subspace().save_pretrained(tmp_path / "codec")
+    modes = {p.stat().st_mode for p in (tmp_path / "codec").iterdir()}
+    assert modes == {plain.stat().st_mode}
 
 
 def test_weights_changed_after_the_digest_are_not_saved(tmp_path: Path) -> None:
