@@ -15,7 +15,7 @@ tags: [gradcodec, gradient-compression, federated-learning]
 
 # {title}
 
-A [gradcodec](https://pypi.org/project/gradcodec/) codec: it encodes model updates (gradients,
+A `gradcodec` codec: it encodes model updates (gradients,
 parameter differences) into few bytes and decodes them.
 
 | | |
