@@ -32,9 +32,9 @@ def markdown(summary: dict[str, Any]) -> str:
             f"{s['final_loss']:.3f}",
             f"{s['gain_kept']:.1%}" if s["gain_kept"] is not None else "",
             size(s["uplink_bytes"]) if sent else "-",
-            f"{s['uplink_ratio']:.0f}x" if sent else "-",
-            f"{s['total_ratio']:.0f}x" if sent else "-",
-            f"{s['total_ratio_with_codec']:.1f}x" if sent else "-",
+            _times(s["uplink_ratio"]) if sent else "-",
+            _times(s["total_ratio"]) if sent else "-",
+            _times(s["total_ratio_with_codec"]) if sent else "-",
             size(s["codec_bytes"]) if s["codec_bytes"] else "-",
         )
         bold = s["name"] in ("subspace-7", "subspace-32")
@@ -49,6 +49,10 @@ def markdown(summary: dict[str, Any]) -> str:
         "[benchmarks/results/demo-full](benchmarks/results/demo-full)."
     )
     return "\n".join([*rows, "", note])
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
 def filled(text: str) -> str:

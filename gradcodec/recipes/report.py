@@ -41,7 +41,7 @@ def table(summary: Mapping[str, Any]) -> str:
                 f"{s['total_ratio']:.0f}x" if coded else "-",
                 f"{s['total_ratio_with_codec']:.0f}x" if coded else "-",
                 size(s["codec_bytes"]) if s["codec_bytes"] else "-",
-                f"{sum(snr) / len(snr):.1f}" if snr else "-",
+                f"{sum(snr) / len(snr):.1f}" if coded and snr else "-",
                 f"{s['encode_s'] + s['decode_s']:.2f}" if coded else "-",
             )
         )
@@ -117,7 +117,9 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
         for s, xs, ys in lines:
             style = "--" if s["name"] == "fp32" else "o-"
             colour = "black" if s["name"] == "fp32" else colours[s["name"]]
-            ax.plot(xs, ys, style, label=s["title"], markersize=3.5, linewidth=1.6, color=colour)
+            above = "ylim" in axes and min(ys) > axes["ylim"][1]
+            label = s["title"] + (" (above the chart)" if above else "")
+            ax.plot(xs, ys, style, label=label, markersize=3.5, linewidth=1.6, color=colour)
         ax.set(title=title, xlabel=x_label, ylabel=y_label, **axes)
         ax.grid(alpha=0.3)
         if lines:
@@ -127,11 +129,12 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
         plt.close(figure)
         written.append(path)
 
-    # A codec that destroys the model must not flatten everybody else's curve.
+    # The first round does most of the work, and a codec may destroy the model: neither
+    # may flatten the curves that are to be compared.
     low = min([top, *(x for s in schemes for x in s["losses"] if math.isfinite(x))])
     fall = max(top - low, 0.01)
-    span = {"ylim": (low - 0.05 * fall, top + 0.6 * fall)}
-    rounds = [(s, range(len(s["losses"]) + 1), [top, *s["losses"]]) for s in schemes]
+    span = {"ylim": (low - 0.02 * fall, low + 0.4 * fall)}
+    rounds = [(s, range(1, len(s["losses"]) + 1), s["losses"]) for s in schemes]
     draw("loss_rounds", "Held-out loss", "round", "nats per token", rounds, **span)
     sent = [s for s in schemes if s["uplink_bytes"]]
     draw(
