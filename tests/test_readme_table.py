@@ -1,8 +1,10 @@
 """What the README claims is what the committed results say."""
 
+import re
 from pathlib import Path
 
 from benchmarks import readme_table
+from gradcodec.codecs.registry import UNTRAINED
 
 
 def test_readme_table_is_made_from_the_committed_results() -> None:
@@ -13,3 +15,11 @@ def test_readme_table_is_made_from_the_committed_results() -> None:
 def test_readme_has_a_place_for_the_table() -> None:
     page = (Path(__file__).parents[1] / "README.md").read_text()
     assert readme_table.PLACE.search(page)
+
+
+def test_readme_names_every_codec() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    table = page.partition("## Codecs")[2].partition("## What works where")[0]
+    classes = {"Subspace", "Autoencoder", "Chain(a, b)"}
+    named = {n for row in table.splitlines() for n in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    assert named == set(UNTRAINED) | classes

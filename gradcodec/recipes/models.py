@@ -4,6 +4,7 @@
 them.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def load_base(
     try:
         tokenizer: Any = library.AutoTokenizer.from_pretrained(place, **options)
         # Loading draws as well, where a checkpoint lacks weights.
-        with _seeded(_UNTRAINED_SEED):
+        with _seeded(_UNTRAINED_SEED), _without_bar(library, embedded):
             if name == "embedded-untrained":
                 config = library.AutoConfig.from_pretrained(place, **options)
                 model = library.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -132,7 +133,9 @@ def add_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with _seeded(seed):
+    with _seeded(seed), warnings.catch_warnings():
+        # peft still asks transformers by a name that transformers renamed; nothing for users to do.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return cast(nn.Module, get_peft_model(cast(Any, model), config))
 
 
@@ -183,3 +186,17 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _without_bar(library: Any, wanted: bool) -> Iterator[None]:
+    """No "Loading weights" bar inside the block: 12 MB from disk are there at once."""
+    bars = library.utils.logging
+    hidden = wanted and bars.is_progress_bar_enabled()
+    if hidden:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            bars.enable_progress_bar()
