@@ -121,6 +121,8 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
             label = s["title"] + (" (above the chart)" if above else "")
             ax.plot(xs, ys, style, label=label, markersize=3.5, linewidth=1.6, color=colour)
         ax.set(title=title, xlabel=x_label, ylabel=y_label, **axes)
+        if "xscale" not in axes:
+            ax.locator_params(axis="x", integer=True)  # rounds
         ax.grid(alpha=0.3)
         if lines:
             ax.legend(fontsize=8)
