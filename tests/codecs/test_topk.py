@@ -78,17 +78,18 @@ def test_equal_magnitudes_are_kept_k_times() -> None:
     assert (y.view(3, 32) != 0).sum(1).tolist() == [8, 8, 8]
 
 
-def with_positions(positions: list[int], numel: int = 60) -> None:
+def with_positions(positions: list[int], numel: int = 60) -> torch.Tensor:
     """Decode a payload with these positions instead of its own."""
     codec = TopK(TopKConfig(k=2, chunk=24, bits=8))
     payload = codec.encoder.encode({"x": distinct(numel)})
     packed = raw_bytes(pack_bits(torch.tensor(positions), 5))
     body = payload.body[: len(payload.body) - len(packed)] + packed
-    codec.decoder.decode(dataclasses.replace(payload, body=body))
+    return codec.decoder.decode(dataclasses.replace(payload, body=body))["x"]
 
 
 def test_increasing_positions_are_read() -> None:
-    with_positions([0, 1, 0, 23, 10, 11])
+    y = with_positions([0, 1, 0, 23, 10, 11])
+    assert y.nonzero()[:, 0].tolist() == [0, 1, 24, 47, 58, 59]
 
 
 @pytest.mark.parametrize(
