@@ -44,6 +44,7 @@ CODEC_IDS: Final[dict[str, int]] = {
     "subspace": 5,
     "autoencoder": 6,
     "chain": 7,
+    "rotsign": 8,
 }
 
 FLAG_SPEC: Final = 1  # the tensor table is inside the payload

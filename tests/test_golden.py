@@ -16,6 +16,7 @@ from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.cast import Cast, CastConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
 from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.errors import (
@@ -99,6 +100,12 @@ def topk() -> tuple[Codec, Update]:
     return TopK(TopKConfig(k=4, chunk=24, bits=8)), {"matrix": ramp(60).view(5, 12)}
 
 
+def rotsign() -> tuple[Codec, Update]:
+    # Blocks of 16 by powers of two: every sum is exact, on every device and in every order.
+    values = 2.0 ** (torch.arange(40) % 5) * (1 - 2.0 * (torch.arange(40) % 3 == 0))
+    return RotatedSign(RotatedSignConfig(block=16, kept=8)), {"matrix": values.view(5, 8)}
+
+
 def chain() -> tuple[Codec, Update]:
     update = {
         "left": ramp(24).view(4, 6),
@@ -125,6 +132,7 @@ CASES: dict[str, Callable[[], tuple[Codec, Update]]] = {
     "blockquant-2": lambda: blockquant(2),
     "blockquant-1": lambda: blockquant(1),
     "topk": topk,
+    "rotsign": rotsign,
     "chain-subspace-blockquant-4": chain,
 }
 

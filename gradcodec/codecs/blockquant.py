@@ -16,6 +16,9 @@ from gradcodec.reference.block_quantize import block_dequantize, block_quantize,
 
 _BITS = (1, 2, 4, 8)
 
+SEGMENT = 1 << 18
+"""About this many values are worked on at a time: no copies of the whole, and it fits a cache."""
+
 
 @dataclass(frozen=True)
 class BlockQuantConfig(CodecConfig):
@@ -55,12 +58,21 @@ class BlockQuant(Codec):
     def _scale_nbytes(self, numel: int) -> int:
         return -(-numel // self.config.block) * 2 * scales_per_block(self.config.bits)
 
+    @property
+    def _segment(self) -> int:
+        # Whole blocks and whole bytes: eight blocks are both, whatever their size.
+        return 8 * self.config.block * max(1, SEGMENT // (8 * self.config.block))
+
     def _pack(self, z: Tensor, seed: int) -> bytes:
         layout.check_finite(z, "blockquant")
-        codes, scales = block_quantize(z.float(), self.config.bits, self.config.block)
-        # The mean of values near the end of the fp32 range may be beyond it.
-        layout.check_finite(scales, "blockquant scales")
-        return wire.raw_bytes(scales) + wire.raw_bytes(pack_bits(codes, self.config.bits))
+        scales, packed = [], []
+        for part in torch.split(z, self._segment):
+            codes, its_scales = block_quantize(part.float(), self.config.bits, self.config.block)
+            # The mean of values near the end of the fp32 range may be beyond it.
+            layout.check_finite(its_scales, "blockquant scales")
+            scales.append(wire.raw_bytes(its_scales))
+            packed.append(wire.raw_bytes(pack_bits(codes, self.config.bits)))
+        return b"".join(scales + packed)
 
     def _unpack(self, body: bytes, numel: int) -> Tensor:
         cut = self._scale_nbytes(numel)
@@ -68,6 +80,16 @@ class BlockQuant(Codec):
         scales = wire.raw_tensor(view[:cut], torch.bfloat16)
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("blockquant: expected finite, non-negative scales")
-        codes = unpack_bits(wire.raw_tensor(view[cut:], torch.uint8), self.config.bits, numel)
-        scales = scales.view(-1, scales_per_block(self.config.bits))
-        return block_dequantize(codes, scales, self.config.bits, self.config.block)
+        bits, block = self.config.bits, self.config.block
+        packed = torch.split(wire.raw_tensor(view[cut:], torch.uint8), self._segment * bits // 8)
+        scales = scales.view(-1, scales_per_block(bits))
+        out = torch.empty(numel)
+        for part, its, bytes_of in zip(
+            torch.split(out, self._segment),
+            torch.split(scales, self._segment // block),
+            packed,
+            strict=True,
+        ):
+            codes = unpack_bits(bytes_of, bits, len(part))
+            part.copy_(block_dequantize(codes, its, bits, block))
+        return out

@@ -10,13 +10,15 @@ from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.cast import Cast, CastConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Subspace
 from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.errors import ConfigError
 from gradcodec.wire import CODEC_IDS
 
 _CLASSES = {
-    c.Config.kind: c for c in (Identity, Cast, BlockQuant, TopK, Subspace, Autoencoder, Chain)
+    c.Config.kind: c
+    for c in (Identity, Cast, BlockQuant, TopK, Subspace, Autoencoder, Chain, RotatedSign)
 }
 
 if not set(_CLASSES) == set(_KINDS) == set(CODEC_IDS):
@@ -32,6 +34,7 @@ UNTRAINED: dict[str, Callable[[], Codec]] = {
     "int2": lambda: BlockQuant(BlockQuantConfig(2)),
     "sign": lambda: BlockQuant(BlockQuantConfig(1)),
     "topk": lambda: TopK(TopKConfig()),
+    "rotsign": RotatedSign,
 }
 
 

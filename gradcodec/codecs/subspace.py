@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.subspace_basis import BASIS_DTYPES, BITS, FLOATS, dequantise, quantise
+from gradcodec.codecs.subspace_groups import SHARES, group_names, groups
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 
@@ -30,7 +32,10 @@ class SubspaceConfig(CodecConfig):
         side: which side of a matrix gets the basis: ``"long"``, ``"short"``, or ``"auto"``: the
             short one where it still leaves ``min_rank`` dimensions, since that basis is smaller.
         min_rank: fewest dimensions a parameter may get.
-        basis_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` storage of the bases.
+        basis_dtype: storage of the bases: ``"float32"``, ``"bfloat16"``, ``"float16"``, or
+            ``"int8"`` or ``"int4"`` with scales (see ``subspace_basis``).
+        share: which parameters have one basis together: ``"none"``, ``"kind"`` (the same factor in
+            all layers) or ``"inputs"`` (``lora_A`` of q, k and v; see ``subspace_groups``).
     """
 
     kind: ClassVar[str] = "subspace"
@@ -40,6 +45,7 @@ class SubspaceConfig(CodecConfig):
     side: str = "auto"
     min_rank: int = 1
     basis_dtype: str = "bfloat16"
+    share: str = "none"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.ratio, int | float) and 1 <= self.ratio < math.inf):
@@ -54,8 +60,19 @@ class SubspaceConfig(CodecConfig):
             raise ConfigError(f"subspace: expected temper within 0..1, got {self.temper!r}")
         if not (isinstance(self.min_rank, int) and self.min_rank >= 1):
             raise ConfigError(f"subspace: expected min_rank of at least 1, got {self.min_rank!r}")
-        if self.basis_dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"subspace: unknown basis_dtype {self.basis_dtype!r}")
+        if self.basis_dtype not in BASIS_DTYPES:
+            raise ConfigError(
+                f"subspace: expected basis_dtype of {BASIS_DTYPES}, got {self.basis_dtype!r}"
+            )
+        if self.share not in SHARES:
+            raise ConfigError(f"subspace: expected share of {SHARES}, got {self.share!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``share`` came later and is left out of codecs that do not use it."""
+        data = super().to_dict()
+        if self.share == "none":
+            del data["share"]
+        return data
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,11 @@ class Axis:
         """Weight name prefix: which side is part of the name, so a square matrix is unambiguous."""
         return "shared.left." if self.left else "shared.right."
 
+    @property
+    def scales_prefix(self) -> str:
+        """Weight name prefix of a quantised basis's scales."""
+        return "shared.left_scales." if self.left else "shared.right_scales."
+
 
 @register
 class Subspace(Codec):
@@ -94,6 +116,10 @@ class Subspace(Codec):
     autoencoder of its size (Baldi and Hornik 1989); CG-FedLLM (arXiv 2405.13746) trains a
     convolutional one instead. A parameter without a basis is not updated at all.
 
+    Quantised bases are the bases: both ends dequantise the same stored codes, exactly, so the
+    transform stays linear and tied whatever the quantisation cost. A basis that several parameters
+    share is stored once, under their group's name.
+
     The code is linear, so payloads are averaged as codes, and its vector-Jacobian product is the
     encoder itself.
     """
@@ -105,17 +131,35 @@ class Subspace(Codec):
         super().__init__(config, **parts)
         if self.spec is None:
             raise ConfigError("subspace: a spec is needed; the bases belong to named parameters")
-        self._bases = _match(self.spec, self.weights)
+        self._bases = _match(self.spec, self.weights, self.config)
 
     @classmethod
     def from_bases(
         cls, config: SubspaceConfig, spec: UpdateSpec, bases: Mapping[str, tuple[Axis, Tensor]]
     ) -> Subspace:
-        """Codec of fitted bases by parameter name: ``(axis, U [axis.size, k])``."""
-        dtype = getattr(torch, config.basis_dtype)
-        weights = {
-            axis.prefix + name: u.to(dtype).contiguous() for name, (axis, u) in bases.items()
-        }
+        """Codec of fitted bases by parameter name: ``(axis, U [axis.size, k])``.
+
+        Raises:
+            ConfigError: parameters that share a basis were given different ones.
+        """
+        names = group_names(spec, config.share)
+        shared: dict[str, tuple[Axis, Tensor]] = {}
+        for name, (axis, u) in bases.items():
+            group = names.get(name, name)
+            its_axis, its_u = shared.setdefault(group, (axis, u))
+            if axis != its_axis or not (u is its_u or torch.equal(u, its_u)):
+                raise ConfigError(f"subspace: {name} has another basis than the rest of {group}")
+        apart = [n for n, group in names.items() if group in shared and n not in bases]
+        if apart:
+            raise ConfigError(f"subspace: {apart[0]} lacks the basis of {names[apart[0]]}")
+        weights: dict[str, Tensor] = {}
+        for group, (axis, u) in shared.items():
+            if config.basis_dtype in FLOATS:
+                weights[axis.prefix + group] = u.to(FLOATS[config.basis_dtype]).contiguous()
+            else:
+                codes, scales = quantise(u, BITS[config.basis_dtype])
+                weights[axis.prefix + group] = codes
+                weights[axis.scales_prefix + group] = scales
         return cls(config, spec=spec, weights=weights)
 
     def bases(self) -> dict[str, tuple[Axis, Tensor]]:
@@ -206,7 +250,8 @@ def allocate(
 ) -> dict[str, int]:
     """Share code dimensions out over parameters.
 
-    Every parameter first gets ``min_rank`` dimensions, then:
+    Parameters that share a basis are one: they get the same number, and a dimension of theirs costs
+    what it costs all of them. Every parameter first gets ``min_rank`` dimensions, then:
 
     - ``"uniform"``: each gets ``size / ratio`` of its own ``size``-long side, if that is more;
     - ``"energy"``: greedily the dimension with the most energy per code value, which minimises the
@@ -216,7 +261,8 @@ def allocate(
 
     Args:
         spec: the parameters.
-        spectra: eigenvalues of each parameter's second moment, largest first.
+        spectra: eigenvalues of each parameter's second moment, largest first; the same for
+            parameters that share a basis (``SecondMoments.merged``).
         config: rule and ratio.
 
     Returns:
@@ -244,31 +290,47 @@ def allocate(
         return ranks
     power = 0.0 if config.allocation == "energy" else 1 - config.temper
     offers = []
-    for name, axis in axes.items():
+    for members in groups(spec, config.share).values():
+        name = members[0]
         values = spectra[name].double().clamp_min(0)
         weight = float(values.sum()) ** power or 1.0
+        other = axes[name].other
         for j in range(ranks[name], most[name]):
-            offers.append((float(values[j]) / weight / axis.other, name, axis.other))
-    for score, name, cost in sorted(offers, key=lambda o: (-o[0], o[1])):
+            offers.append((float(values[j]) / weight / other, members, len(members) * other))
+    for score, members, cost in sorted(offers, key=lambda o: (-o[0], o[1])):
         if score > 0 and spent + cost <= budget:
-            ranks[name] += 1
+            ranks.update(dict.fromkeys(members, ranks[members[0]] + 1))
             spent += cost
     return ranks
 
 
-def _match(spec: UpdateSpec, weights: Mapping[str, Tensor]) -> dict[str, tuple[Axis, Tensor]]:
+def _match(
+    spec: UpdateSpec, weights: Mapping[str, Tensor], config: SubspaceConfig
+) -> dict[str, tuple[Axis, Tensor]]:
     """Find every parameter's basis, in spec order, and check that it fits."""
+    names = group_names(spec, config.share)
+    bits = BITS.get(config.basis_dtype)
     left_over = set(weights)
+    loaded: dict[str, Tensor] = {}
     found = {}
     for t in spec:
         rows, cols = layout.matrix_shape(t)
         for axis in (Axis(True, rows, cols), Axis(False, cols, rows)):
-            u = weights.get(axis.prefix + t.name)
-            if u is None:
+            key, beside = (p + names[t.name] for p in (axis.prefix, axis.scales_prefix))
+            if key not in weights:
                 continue
-            left_over.discard(axis.prefix + t.name)
             if t.name in found:
                 raise ConfigError(f"subspace: {t} has a basis on either side, expected one")
+            if key not in loaded:
+                loaded[key] = weights[key]
+                left_over.discard(key)
+                if bits is not None:
+                    left_over.discard(beside)
+                    try:
+                        loaded[key] = dequantise(weights[key], weights.get(beside), axis.size, bits)
+                    except ConfigError as err:
+                        raise ConfigError(f"subspace: basis of {t}: {err}") from err
+            u = loaded[key]
             if u.ndim != 2 or u.shape[0] != axis.size or u.shape[1] > axis.size:
                 raise ConfigError(f"subspace: basis of {t} has shape {list(u.shape)}")
             found[t.name] = (axis, u)

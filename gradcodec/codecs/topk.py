@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcodec import layout, wire
 from gradcodec.codecs.base import Codec, CodecConfig, register
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.blockquant import SEGMENT, BlockQuant, BlockQuantConfig
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 
@@ -67,7 +67,9 @@ class TopK(Codec):
         full = z.numel() // chunk * chunk
         if full:
             rows = z[:full].view(-1, chunk)
-            kept.append(rows.abs().topk(self.config.k, dim=1).indices.sort(1).values.reshape(-1))
+            for some in torch.split(rows, max(1, SEGMENT // chunk)):
+                largest = some.abs().topk(self.config.k, dim=1).indices
+                kept.append(largest.sort(1).values.reshape(-1))
         tail = z[full:]
         if tail.numel():
             kept.append(tail.abs().topk(min(self.config.k, tail.numel())).indices.sort().values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.errors import ConfigError
 from gradcodec.federated.loop import Federation, LoopConfig, Task
 from gradcodec.federated.server import Server
+from gradcodec.types import Update
 
 READINGS = ("federated", "local")
 
@@ -32,6 +33,7 @@ def collect(
     config: LoopConfig,
     how: str = "federated",
     progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[Sequence[Update]], None] | None = None,
 ) -> Collected:
     """Fine-tune on the task's (D1) data under watch; parameters are put back after.
 
@@ -44,17 +46,22 @@ def collect(
             a model of its own for ``config.rounds`` rounds (v1, v2); nothing is sent, but the
             statistics of clients must be.
         progress: called after each round (federated) or client (local): how many, of how many.
+        observe: told the updates of each round's clients, as the server sees them (federated).
 
     Raises:
-        ConfigError: ``how`` is neither.
+        ConfigError: ``how`` is neither, or there is no server that could observe.
     """
     if how not in READINGS:
         raise ConfigError(f"expected a reading of {READINGS}, got {how!r}")
+    if observe is not None and how != "federated":
+        raise ConfigError("only a federated reading has rounds whose updates a server sees")
     initial = {n: p.detach().cpu().clone() for n, p in task.parameters.items()}
     up = down = 0
     loss = None
     if how == "federated":
-        federation = Federation(task, Server(initial, Identity()), config, watch=watch)
+        federation = Federation(
+            task, Server(initial, Identity()), config, watch=watch, observe=observe
+        )
         for report in federation.run():
             if progress is not None:
                 progress(federation.finished, config.rounds)

@@ -27,7 +27,9 @@ _BROADCAST = struct.Struct("<IH")
 _PART = struct.Struct("<BQ")
 _CRC_BYTES = 4
 
-INCREMENT, SNAPSHOT = 1, 2
+INCREMENT, SNAPSHOT, CODEC = 1, 2, 3
+FIXED = (INCREMENT, SNAPSHOT)
+KINDS = (*FIXED, CODEC)
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What brings a client to ``round``: increments in order, or one snapshot."""
+    """What brings a client to ``round``: increments in order, or one snapshot.
+
+    Between them may be codecs (``gradcodec.federated.switch``): what follows one is written in it.
+    """
 
     round: int
     parts: tuple[tuple[int, bytes], ...]
+
+    @property
+    def payload_nbytes(self) -> int:
+        """Bytes of the payloads' bodies, and of codecs whole."""
+        return sum(
+            len(part) if kind == CODEC else len(Payload.from_bytes(part).body)
+            for kind, part in self.parts
+        )
 
     def to_bytes(self) -> bytes:
         """The bytes of the downlink."""
@@ -69,8 +82,13 @@ class Broadcast:
         return _sealed(b"".join(out))
 
     @classmethod
-    def from_bytes(cls, blob: bytes) -> Broadcast:
-        """Inverse of ``to_bytes``; raises ``WireError`` subclasses."""
+    def from_bytes(cls, blob: bytes, kinds: tuple[int, ...] = FIXED) -> Broadcast:
+        """Inverse of ``to_bytes``; raises ``WireError`` subclasses.
+
+        Args:
+            blob: what was received.
+            kinds: parts that the receiver takes; one whose codec is fixed takes no other.
+        """
         blob = _opened(blob, _BROADCAST.size, "broadcast")
         number, count = _BROADCAST.unpack_from(blob)
         at = _BROADCAST.size
@@ -80,8 +98,8 @@ class Broadcast:
                 raise TruncatedError(f"broadcast: {count} parts announced, {len(parts)} came")
             kind, length = _PART.unpack_from(blob, at)
             at += _PART.size
-            if kind not in (INCREMENT, SNAPSHOT):
-                raise LimitError(f"broadcast: expected a part of kind 1 or 2, got {kind}")
+            if kind not in kinds:
+                raise LimitError(f"broadcast: expected a part of kind {kinds}, got {kind}")
             if length > len(blob) - at:
                 raise TruncatedError(f"broadcast: part of {length} bytes, {len(blob) - at} left")
             parts.append((kind, bytes(blob[at : at + length])))

@@ -20,11 +20,10 @@ from gradcodec import metrics
 from gradcodec.errors import ConfigError, EmptyClientError, NonFiniteError, TrainingError, WireError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated.client import Client
-from gradcodec.federated.envelope import Broadcast, Reply
+from gradcodec.federated.envelope import KINDS, Broadcast, Reply
 from gradcodec.federated.server import Server
 from gradcodec.representation import represent
 from gradcodec.types import Update
-from gradcodec.wire import Payload
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,7 @@ class Federation:
         server: holds the codecs and the aggregation rule.
         config: sampling.
         watch: a context manager factory put around each client's training (a TGAP recorder).
+        observe: told, at the end of each round, the updates that the server made of the replies.
     """
 
     def __init__(
@@ -140,8 +140,10 @@ class Federation:
         config: LoopConfig,
         *,
         watch: Callable[[], AbstractContextManager[Any]] | None = None,
+        observe: Callable[[Sequence[Update]], None] | None = None,
     ) -> None:
         self.task, self.server, self.config, self.watch = task, server, config, watch
+        self.observe = observe
         self.clients: dict[int, Client] = {}
         self.versions: dict[int, int] = {}
         self.finished = 0
@@ -163,6 +165,7 @@ class Federation:
         began = time.perf_counter()
         report = RoundReport(self.finished, 0.0, 0.0, [], {})
         losses, sums, snrs = [], _Sums(), []
+        decoded: list[Update] = []
         for client in self.config.sample(self.finished):
             start = self._deliver(client, report)
             self._load(start)
@@ -179,12 +182,16 @@ class Federation:
             report.uplink_payload_bytes += len(reply.payload.body)
             losses.append(result.loss)
             sent = self._decoded(reply)
+            if self.observe is not None:
+                decoded.append(sent)
             snrs.append(metrics.snr_db(true, sent))
             sums.add(true, sent, float(result.examples))
         if not report.participants:
             raise TrainingError(
                 f"round {self.finished}: no client gave a usable reply: {report.rejected}"
             )
+        if self.observe is not None:
+            self.observe(decoded)
         clock = time.perf_counter()
         self.server.close_round()
         report.decode_s += time.perf_counter() - clock
@@ -201,23 +208,16 @@ class Federation:
         """Send a client what it missed, and return the state it arrives at."""
         client = self.clients.get(number)
         if client is None:
-            server = self.server
-            client = Client(
-                number, server.replica.initial, server.uplink, server.downlink, server.config
-            )
-            client.replica.initial = server.replica.initial  # one copy for all simulated clients
-            self.clients[number] = client
             # After a resume: put it where it was; these bytes were counted before.
-            for blob in server.increments[: self.versions.get(number, 0)]:
-                client.replica.advance(Payload.from_bytes(blob))
+            client = self.server.client(number, self.versions.get(number, 0))
+            self.clients[number] = client
         blob = self.server.broadcast(client.version)
         clock = time.perf_counter()
         state = client.receive(blob)
         report.decode_s += time.perf_counter() - clock
         self.versions[number] = client.version
         report.downlink_bytes += len(blob)
-        parts = Broadcast.from_bytes(blob).parts
-        report.downlink_payload_bytes += sum(len(Payload.from_bytes(b).body) for _, b in parts)
+        report.downlink_payload_bytes += Broadcast.from_bytes(blob, KINDS).payload_nbytes
         return state
 
     def _train(

@@ -9,6 +9,7 @@ model.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,13 +85,14 @@ class Replica:
     Args:
         initial: the state that every participant derives by itself (a seed, a base model).
         space: how to read what is broadcast.
+        version: the round that the initial state is of.
     """
 
-    def __init__(self, initial: Update, space: Space) -> None:
+    def __init__(self, initial: Update, space: Space, version: int = 0) -> None:
         self.initial = {n: t.detach().clone() for n, t in initial.items()}
         self.space = space
         self.spec = UpdateSpec.of(self.initial)
-        self.version = 0
+        self.version = version
         self.position = torch.zeros(space.numel)
         self._zero: Tensor | None = None
 
@@ -135,21 +137,30 @@ class Replica:
         Raises:
             WireError: one named subclass per way the bytes can be wrong.
         """
-        before = self.version, self.position
         message = Broadcast.from_bytes(blob)
+        self.apply(message.parts, message.round)
+
+    @torch.no_grad()
+    def apply(self, parts: Sequence[tuple[int, bytes]], until: int) -> None:
+        """Move to round ``until`` by the parts of a broadcast; on any error nothing changes.
+
+        Raises:
+            WireError: a part is damaged, of another codec, or they do not lead there.
+        """
+        before = self.version, self.position
         try:
-            for kind, part in message.parts:
+            for kind, part in parts:
                 payload = Payload.from_bytes(part)
                 if kind == INCREMENT:
                     self.advance(payload)
                 else:
                     self.position = self.space.snapshot_codec.read_code(payload)
-                    self.version = message.round
-            if self.space.absolute and message.parts:
-                self.version = message.round  # a state needs no history
-            if self.version != message.round:
+                    self.version = until
+            if self.space.absolute and parts:
+                self.version = until  # a state needs no history
+            if self.version != until:
                 raise CodecMismatchError(
-                    f"a broadcast of round {message.round} left this replica at {self.version}"
+                    f"a broadcast of round {until} left this replica at {self.version}"
                 )
         except Exception:
             self.version, self.position = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from gradcodec.federated.replica import Replica, Space, for_state
 from gradcodec.representation import SENT, check
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
+
+if TYPE_CHECKING:
+    from gradcodec.federated.client import Client
 
 AGGREGATIONS = ("mean", "sum")
 
@@ -92,7 +96,18 @@ class Server:
         downlink: Codec | None = None,
         config: ServerConfig | None = None,
     ) -> None:
-        self.config = config or ServerConfig()
+        self._begin(initial, uplink, downlink, config or ServerConfig())
+
+    def _begin(
+        self,
+        initial: Update,
+        uplink: Codec,
+        downlink: Codec | None,
+        config: ServerConfig,
+        round: int = 0,
+    ) -> None:
+        """Start at a state with these codecs, as the state of a round."""
+        self.config = config
         spec = UpdateSpec.of(initial)
         self.uplink = for_state(uplink, initial)
         self.downlink = self.uplink if downlink is None else for_state(downlink, initial)
@@ -105,7 +120,7 @@ class Server:
             )
         # Codes are averaged as codes where both ends mean the same by them; else values are.
         self.codes_cross = latent or (same and self.space.in_code)
-        self.replica = Replica(initial, self.space)
+        self.replica = Replica(initial, self.space, round)
         self.increments: list[bytes] = []
         self._replies: dict[int, tuple[int, Tensor]] = {}
         size = self.uplink.code_numel(spec) if self.codes_cross else spec.numel
@@ -116,6 +131,19 @@ class Server:
     def round(self) -> int:
         """Number of closed rounds; the version of the global state."""
         return self.replica.version
+
+    def client(self, number: int, version: int = 0) -> Client:
+        """A client of this federation in this process, at the state of round ``version``.
+
+        It shares the server's initial tensors; what it would have received before is not counted.
+        """
+        from gradcodec.federated.client import Client
+
+        client = Client(number, self.replica.initial, self.uplink, self.downlink, self.config)
+        client.replica.initial = self.replica.initial
+        for blob in self.increments[:version]:
+            client.replica.advance(Payload.from_bytes(blob))
+        return client
 
     def broadcast(self, version: int = 0) -> bytes:
         """What a client at ``version`` needs to be at the current round, in the fewest bytes.
@@ -199,9 +227,10 @@ class Server:
     def _encode(self, value: Tensor) -> tuple[Payload, Tensor]:
         """Payload of an aggregated vector, and the vector that its receivers will see."""
         if self.codes_cross:
-            payload = self.downlink.write_code(value)
+            payload = self.downlink.write_code(value, seed=self.round)
             return payload, self.downlink.read_code(payload)
-        payload = self.downlink.encoder.encode(layout.unflatten(value, self.replica.spec))
+        update = layout.unflatten(value, self.replica.spec)
+        payload = self.downlink.encoder.encode(update, seed=self.round)
         return payload, layout.flatten(self.downlink.decoder.decode(payload), self.replica.spec)
 
     def state_dict(self) -> dict[str, Tensor]:

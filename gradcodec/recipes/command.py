@@ -14,7 +14,10 @@ from gradcodec.codecs.autoencoder import AutoencoderConfig
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
+from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import ALLOCATIONS, SubspaceConfig
+from gradcodec.codecs.subspace_basis import BASIS_DTYPES
+from gradcodec.codecs.subspace_groups import SHARES
 from gradcodec.errors import ConfigError
 from gradcodec.recipes import report, schemes
 from gradcodec.recipes.federated_llama import Experiment
@@ -84,7 +87,19 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(0, 1, 2, 4, 8),
         default=2,
-        help="quantise code values to so many bits; 0 leaves them fp32",
+        help="bits of a code value: 1 sends rotated signs, 0 leaves them fp32",
+    )
+    add(
+        "--basis-dtype",
+        choices=BASIS_DTYPES,
+        default="bfloat16",
+        help="subspace: how the bases are stored, hence what a client downloads",
+    )
+    add(
+        "--share",
+        choices=SHARES,
+        default="none",
+        help="subspace: a basis for one kind of factor in all layers, or for all of one input",
     )
     add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
     _add_settings(parser)
@@ -96,7 +111,12 @@ def run_tgap(options: argparse.Namespace) -> int:
     settings = dataclasses.replace(settings_of(options), schemes=("fp32",))
     config: SubspaceConfig | AutoencoderConfig
     if options.family == "subspace":
-        config = SubspaceConfig(ratio=options.ratio, allocation=options.allocation)
+        config = SubspaceConfig(
+            ratio=options.ratio,
+            allocation=options.allocation,
+            basis_dtype=options.basis_dtype,
+            share=options.share,
+        )
     else:
         config = AutoencoderConfig(arch=options.family)
     work = out.with_name(out.name + ".run")
@@ -105,7 +125,9 @@ def run_tgap(options: argparse.Namespace) -> int:
         experiment = Experiment(settings, RunFolder(work, described, resume=True), bars.update)
         codec: Codec = experiment.fit({out.name: config}, work)[out.name]
     if options.bits:
-        quantised = Chain(codec, BlockQuant(BlockQuantConfig(options.bits)))
+        one = options.bits == 1
+        inner = RotatedSign() if one else BlockQuant(BlockQuantConfig(options.bits))
+        quantised = Chain(codec, inner)
         quantised.notes = codec.notes
         codec = quantised
     codec.save_pretrained(out)

@@ -20,6 +20,7 @@ from pathlib import Path
 __all__ = [
     "Pair",
     "docstring_pairs",
+    "docstring_pairs_in",
     "source_text",
     "strip_docstrings",
     "words",
@@ -106,6 +107,20 @@ def docstring_pairs() -> list[Pair]:
     return list(_library()[0])
 
 
+def docstring_pairs_in(root: Path, package: str) -> list[Pair]:
+    """Return the pairs of another package's sources, by the rules of `docstring_pairs`.
+
+    Args:
+        root: Its folder.
+        package: Its name, the start of all module names.
+    """
+    found: dict[str, Pair] = {}
+    for module, _, tree in _parsed_modules(root):
+        for pair in _module_pairs(f"{package}.{module}".rstrip("."), tree):
+            found.setdefault(pair.answer, pair)
+    return sorted(found.values(), key=lambda pair: pair.prompt)
+
+
 def strip_docstrings(source: str, tree: ast.Module | None = None) -> str:
     """Return `source` without its docstrings and other strings that stand alone as statements.
 
@@ -188,16 +203,16 @@ class _Phrases:
         return dropped
 
 
-def _stdlib_files() -> Iterator[tuple[str, Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if _SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith(_SKIPPED_PREFIXES):
             yield ".".join(part for part in parts if part != "__init__"), path
 
 
-def _parsed_modules() -> Iterator[tuple[str, str, ast.Module]]:
-    for module, path in _stdlib_files():
+def _parsed_modules(root: Path | None = None) -> Iterator[tuple[str, str, ast.Module]]:
+    """Module name, source and syntax tree of every file, by default of the standard library."""
+    for module, path in _python_files(root or Path(sysconfig.get_paths()["stdlib"])):
         try:
             # Old modules part their sections with form feeds: noise to a language model.
             source = path.read_text(encoding="utf-8").replace("\f", " ")

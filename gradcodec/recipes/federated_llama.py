@@ -35,6 +35,7 @@ from gradcodec.recipes.task import LanguageTask, LocalTraining
 from gradcodec.tgap import (
     GradientRecorder,
     SecondMoments,
+    SignalMoments,
     SnapshotStore,
     fit_autoencoder,
     fit_subspace,
@@ -132,9 +133,14 @@ class Experiment:
         moments: dict[str, SecondMoments] = {}
         # The finest ratio first: it asks for the most directions, its recording serves the others.
         for config in sorted(linear.values(), key=lambda c: c.ratio):
-            moments.setdefault(s.records_for(config.ratio), SecondMoments(spec, config))
+            records = s.records_for(config.ratio)
+            kind = SignalMoments if records == "signal" else SecondMoments
+            moments.setdefault(records, kind(spec, config))
+        signal = moments.get("signal")
         watchers = [
-            GradientRecorder(self.parameters, m, representation=r) for r, m in moments.items()
+            GradientRecorder(self.parameters, m, representation=r)
+            for r, m in moments.items()
+            if m is not signal
         ]
         if nets:
             watchers.append(
@@ -146,6 +152,7 @@ class Experiment:
             LoopConfig(s.tgap_rounds, range(s.clients), s.per_round, seed=s.seed + 1),
             s.tgap_reading,
             lambda done, total: self.progress("TGAP: collect", done, total, {}),
+            signal.add_round if isinstance(signal, SignalMoments) else None,
         )
         collected = time.perf_counter() - began
         for name, config in linear.items():
@@ -184,8 +191,9 @@ class Experiment:
     def _notes(self, records: str) -> str:
         """What a codec was fitted on, for its card."""
         s = self.settings
+        gathered = "common part of updates" if records == "signal" else f"{records}s"
         return (
-            f"{records}s of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}, seed {s.seed}) "
+            f"{gathered} of {s.model} (LoRA r={s.lora_r}, {', '.join(s.targets)}, seed {s.seed}) "
             f"on {s.dataset}: D1 of {s.clients} clients, {s.tgap_rounds} {s.tgap_reading} rounds."
         )
 

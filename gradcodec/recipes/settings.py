@@ -70,10 +70,15 @@ class Settings:
     schemes: tuple[str, ...] = schemes.DEFAULT
 
     def __post_init__(self) -> None:
-        check(self.tgap_records, ("auto", *RECORDED))
+        check(self.tgap_records, ("auto", "signal", *RECORDED))
         check(self.representation, SENT)
         if self.tgap_reading not in READINGS:
             raise ConfigError(f"expected tgap_reading of {READINGS}, got {self.tgap_reading!r}")
+        if self.tgap_records == "signal" and self.tgap_reading != "federated":
+            raise ConfigError(
+                "tgap_records 'signal' is what the clients of a round agree on: expected "
+                f"tgap_reading 'federated', got {self.tgap_reading!r}"
+            )
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {self.dtype!r}")
         counts = ("clients", "rounds", "tgap_rounds", "held_out", "questions", "lora_r")
@@ -97,12 +102,15 @@ class Settings:
     def records_for(self, ratio: float) -> str:
         """What a subspace of this ratio is fitted on, ``tgap_records`` or its ``"auto"`` rule.
 
-        A few dimensions are best spent on where updates went; with many, gradients say more of
-        where they may still want to go.
+        A few dimensions are best spent on where clients' updates agree (``"signal"``), which only
+        rounds of several clients show; with many, gradients say more of where they may still want
+        to go.
         """
         if self.tgap_records != "auto":
             return self.tgap_records
-        return "gradient" if ratio < 16 else "update"
+        if ratio < 16:
+            return "gradient"
+        return "signal" if self.tgap_reading == "federated" and self.per_round > 1 else "update"
 
     @property
     def per_round(self) -> int:

@@ -52,6 +52,25 @@ class LocalTraining:
             )
 
 
+def batch_schedule(local: LocalTraining, count: int, seed: Sequence[int]) -> list[list[int]]:
+    """Which of ``count`` examples each step uses: shuffled passes, cut into batches.
+
+    Args:
+        local: how many steps of how many examples, or how many whole epochs.
+        count: examples that there are, at least 1.
+        seed: of the shuffling: the run's seed, the client, the round.
+    """
+    rng = np.random.default_rng(seed)
+    batch = min(local.batch, count)
+    if local.steps:
+        passes = -(-local.steps * batch // count)
+        order = np.concatenate([rng.permutation(count) for _ in range(passes)])
+        order = order[: local.steps * batch]
+    else:
+        order = np.concatenate([rng.permutation(count) for _ in range(local.epochs)])
+    return [order[i : i + batch].tolist() for i in range(0, len(order), batch)]
+
+
 class LanguageTask:
     """A model with adapters, its clients' encoded examples and the held-out ones.
 
@@ -100,16 +119,7 @@ class LanguageTask:
         return mean_loss(self.model, self._held_out)
 
     def _schedule(self, client: int, round: int, count: int) -> list[list[int]]:
-        """Which examples each step uses: shuffled passes over the shard, cut into batches."""
-        rng = np.random.default_rng([self.seed, client, round])
-        batch = min(self.local.batch, count)
-        if self.local.steps:
-            passes = -(-self.local.steps * batch // count)
-            order = np.concatenate([rng.permutation(count) for _ in range(passes)])
-            order = order[: self.local.steps * batch]
-        else:
-            order = np.concatenate([rng.permutation(count) for _ in range(self.local.epochs)])
-        return [order[i : i + batch].tolist() for i in range(0, len(order), batch)]
+        return batch_schedule(self.local, count, (self.seed, client, round))
 
     def _step(self, examples: Sequence[Encoded], optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad(set_to_none=True)

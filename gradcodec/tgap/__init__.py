@@ -4,6 +4,7 @@ Gather gradients of a model over clients and time, then fit the Encoder and Deco
 
     recorder   attaches to any training loop; streams second moments, stores snapshots
     moments    second moments in memory that does not grow with the number of steps
+    signal     the same of what clients agree on, from a server's point of view
     snapshots  bounded store of whole updates on disk
     fit_*      from statistics to a codec
 """
@@ -12,6 +13,14 @@ from gradcodec.tgap.fit_autoencoder import fit_autoencoder
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.moments import SecondMoments
 from gradcodec.tgap.recorder import GradientRecorder
+from gradcodec.tgap.signal import SignalMoments
 from gradcodec.tgap.snapshots import SnapshotStore
 
-__all__ = ["GradientRecorder", "SecondMoments", "SnapshotStore", "fit_autoencoder", "fit_subspace"]
+__all__ = [
+    "GradientRecorder",
+    "SecondMoments",
+    "SignalMoments",
+    "SnapshotStore",
+    "fit_autoencoder",
+    "fit_subspace",
+]

@@ -26,13 +26,15 @@ def fit_subspace(moments: SecondMoments, config: SubspaceConfig | None = None) -
     config = config or moments.config
     if moments.count == 0:
         raise TrainingError("nothing was recorded; was the optimiser stepped inside the recorder?")
-    spectra = moments.spectra()
+    shared = config.share != "none"
+    spectra = moments.merged(config.share) if shared else moments.spectra()
     if all(float(values.sum()) == 0 for values, _ in spectra.values()):
         raise TrainingError(f"all {moments.count} recorded updates are zero")
     if any(Axis.choose(t, config) != moments.axes[t.name] for t in moments.spec if t.numel):
         raise ConfigError(
             "this config projects other sides than were recorded; record again with it"
         )
+    # Parameters that share a basis have the same spectrum here and get the same rank.
     ranks = allocate(moments.spec, {n: values for n, (values, _) in spectra.items()}, config)
     bases = {
         name: (moments.axes[name], vectors[:, : ranks[name]].float())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codecs.subspace import Axis, SubspaceConfig
+from gradcodec.codecs.subspace_groups import groups
 from gradcodec.errors import UpdateError
 from gradcodec.types import Update, UpdateSpec
 
@@ -25,6 +27,13 @@ class Moment(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes it takes to send what was gathered."""
+
+    @property
+    def energy(self) -> float:
+        """Sum of all eigenvalues that ``top`` can give."""
+
+    def absorb(self, other: Self, weight: float) -> None:
+        """``C += weight C_other``."""
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` largest eigenvalues, descending, and their vectors ``[size, .]``."""
@@ -45,6 +54,15 @@ class ExactMoment:
         """Bytes of one triangle of the symmetric matrix."""
         size = len(self.sum)
         return 4 * size * (size + 1) // 2
+
+    @property
+    def energy(self) -> float:
+        """Of the positive part: a difference of moments may be indefinite."""
+        return float(torch.linalg.eigvalsh(self.sum.double()).clamp_min(0).sum())
+
+    def absorb(self, other: Self, weight: float) -> None:
+        """Add to the matrix."""
+        self.sum.add_(other.sum, alpha=weight)
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """By full symmetric eigendecomposition in fp64."""
@@ -94,6 +112,15 @@ class SketchedMoment:
         """Bytes of a shrunk sketch."""
         return 4 * self.rows * self.buffer.shape[1]
 
+    @property
+    def energy(self) -> float:
+        """Of the sketch; what it lost in shrinking is not known any more."""
+        return float(self.buffer.double().square().sum())
+
+    def absorb(self, other: Self, weight: float) -> None:
+        """Add the other sketch's rows; the bound holds for the sum (sketches are mergeable)."""
+        self.add(math.sqrt(weight) * other.buffer[: other.filled])
+
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """Eigenpairs of the sketch; fewer than ``count`` if fewer directions were ever seen."""
         values, vectors = self._spectrum()
@@ -121,13 +148,14 @@ class SecondMoments:
         self.config = config
         self.count = 0
         self.axes = {t.name: Axis.choose(t, config) for t in spec if t.numel}
-        self._moments: dict[str, Moment] = {}
-        for name, axis in self.axes.items():
-            if axis.size <= EXACT_LIMIT:
-                self._moments[name] = ExactMoment(axis.size)
-            else:
-                need = 2 * max(config.min_rank, int(axis.size / config.ratio))
-                self._moments[name] = SketchedMoment(axis.size, sketch_rows or need)
+        self._sketch_rows = sketch_rows
+        self._moments = {n: self._empty(axis) for n, axis in self.axes.items()}
+
+    def _empty(self, axis: Axis) -> Moment:
+        if axis.size <= EXACT_LIMIT:
+            return ExactMoment(axis.size)
+        need = 2 * max(self.config.min_rank, int(axis.size / self.config.ratio))
+        return SketchedMoment(axis.size, self._sketch_rows or need)
 
     @torch.no_grad()
     def add(self, update: Update) -> None:
@@ -162,6 +190,24 @@ class SecondMoments:
     def spectra(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Per parameter: eigenvalues, descending, and eigenvectors ``[size, .]``, fp64."""
         return {n: m.top(self.axes[n].size) for n, m in self._moments.items()}
+
+    def merged(self, share: str) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """``spectra`` for parameters that share bases (``subspace_groups``): one for each group.
+
+        It is that of the mean of the members' moments, each scaled to the same energy, which is
+        their mean energy: no loud layer decides alone.
+        """
+        out = {}
+        for members in groups(self.spec, share).values():
+            energies = {n: self._moments[n].energy for n in members}
+            mean = sum(energies.values()) / len(members)
+            axis = self.axes[members[0]]
+            total = self._empty(axis)
+            for name, energy in energies.items():
+                if energy > 0:
+                    total.absorb(self._moments[name], mean / energy / len(members))
+            out.update(dict.fromkeys(members, total.top(axis.size)))
+        return out
 
 
 def _signed(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

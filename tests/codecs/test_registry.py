@@ -19,6 +19,7 @@ EXPECTED = {
     "int2": ("blockquant", 2),
     "sign": ("blockquant", 1),
     "topk": ("topk", None),
+    "rotsign": ("rotsign", None),
 }
 
 

@@ -243,7 +243,8 @@ def test_empty_parameters_get_nothing() -> None:
         ("temper", [-0.1, 1.1, math.nan, None, "0.5"]),
         ("side", ["left", "", None]),
         ("min_rank", [0, -1, 1.5, None, "1"]),
-        ("basis_dtype", ["float64", "int8", None]),
+        ("basis_dtype", ["float64", "int2", None]),
+        ("share", ["layers", "", None]),
     ],
 )
 def test_bad_settings_are_named(setting: str, bad: list[object]) -> None:

@@ -159,11 +159,12 @@ def test_a_finished_run_is_read_again_and_not_made_again(
         {"representation": "state", "schemes": ("paper-working",)},
         {"representation": "balanced", "aggregation": "sum", "schemes": ("paper-literal",)},
         {"tgap_records": "gradient", "schemes": ("subspace-32",), "server_momentum": 0.5},
+        {"tgap_records": "signal", "schemes": ("subspace-32",)},
         {"tgap_reading": "local", "tgap_records": "state", "schemes": ("subspace-32",)},
         {"dtype": "bfloat16", "gradient_checkpointing": True, "schemes": ("subspace-7",)},
         {"lora_r": 3, "targets": ("up_proj", "down_proj"), "schemes": ("subspace-post", "topk")},
     ],
-    ids=["state", "balanced-sum", "gradient", "local", "bf16", "mlp"],
+    ids=["state", "balanced-sum", "gradient", "signal", "local", "bf16", "mlp"],
 )
 def test_every_reading_runs(options: dict[str, Any], tmp_path: Path) -> None:
     summary = run_experiment(tmp_path / "run", **options)

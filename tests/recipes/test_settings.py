@@ -142,6 +142,7 @@ def test_some_clients_take_part_in_each_round(clients: int, fraction: float, wan
     ("options", "named"),
     [
         ({"tgap_records": "weights"}, "'weights'"),
+        ({"tgap_records": "signal", "tgap_reading": "local"}, "'signal'"),
         ({"representation": "gradient"}, "'gradient'"),
         ({"tgap_reading": "global"}, "'global'"),
         ({"dtype": "int8"}, "'int8'"),
@@ -202,3 +203,20 @@ def test_fp32_always_comes_first_and_once() -> None:
 @pytest.mark.parametrize("name", schemes.SCHEMES)
 def test_schemes_need_only_what_tgap_can_fit(name: str) -> None:
     assert set(schemes.SCHEMES[name].needs) <= set(schemes.TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "wanted"),
+    [
+        ({}, 7.0, "gradient"),
+        ({}, 32.0, "signal"),
+        ({"tgap_reading": "local"}, 32.0, "update"),
+        ({"clients": 4, "fraction": 0.25}, 32.0, "update"),
+        ({"tgap_records": "update"}, 7.0, "update"),
+        ({"tgap_records": "signal"}, 7.0, "signal"),
+    ],
+)
+def test_a_codec_is_fitted_on_what_suits_its_ratio(
+    options: dict[str, Any], ratio: float, wanted: str
+) -> None:
+    assert Settings(**options).records_for(ratio) == wanted

@@ -1,0 +1,74 @@
+"""How one basis is stored: in a floating dtype, or in 8 or 4 bits with a scale per block.
+
+    U [size, k] --columns--> blocks of 64 --> codes uint8 [k, bytes of a column], scales bf16
+
+Blocks of 64 within a column have the smallest error for their bytes: on the two bundled codecs at
+4 bits they lose 0.0097 and 0.0145 of the energy at 4.25 bits a value. A scale per column of 256 is
+4.06 bits and loses 0.0137 and 0.0255, where 0.19 bits less should cost a factor of 1.3 only; blocks
+of 32 and 128, and the same at 8 bits, lose as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gradcodec.errors import ConfigError
+from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
+from gradcodec.reference.block_quantize import block_dequantize, block_quantize
+
+BLOCK = 64
+FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4})
+BASIS_DTYPES = (*FLOATS, *BITS)
+
+
+def basis_nbytes(size: int, k: int, dtype: str) -> int:
+    """Stored bytes of a basis ``[size, k]``."""
+    if dtype in FLOATS:
+        return size * k * FLOATS[dtype].itemsize
+    return k * (packed_nbytes(size, BITS[dtype]) + 2 * -(-size // BLOCK))
+
+
+def quantise(basis: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """``[size, k]`` -> packed codes uint8 ``[k, bytes]``, scales bf16 ``[k, blocks]``.
+
+    Every column begins a block and a byte, so ``k`` and the sizes can be read off the shapes.
+    """
+    size, k = basis.shape
+    columns = functional.pad(basis.T.float(), (0, -size % BLOCK))
+    codes, scales = block_quantize(columns.reshape(-1), bits, BLOCK)
+    codes = codes.view(columns.shape)[:, :size]
+    codes = functional.pad(codes, (0, size % (8 // bits)))
+    return pack_bits(codes.reshape(-1), bits).view(k, packed_nbytes(size, bits)), scales.view(
+        k, -(-size // BLOCK)
+    )
+
+
+def dequantise(codes: Tensor, scales: Tensor | None, size: int, bits: int) -> Tensor:
+    """Inverse of ``quantise``: fp32 ``[size, k]``, exact and equal on every machine.
+
+    Raises:
+        ConfigError: shapes, dtypes or scales that ``quantise`` does not make.
+    """
+    k, width, blocks = len(codes), packed_nbytes(size, bits), -(-size // BLOCK)
+    if codes.dtype != torch.uint8 or codes.shape != (k, width):
+        raise ConfigError(
+            f"expected uint8 codes [k, {width}], got {codes.dtype} {list(codes.shape)}"
+        )
+    if scales is None or scales.dtype != torch.bfloat16 or scales.shape != (k, blocks):
+        came = "none" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+        raise ConfigError(f"expected bfloat16 scales {[k, blocks]}, got {came}")
+    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        raise ConfigError("expected finite, non-negative scales")
+    per_row = width * 8 // bits
+    rows = unpack_bits(codes.reshape(-1), bits, k * per_row).view(k, per_row)[:, :size]
+    rows = functional.pad(rows, (0, blocks * BLOCK - size))
+    values = block_dequantize(rows.reshape(-1), scales.view(-1, 1), bits, BLOCK)
+    return values.view(k, blocks * BLOCK)[:, :size].T.contiguous()

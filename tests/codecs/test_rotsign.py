@@ -1,0 +1,82 @@
+"""Laws of rotated signs: unbiased over seeds, of the predicted error, whatever the input."""
+
+import math
+
+import pytest
+import torch
+
+from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
+from gradcodec.errors import ConfigError, NonFiniteError
+from gradcodec.reference.hadamard import hadamard, random_signs, rotate, rotate_back
+from gradcodec.wire import Payload
+
+
+def decoded(codec: RotatedSign, x: torch.Tensor, seed: int) -> torch.Tensor:
+    blob = codec.encoder.encode({"x": x}, seed=seed).to_bytes()
+    return codec.decoder.decode(Payload.from_bytes(blob))["x"]
+
+
+INPUTS = {
+    "normal": torch.randn(512, generator=torch.Generator().manual_seed(0)),
+    "one loud value": torch.eye(512)[7] * 100 + 0.01,
+    "all alike": torch.ones(512),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("kept", [256, 128, 64])
+def test_the_mean_over_seeds_is_the_input(name: str, kept: int) -> None:
+    x, codec, seeds = INPUTS[name], RotatedSign(RotatedSignConfig(kept=kept)), 400
+    mean = torch.stack([decoded(codec, x, s) for s in range(seeds)]).double().mean(0)
+    error = float((mean - x).square().sum() / x.square().sum())
+    # Independent errors average out; a bias would stay. A plain sign's stays at 0.36 and more.
+    expected = (math.pi / 2 * 256 / kept - 1) / seeds
+    assert error < 2 * expected + 1e-4
+
+
+@pytest.mark.parametrize("kept", [256, 64])
+def test_the_error_is_the_predicted_one_and_not_smaller(kept: int) -> None:
+    x, codec = INPUTS["normal"], RotatedSign(RotatedSignConfig(kept=kept))
+    errors = [
+        float((decoded(codec, x, s) - x).square().sum() / x.square().sum()) for s in range(50)
+    ]
+    predicted = math.pi / 2 * 256 / kept - 1
+    assert 0.85 * predicted < sum(errors) / len(errors) < 1.15 * predicted
+
+
+def test_clients_with_seeds_of_their_own_average_better_than_with_one() -> None:
+    x, codec = INPUTS["normal"], RotatedSign()
+    own = torch.stack([decoded(codec, x, s) for s in range(16)]).mean(0)
+    one = torch.stack([decoded(codec, x, 3) for _ in range(16)]).mean(0)
+    assert float((own - x).norm()) < 0.4 * float((one - x).norm())
+
+
+@pytest.mark.parametrize("size", [8, 64, 256])
+def test_rotation_is_orthonormal_and_goes_back(size: int) -> None:
+    h = hadamard(size).double()
+    assert torch.allclose(h @ h.T, torch.eye(size).double(), atol=1e-5)
+    rows, signs = torch.randn(3, size), random_signs(3 * size, 5).view(3, size)
+    assert torch.allclose(rotate_back(rotate(rows, signs), signs), rows, atol=1e-5)
+
+
+def test_signs_are_balanced_and_of_the_seed_alone() -> None:
+    a, b = random_signs(4096, 1), random_signs(4096, 2)
+    assert torch.equal(a, random_signs(4096, 1))
+    assert set(a.tolist()) == {1.0, -1.0}
+    assert abs(float(a.mean())) < 0.1
+    assert abs(float((a * b).mean())) < 0.1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_values_near_the_ends_of_the_range_survive(scale: float) -> None:
+    x = INPUTS["normal"] * scale
+    error = (decoded(RotatedSign(), x, 0) / scale - x / scale).norm() / (x / scale).norm()
+    assert 0.5 < float(error) < 1.0
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+    for bad in ({"block": 100}, {"block": 4}, {"kept": 0}, {"kept": 257}, {"block": True}):
+        with pytest.raises(ConfigError, match="rotsign"):
+            RotatedSignConfig(**bad)
+    with pytest.raises(NonFiniteError):
+        RotatedSign().encoder.encode({"x": torch.tensor([1.0, float("inf")])})
