@@ -1,68 +1,71 @@
-"""The README's table, made from committed results: ``python -m benchmarks.readme_table [--write]``.
+"""The README's table, made from committed rows: ``python -m benchmarks.readme_table [--write]``.
 
 A test compares the two, so the page cannot say what was not measured.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
+from benchmarks.federated import SCHEMES
+from benchmarks.federated_figures import REFERENCE, Costs, gain, load, present
+from benchmarks.federated_report import times
 from gradcodec.recipes.report import size
 
 ROOT = Path(__file__).parents[1]
-SUMMARY = ROOT / "benchmarks" / "results" / "demo-full" / "summary.json"
-PLACE = re.compile(r"<!-- demo-full -->\n.*?<!-- /demo-full -->", re.DOTALL)
+ROWS = ROOT / "benchmarks" / "results" / "federated.jsonl"
+PLACE = re.compile(r"<!-- federated -->\n.*?<!-- /federated -->", re.DOTALL)
+HEAD = ("way of sending", "gain kept", "uplink", "ratio", "both ways", "+ codec", "codec")
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """One row per scheme that sends something, and a line on where the numbers are from."""
-    config, versions = summary["config"], summary["versions"]
-    rows = [
-        "| way of sending | loss | gain kept | uplink | ratio | both ways | + codec | codec |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for s in summary["schemes"]:
-        sent = s["uplink_bytes"] > 0
+def markdown(path: Path = ROWS) -> str:
+    """One row per scheme, and a line on where the numbers are from."""
+    runs = load(path)
+    first = next(iter(runs[REFERENCE].values()))[0]
+    config = first["config"]
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" + "|--:" * (len(HEAD) - 1) + "|"]
+    for scheme, by_seed in present(runs, list(SCHEMES.values())):
+        costs = Costs.of(list(by_seed.values()))
+        reference = Costs.of([runs[REFERENCE][seed] for seed in by_seed])
+        kept = [gain(run) / gain(runs[REFERENCE][seed]) for seed, run in by_seed.items()]
+        failed = any(run[-1]["diverged"] for run in by_seed.values())
+        fewer = set(by_seed) != set(runs[REFERENCE])
         cells = (
-            s["title"],
-            f"{s['final_loss']:.3f}",
-            f"{s['gain_kept']:.1%}" if s["gain_kept"] is not None else "",
-            size(s["uplink_bytes"]) if sent else "-",
-            _times(s["uplink_ratio"]) if sent else "-",
-            _times(s["total_ratio"]) if sent else "-",
-            _times(s["total_ratio_with_codec"]) if sent else "-",
-            size(s["codec_bytes"]) if s["codec_bytes"] else "-",
+            scheme.title + (f" (seed {', '.join(map(str, by_seed))} only)" if fewer else ""),
+            "diverged" if failed else f"{statistics.fmean(kept):.1%}",
+            size(costs.up),
+            times(reference.up / costs.up),
+            times(costs.ratio(reference)),
+            times(costs.ratio(reference, config["rounds"])) if costs.codec else "",
+            size(costs.codec) if costs.codec else "-",
         )
-        bold = s["name"] in ("subspace-7", "subspace-32")
-        rows.append("| " + " | ".join(f"**{c}**" if bold else c for c in cells) + " |")
-    start = summary["schemes"][0]["start_loss"]
+        bold = scheme.kind == "ours"
+        lines.append("| " + " | ".join(f"**{c}**" if bold and c else c for c in cells) + " |")
+    rounds, seeds = config["rounds"], ", ".join(str(s) for s in sorted(runs[REFERENCE]))
     note = (
-        f"Held-out loss of the embedded LLaMA (before: {start:.3f}), {config['rounds']} rounds, "
-        f"{round(config['fraction'] * config['clients'])} of {config['clients']} clients a round; "
-        "*gain kept*: share of the fp32 run's loss decrease; ratios: wire bytes of fp32 over wire "
-        "bytes, uplink, both directions, and with the codec's download by every participant. "
-        f"Made by `make demo-full` (seed {config['seed']}, torch {versions['torch']}, CPU); rows: "
-        "[benchmarks/results/demo-full](benchmarks/results/demo-full)."
+        f"*Gain kept*: decrease of the held-out loss over fp32's, after {rounds} rounds, mean of "
+        f"seeds {seeds}; *uplink*: bytes of one reply on the wire; ratios: bytes of fp32 over its "
+        "own, uplink, both directions, and those with the codec's download by a client "
+        f"that takes part in all {rounds} rounds. Embedded LLaMA, {config['per_round']} of "
+        f"{config['clients']} Dirichlet(0.5) clients a round; every scheme with a learning rate "
+        "from the same grid, found on another seed. Made by `python -m benchmarks.run tune "
+        f"federated` (torch {first['versions']['torch']}, CPU); rows, all figures, costs to a "
+        "target: [benchmarks/results/federated.md](benchmarks/results/federated.md)."
     )
-    return "\n".join([*rows, "", note])
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
+    return "\n".join([*lines, "", note])
 
 
 def filled(text: str) -> str:
     """The page with the table in its place."""
-    table = markdown(json.loads(SUMMARY.read_text()))
-    return PLACE.sub(lambda _: f"<!-- demo-full -->\n{table}\n<!-- /demo-full -->", text)
+    table = markdown()
+    return PLACE.sub(lambda _: f"<!-- federated -->\n{table}\n<!-- /federated -->", text)
 
 
 if __name__ == "__main__":
     page = ROOT / "README.md"
     if "--write" in sys.argv:
         page.write_text(filled(page.read_text()))
-    print(markdown(json.loads(SUMMARY.read_text())))
+    print(markdown())

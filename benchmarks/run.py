@@ -1,0 +1,129 @@
+"""The benchmarks by name: ``python -m benchmarks.run CASE [CASE ...]``; rows, tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a case is asked for.
+
+    Attributes:
+        out: folder of its rows, tables and plots.
+        quick: the short form, minutes instead of hours.
+        seeds, schemes: only these; ``None`` means the case's own.
+        rounds: fewer or more than the case's own.
+        workers: processes.
+        again: run what is finished once more.
+    """
+
+    out: Path
+    quick: bool = False
+    seeds: tuple[int, ...] | None = None
+    schemes: tuple[str, ...] | None = None
+    rounds: int | None = None
+    workers: int = 2
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark: its name, a line of help, and ``"module:function"``, imported when it is run.
+
+    The function takes ``Options`` and returns what failed, as lines of text.
+    """
+
+    name: str
+    help: str
+    function: str
+
+    def load(self) -> Callable[[Options], list[str]]:
+        """Import the function."""
+        module, _, name = self.function.partition(":")
+        function: Callable[[Options], list[str]] = getattr(importlib.import_module(module), name)
+        return function
+
+
+_ALL = (
+    Case(
+        "federated",
+        "every scheme on the embedded model: loss, bytes, bytes to a given quality",
+        "benchmarks.federated:main",
+    ),
+    Case(
+        "generalise",
+        "codecs fitted on other data, other adapters, nothing; other LoRA ranks",
+        "benchmarks.generalise:main",
+    ),
+    Case(
+        "tune",
+        "learning rate of every scheme of `federated`, on a seed that is never reported",
+        "benchmarks.tune:main",
+    ),
+    Case(
+        "speed",
+        "seconds, bytes and memory of coding a 7B adapter; what TGAP's collection costs",
+        "benchmarks.speed:main",
+    ),
+)
+
+CASES = {case.name: case for case in _ALL}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the named cases; 1 if anything of them failed."""
+    cases = "\n".join(f"  {case.name:12} {case.help}" for case in _ALL)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=f"{__doc__}\n\ncases:\n{cases}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE")
+    parser.add_argument("--quick", action="store_true", help="one seed, few schemes, minutes")
+    parser.add_argument("--seeds", type=_integers, help="such as 0,1,2")
+    parser.add_argument("--schemes", type=_names, help="such as fp32,topk")
+    parser.add_argument("--rounds", type=int, help="for trials; other rounds are other runs")
+    parser.add_argument("--workers", type=int, default=2, help="processes, a thread each (2)")
+    parser.add_argument("--again", action="store_true", help="also run what is finished")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of rows, tables, plots (benchmarks/results; runs/bench-quick when quick)",
+    )
+    args = parser.parse_args(argv)
+    if args.workers < 1 or (args.rounds is not None and args.rounds < 1):
+        parser.error("expected --workers and --rounds of at least 1")
+    default = ROOT / "runs" / "bench-quick" if args.quick else ROOT / "benchmarks" / "results"
+    options = Options(
+        out=args.out or default,
+        quick=args.quick,
+        seeds=args.seeds,
+        schemes=args.schemes,
+        rounds=args.rounds,
+        workers=args.workers,
+        again=args.again,
+    )
+    failed = [line for name in args.cases for line in CASES[name].load()(options)]
+    if failed:
+        print("failed:\n  " + "\n  ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

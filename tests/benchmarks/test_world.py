@@ -1,0 +1,152 @@
+"""The benchmark's world is the federated example's, computed another way."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import federated, fitted, peers
+from benchmarks.methods import Coded
+from benchmarks.world import World, play
+from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.federated import Federation, Server
+from gradcodec.recipes.federated_llama import Experiment
+from gradcodec.recipes.run_folder import RunFolder
+from gradcodec.recipes.settings import Settings
+from gradcodec.recipes.task import LocalTraining
+from gradcodec.tgap import fit_subspace
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = Settings(
+    limit=300,
+    clients=4,
+    fraction=0.5,
+    rounds=2,
+    min_client=12,
+    held_out=20,
+    questions=4,
+    tgap_rounds=2,
+    local=LocalTraining(steps=2),
+    device="cpu",
+    schemes=("fp32",),
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(SETTINGS, compute=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = RunFolder(tmp_path_factory.mktemp("run"), SETTINGS.to_dict())
+    return Experiment(SETTINGS, folder, lambda *_: None)
+
+
+def test_clients_hold_what_they_hold_in_the_example(world: World, experiment: Experiment) -> None:
+    assert world.d1 == experiment.d1
+    assert world.d2 == experiment.d2
+    assert world.held == experiment.held
+    assert list(world.initial) == list(experiment.initial)
+    assert all(torch.equal(t, experiment.initial[n]) for n, t in world.initial.items())
+
+
+def test_losses_and_bytes_are_those_of_the_plain_loop(world: World, experiment: Experiment) -> None:
+    task = experiment._task(experiment.d2, SETTINGS.rounds)
+    server = Server(experiment.initial, Identity())
+    federation = Federation(task, server, world.loop(SETTINGS.rounds))
+    up = down = payload = 0
+    method = Coded(world.initial, Identity())
+    rows = play(world, method, lr=SETTINGS.local.lr, rounds=SETTINGS.rounds)
+    for report, row in zip(federation.run(), rows, strict=True):
+        up, down = up + report.uplink_bytes, down + report.downlink_bytes
+        payload += report.uplink_payload_bytes
+        assert row["participants"] == report.participants
+        assert (row["uplink_bytes"], row["downlink_bytes"]) == (up, down)
+        assert row["uplink_payload_bytes"] == payload
+        assert row["loss"] == pytest.approx(report.loss, rel=1e-4)
+        assert row["train_loss"] == pytest.approx(report.train_loss, rel=1e-4)
+
+
+def test_training_that_blows_up_ends_in_a_row_that_says_so(world: World) -> None:
+    rows = list(play(world, Coded(world.initial, Identity()), lr=1e30, rounds=2))
+    assert [row["diverged"] for row in rows] == [True]
+    assert rows[0]["loss"] is None
+
+
+def test_peers_play_as_well_and_their_payload_is_told_from_its_envelope(world: World) -> None:
+    row = next(play(world, peers.FFALoRA(world.initial), lr=1e-3, rounds=2))
+    half = sum(t.numel() for n, t in world.initial.items() if "lora_B" in n)
+    assert row["uplink_payload_bytes"] == 4 * half * SETTINGS.per_round
+    assert row["uplink_bytes"] == row["uplink_payload_bytes"] + 16 * SETTINGS.per_round
+    assert row["loss"] < world.start_loss
+
+
+@pytest.mark.parametrize("records", ["signal", "update"])
+def test_tgap_finds_what_it_finds_in_the_example(
+    records: str,
+    world: World,
+    experiment: Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(fitted, "CACHE", tmp_path)
+    config = SubspaceConfig(ratio=32, allocation="tempered")
+    moments = fitted.moments(world, config)
+    assert moments.count == SETTINGS.tgap_rounds * SETTINGS.per_round
+    assert len(fitted.snapshots(world)) == moments.count
+    signal = records == "signal"
+    mine = fitted.signal(world, config) if signal else fit_subspace(moments, config)
+    monkeypatch.setattr(experiment, "settings", replace(SETTINGS, tgap_records=records))
+    theirs = experiment.fit({"subspace-32": config}, tmp_path / "codecs")["subspace-32"]
+    assert mine.spec is not None
+    assert mine.code_numel(mine.spec) == theirs.code_numel(mine.spec)
+    # Bases are equal up to signs: what they keep of a vector is the same.
+    update = fitted.snapshots(world)[0]
+    kept = [codec.from_code(codec.to_code(update)) for codec in (mine, theirs)]
+    for name in update:
+        difference = kept[0][name] - kept[1][name]
+        assert float(difference.norm()) <= 0.01 * float(kept[1][name].norm())
+
+
+def test_a_codec_is_made_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fitted, "CACHE", tmp_path)
+    made = []
+
+    def make() -> Identity:
+        made.append(1)
+        return Identity()
+
+    first, again = (fitted.kept(world, "identity", make) for _ in range(2))
+    assert made == [1]
+    assert first.nbytes == again.nbytes > 0
+
+
+@pytest.mark.parametrize("name", [s.name for s in federated.choose(None) if s.kind == "peer"])
+def test_every_peer_of_the_list_can_be_made(world: World, name: str) -> None:
+    needs = "openfl" if name.startswith("eden") else "bitsandbytes"
+    if name.startswith(("eden", "nvflare")) and importlib.util.find_spec(needs) is None:
+        pytest.skip(f"needs {needs}")
+    method = federated.SCHEMES[name].make(world)
+    assert method.codec_bytes == 0
+    assert set(method.state()) == set(world.initial)
+
+
+def test_all_schemes_are_tuned_with_the_same_effort() -> None:
+    assert len(federated.SCHEMES) == len(federated.choose(None))
+    assert {len(s.grid) for s in federated.choose(None)} == {3}
+
+
+def test_other_ranks_and_seeds_make_other_worlds(world: World) -> None:
+    other = World(replace(SETTINGS, seed=1, lora_r=4))
+    assert next(iter(other.initial.values())).shape[0] == 4
+    assert other.d2 != world.d2
