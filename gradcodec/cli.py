@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     push.add_argument("--private", action="store_true")
     push.add_argument("--message", default="Upload codec")
 
-    commands.add_parser("info", help="versions, bundled codecs, codec families")
+    commands.add_parser("info", help="versions, codec families, bundled codecs, who computes")
 
     # The recipes need transformers and peft; their options are declared without importing those.
     from gradcodec.recipes import command
@@ -70,14 +70,22 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _info() -> int:
-    from gradcodec import describe, hub
+    import torch
+
+    from gradcodec import describe, hub, ops
     from gradcodec.wire import CODEC_IDS, WIRE_VERSION
 
-    for name, version in describe.versions().items():
-        print(f"{name:14} {version or 'not installed'}")
-    print(f"{'wire version':14} {WIRE_VERSION}")
-    print(f"{'families':14} {', '.join(CODEC_IDS)}")
-    print(f"{'bundled':14} {', '.join(hub.bundled()) or 'none'}")
+    rows = {name: version or "not installed" for name, version in describe.versions().items()}
+    rows["wire version"] = str(WIRE_VERSION)
+    rows["families"] = ", ".join(CODEC_IDS)
+    rows["bundled"] = ", ".join(hub.bundled()) or "none"
+    # Who computes the ops, and what is chosen for tensors of a device if nobody asks.
+    rows |= {f"ops: {name}": state for name, state in ops.status().items()}
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    rows |= {f"ops on {device}": ops.implementation(device) for device in devices}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
     return 0
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loopback_hub import TOKEN, LoopbackHub
 
-from gradcodec import cli, hub
+from gradcodec import cli, hub, ops
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
@@ -147,6 +147,25 @@ def test_info_lists_versions_families_and_bundled_codecs(
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.MULTILINE)
     assert ", ".join(CODEC_IDS) in out
     assert (", ".join(hub.bundled()) or "none") in out
+
+
+def test_info_says_who_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    out = succeed(capsys, "info")
+    for name, state in ops.status().items():
+        assert re.search(rf"^ops: {name} +{re.escape(state)}$", out, re.MULTILINE)
+    assert re.search(rf"^ops on cpu +{ops.implementation('cpu')}$", out, re.MULTILINE)
+    assert ("ops on cuda" in out) == torch.cuda.is_available()
+    # One column of names, one of values.
+    starts = {re.match(r"\S+(?: \S+)*\s{2,}", line).end() for line in out.splitlines()}
+    assert len(starts) == 1
+
+
+@pytest.mark.parametrize("wish", ["0", "1"])
+def test_info_reports_a_library_that_is_turned_off(wish: str, tmp_path: Path) -> None:
+    out = run(tmp_path, "info", GRADCODEC_NATIVE=wish).stdout
+    assert ("off: GRADCODEC_NATIVE=0" in out) == (wish == "0")
+    if wish == "0":
+        assert re.search(r"^ops on cpu +reference$", out, re.MULTILINE)
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -100,6 +100,33 @@ def topk() -> tuple[Codec, Update]:
     return TopK(TopKConfig(k=4, chunk=24, bits=8)), {"matrix": ramp(60).view(5, 12)}
 
 
+def blockquant_rotated() -> tuple[Codec, Update]:
+    # Whole numbers with few bits: all sums of the rotation are exact, so is its division by 64.
+    update = {"matrix": (ramp(60) - 20).view(5, 12), "vector": ramp(4099) % 1021 - 510}
+    return BlockQuant(BlockQuantConfig(4, 4096, rotate=True)), update
+
+
+def blockquant_stochastic() -> tuple[Codec, Update]:
+    # The dither is integers; a product and a sum of fp32 follow, which every machine rounds alike.
+    return BlockQuant(BlockQuantConfig(2, 16, "absmax", stochastic=True)), mixed()
+
+
+def blockquant_rotated_stochastic() -> tuple[Codec, Update]:
+    codec, update = BlockQuantConfig(4, 4096, rotate=True, stochastic=True), blockquant_rotated()[1]
+    return BlockQuant(codec), update
+
+
+def topk_rows() -> tuple[Codec, Update]:
+    # Magnitudes that differ by more than 2^-17; the last row of 64 is short.
+    codec = TopK(TopKConfig(k=2, chunk=64, bits=4, structure="rows"))
+    return codec, {"matrix": ramp(200).view(5, 40)}
+
+
+def topk_elias_fano() -> tuple[Codec, Update]:
+    codec = TopK(TopKConfig(k=4, chunk=24, bits=8, index="elias-fano"))
+    return codec, {"matrix": ramp(60).view(5, 12)}
+
+
 def rotsign() -> tuple[Codec, Update]:
     # Blocks of 16 by powers of two: every sum is exact, on every device and in every order.
     values = 2.0 ** (torch.arange(40) % 5) * (1 - 2.0 * (torch.arange(40) % 3 == 0))
@@ -131,7 +158,12 @@ CASES: dict[str, Callable[[], tuple[Codec, Update]]] = {
     "blockquant-4": lambda: blockquant(4),
     "blockquant-2": lambda: blockquant(2),
     "blockquant-1": lambda: blockquant(1),
+    "blockquant-rotated-4": blockquant_rotated,
+    "blockquant-stochastic-2": blockquant_stochastic,
+    "blockquant-rotated-stochastic-4": blockquant_rotated_stochastic,
     "topk": topk,
+    "topk-rows": topk_rows,
+    "topk-elias-fano": topk_elias_fano,
     "rotsign": rotsign,
     "chain-subspace-blockquant-4": chain,
 }

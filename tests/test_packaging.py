@@ -51,10 +51,10 @@ def test_type_information_is_shipped() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built from a copy so that no earlier build folder can help."""
     copy = tmp_path_factory.mktemp("source")
-    skip = shutil.ignore_patterns("__pycache__")
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
     for name in ("gradcodec", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", str(copy))
     (built,) = (copy / "dist").glob("*.whl")
@@ -87,7 +87,12 @@ def test_wheel_holds_the_tree(wheel: Path) -> None:
             if path.is_file() and shipped:
                 expected.add(f"{name}/{path.relative_to(folder).as_posix()}")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert names == expected
+    libraries = {n for n in names if n.startswith("gradcodec/native/_library.")}
+    assert names - libraries == expected
+    # With a compiler the C library is inside, and the file's name says for which platform.
+    compiler = shutil.which(sysconfig.get_config_var("CC").split()[0])
+    assert len(libraries) == (1 if compiler else 0)
+    assert ("-none-any.whl" in wheel.name) == (not libraries)
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from benchmarks.peers.downlink import Increments
 from benchmarks.peers.feedback import FeedbackPeer
 from gradcodec import wire
 from gradcodec.errors import ConfigError, MalformedBodyError
-from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
-from gradcodec.reference.block_quantize import block_dequantize, block_quantize
+from gradcodec.reference.bitpack import packed_nbytes
+from gradcodec.reference.decode_mean import decode_mean
+from gradcodec.reference.encode import encode
 
 
 class SignEF(FeedbackPeer):
@@ -60,16 +61,16 @@ class SignEF(FeedbackPeer):
 
     def pack(self, vector: Tensor) -> bytes:
         """Scales and signs."""
-        codes, scales = block_quantize(vector, 1, self.block)
-        return wire.raw_bytes(scales) + wire.raw_bytes(pack_bits(codes, 1))
+        packed, scales = encode(vector, bits=1, block=self.block, scale="l1")
+        return wire.raw_bytes(scales) + wire.raw_bytes(packed)
 
     def unpack(self, body: bytes) -> Tensor:
         """Plus or minus the block's scale."""
         size = self.start.numel()
         reader = Reader(body, "signs")
         scales = reader.values(-(-size // self.block), torch.bfloat16)
-        codes = reader.values(packed_nbytes(size, 1), torch.uint8)
+        packed = reader.values(packed_nbytes(size, 1), torch.uint8)
         reader.end()
         if bool((scales < 0).any()):
             raise MalformedBodyError("signs: expected scales of at least 0")
-        return block_dequantize(unpack_bits(codes, 1, size), scales.view(-1, 1), 1, self.block)
+        return decode_mean(packed[None], scales[None], size, bits=1, block=self.block)

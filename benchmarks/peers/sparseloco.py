@@ -10,8 +10,8 @@ from benchmarks.peers.body import Reader
 from benchmarks.peers.feedback import FeedbackPeer
 from gradcodec import wire
 from gradcodec.errors import ConfigError, MalformedBodyError
+from gradcodec.reference import two_means
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
-from gradcodec.reference.block_quantize import block_dequantize, block_quantize
 
 _BITS = 2
 
@@ -30,7 +30,7 @@ class SparseLoCo(FeedbackPeer):
       its residual as it is and decays it once, when it next replies.
     - Chunks run over the flattened adapter. The authors cut each tensor into tiles of up to 64 x 64
       values; a LoRA factor is often smaller than one, so its k would be a larger share.
-    - The two-bit levels are those of ``gradcodec.reference.block_quantize``: sign and one of two
+    - The two-bit levels are those of ``gradcodec.reference.two_means``: sign and one of two
       magnitudes, fitted by Lloyd's iteration to each chunk, two bf16 numbers. The authors take the
       means of four uniform bins over 6 sigma of a tensor's kept values, of which the one around
       zero is nearly empty after top-k; the levels here have the smaller error.
@@ -74,18 +74,18 @@ class SparseLoCo(FeedbackPeer):
         if tail.numel():
             index.append(tail.abs().topk(min(self.k, tail.numel())).indices.sort().values)
         inside = torch.cat(index)
-        codes, levels = block_quantize(vector[inside + self._starts()], _BITS, self.k)
-        parts = (levels, pack_bits(codes, _BITS), pack_bits(inside, self.index_bits))
+        packed, levels = two_means.encode(vector[inside + self._starts()], self.k)
+        parts = (levels, packed, pack_bits(inside, self.index_bits))
         return b"".join(wire.raw_bytes(p) for p in parts)
 
     def unpack(self, body: bytes) -> Tensor:
         """Zero where nothing was sent."""
         reader = Reader(body, "SparseLoCo")
-        levels = reader.values(2 * self.chunks, torch.bfloat16).view(-1, 2)
+        levels = reader.values(2 * self.chunks, torch.bfloat16)
         codes = reader.values(packed_nbytes(self.kept, _BITS), torch.uint8)
         packed = reader.values(packed_nbytes(self.kept, self.index_bits), torch.uint8)
         reader.end()
-        values = block_dequantize(unpack_bits(codes, _BITS, self.kept), levels, _BITS, self.k)
+        values = two_means.decode_mean(codes[None], levels[None], self.kept, self.k)
         index = unpack_bits(packed, self.index_bits, self.kept).long() + self._starts()
         size = self.start.numel()
         if int(index[-1]) >= size or bool((index.diff() <= 0).any()):

@@ -52,10 +52,18 @@ class CodecConfig:
     """Settings of one codec; what is saved, hashed and pinned by every payload."""
 
     kind: ClassVar[str]
+    LATER: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, ``kind`` included."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        """Plain JSON values, ``kind`` included.
+
+        Settings in ``LATER``, which came after codecs with this config were published, are left out
+        at their defaults: such codecs keep their digests.
+        """
+        fields = dataclasses.asdict(self)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        told = {n: v for n, v in fields.items() if n not in self.LATER or v != defaults[n]}
+        return {"kind": self.kind, **told}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -211,6 +219,55 @@ class Codec(ABC):
     def read_code(self, payload: Payload) -> Tensor:
         """The dequantised code ``z`` ``[m]`` of a payload, fp32."""
         return self._checked_unpack(payload.body, self._open(payload))
+
+    # -- bare vectors: what collectives and hooks exchange ------------------------------------
+
+    def residual_numel(self, numel: int) -> int:
+        """Length of the error-feedback residual that ``pack_flat`` takes for ``numel`` values."""
+        return numel
+
+    @torch.no_grad()
+    def pack_flat(self, vector: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
+        """Code a vector ``[n]`` as if it were a code: uint8 ``[packed_nbytes(n)]``.
+
+        With a residual, error feedback (Seide et al. 2014): ``x + e`` is coded and ``e`` becomes
+        what was lost, ``e <- x + e - decoded``. In which domain it is kept is the codec's business;
+        zeros to begin with, fp32 ``[residual_numel(n)]``, updated in place.
+
+        Raises:
+            NonFiniteError: NaN or Inf given to a lossy codec; the residual is then untouched.
+        """
+        if residual is None:
+            return wire.raw_tensor(self._pack(vector.float(), seed), torch.uint8)
+        x = vector.float() + residual
+        body = self._pack(x, seed)
+        residual.copy_(x - self._unpack(body, x.numel()))
+        return wire.raw_tensor(body, torch.uint8)
+
+    @torch.no_grad()
+    def unpack_flat(self, body: Tensor, numel: int) -> Tensor:
+        """Inverse of ``pack_flat``: uint8 ``[packed_nbytes(numel)]`` -> fp32 ``[numel]``.
+
+        Raises:
+            MalformedBodyError: another length, or bytes that no encoder makes.
+        """
+        expected = self.packed_nbytes(numel)
+        if body.numel() != expected:
+            raise MalformedBodyError(
+                f"{self.config.kind}: expected {expected} bytes for {numel} values, "
+                f"got {body.numel()}"
+            )
+        return self._unpack(wire.raw_bytes(body), numel)
+
+    def mean_flat(self, bodies: Tensor, numel: int) -> Tensor:
+        """Mean of ``W`` coded vectors, uint8 ``[W, bytes]`` -> fp32 ``[numel]``.
+
+        Added in the order given, so that every participant gets equal bits.
+        """
+        total = self.unpack_flat(bodies[0], numel)
+        for body in bodies[1:]:
+            total += self.unpack_flat(body, numel)
+        return total.mul_(1.0 / len(bodies))
 
     # -- identity of the codec ----------------------------------------------------------------
 

@@ -8,41 +8,88 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradcodec import layout, wire
+from gradcodec import layout, ops, wire
 from gradcodec.codecs.base import Codec, CodecConfig, register
 from gradcodec.errors import ConfigError, MalformedBodyError
-from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
-from gradcodec.reference.block_quantize import block_dequantize, block_quantize, scales_per_block
+from gradcodec.reference import grid, two_means
+from gradcodec.reference.bitpack import packed_nbytes
 
-_BITS = (1, 2, 4, 8)
-
-SEGMENT = 1 << 18
-"""About this many values are worked on at a time: no copies of the whole, and it fits a cache."""
+#: Scale that a bit width has unless another is asked for.
+_DEFAULT_SCALE = {8: "absmax", 4: "absmax", 2: "lloyd", 1: "l1"}
+_SCALES = ("auto", "lloyd", *grid.SCALES)
 
 
 @dataclass(frozen=True)
 class BlockQuantConfig(CodecConfig):
-    """``bits`` per value (1, 2, 4 or 8); ``block`` values share their bf16 scales."""
+    """Bits, block and how the levels of a block are placed.
+
+    Attributes:
+        bits: per value: 1, 2, 4 or 8.
+        block: values that share their scale; 4096 when rotated.
+        scale: ``"absmax"``, ``"rms"``, ``"l1"`` (1 and 2 bits), ``"lloyd"`` (2 bits: two fitted
+            magnitudes) or ``"auto"``: absmax at 8 and 4 bits, lloyd at 2, l1 at 1.
+        rotate: rotate chunks of 4096 values first, so that every block looks Gaussian.
+        stochastic: round up or down at random. Unbiased with ``scale="absmax"``.
+    """
 
     kind: ClassVar[str] = "blockquant"
+    LATER: ClassVar[tuple[str, ...]] = ("scale", "rotate", "stochastic")
+
     bits: int = 4
     block: int = 256
+    scale: str = "auto"
+    rotate: bool = False
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in _BITS:
-            raise ConfigError(f"blockquant: expected bits of {_BITS}, got {self.bits!r}")
+        if type(self.bits) is not int or self.bits not in grid.BITS:
+            raise ConfigError(f"blockquant: expected bits of {grid.BITS}, got {self.bits!r}")
         if not isinstance(self.block, int) or not 8 <= self.block <= 1 << 20:
             raise ConfigError(f"blockquant: expected a block of 8..{1 << 20}, got {self.block!r}")
+        if self.scale not in _SCALES:
+            raise ConfigError(f"blockquant: expected a scale of {_SCALES}, got {self.scale!r}")
+        for name in ("rotate", "stochastic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"blockquant: expected {name} to be a bool")
+        if self.rotate and self.block != ops.CHUNK:
+            raise ConfigError(
+                f"blockquant: rotate needs a block of {ops.CHUNK} values, got {self.block}"
+            )
+        scale = self.placed
+        if scale == "lloyd" and (self.bits != 2 or self.rotate or self.stochastic):
+            raise ConfigError("blockquant: 'lloyd' is for 2 bits, to nearest, without rotation")
+        if scale == "l1" and self.bits > 2:
+            raise ConfigError(f"blockquant: 'l1' is for 1 and 2 bits, got {self.bits} bits")
+
+    @property
+    def placed(self) -> str:
+        """The scale that is used: ``scale``, or what ``"auto"`` stands for."""
+        if self.scale != "auto":
+            return self.scale
+        if self.bits == 2 and (self.rotate or self.stochastic):
+            return "absmax" if self.stochastic else "rms"
+        return _DEFAULT_SCALE[self.bits]
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the expectation of what is decoded is what was encoded."""
+        return self.stochastic and self.placed == "absmax"
 
 
 @register
 class BlockQuant(Codec):
-    """Nearest rounding to ``2**bits`` levels with bf16 scales for every block.
+    """``2**bits`` levels with bf16 scales for every block of consecutive values.
 
-        values --blocks--> scales (bf16), codes --pack--> body = scales | packed codes
+        values (--rotate--> y) --blocks--> scales (bf16), codes --pack--> body = scales | codes
 
-    The levels of each bit width are those of ``gradcodec.reference.block_quantize``. Blocks run
-    over the concatenation of all tensors. NaN and Inf raise ``NonFiniteError``.
+    The levels are those of ``gradcodec.reference.grid``, at 2 bits by default the two fitted
+    magnitudes of ``gradcodec.reference.two_means``. Blocks run over the concatenation of all
+    tensors. NaN and Inf raise ``NonFiniteError``.
+
+    Stochastic rounding is that of QSGD (Alistarh et al. 2017, arXiv 1610.02132) with a byte of
+    dither per value, the rotation that of Suresh et al. 2017 (arXiv 1611.00429) with fixed signs.
+    Equal seeds give equal bytes; federated clients and ranks must use seeds of their own, or their
+    errors do not average out.
     """
 
     Config = BlockQuantConfig
@@ -51,45 +98,84 @@ class BlockQuant(Codec):
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or BlockQuantConfig(), **parts)
 
-    def packed_nbytes(self, numel: int) -> int:
-        """Two bytes per scale and ``bits`` bits per value, rounded up to a byte."""
-        return self._scale_nbytes(numel) + packed_nbytes(numel, self.config.bits)
-
-    def _scale_nbytes(self, numel: int) -> int:
-        return -(-numel // self.config.block) * 2 * scales_per_block(self.config.bits)
+    @property
+    def _grid(self) -> dict[str, Any]:
+        c = self.config
+        return {"bits": c.bits, "block": c.block, "rotate": c.rotate}
 
     @property
-    def _segment(self) -> int:
-        # Whole blocks and whole bytes: eight blocks are both, whatever their size.
-        return 8 * self.config.block * max(1, SEGMENT // (8 * self.config.block))
+    def _fitted(self) -> bool:
+        return self.config.placed == "lloyd"
+
+    def residual_numel(self, numel: int) -> int:
+        """Whole chunks where values are rotated: what was lost is kept in rotated coordinates."""
+        return ops.padded_numel(numel, self.config.rotate)
+
+    def packed_nbytes(self, numel: int) -> int:
+        """Two bytes per scale and ``bits`` bits per value, rounded up to a byte.
+
+        Rotated, the number of values is first rounded up to 4096.
+        """
+        return self._scale_nbytes(numel) + packed_nbytes(
+            self.residual_numel(numel), self.config.bits
+        )
+
+    def _scale_nbytes(self, numel: int) -> int:
+        blocks = -(-self.residual_numel(numel) // self.config.block)
+        return blocks * (4 if self._fitted else 2)
 
     def _pack(self, z: Tensor, seed: int) -> bytes:
+        return wire.raw_bytes(self._coded(z, seed, None))
+
+    def pack_flat(self, vector: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
+        """As ``Codec.pack_flat``, in one pass over the values."""
+        if self._fitted:
+            return super().pack_flat(vector, seed=seed, residual=residual)
+        return self._coded(vector.detach(), seed, residual)
+
+    def _coded(self, z: Tensor, seed: int, residual: Tensor | None) -> Tensor:
         layout.check_finite(z, "blockquant")
-        scales, packed = [], []
-        for part in torch.split(z, self._segment):
-            codes, its_scales = block_quantize(part.float(), self.config.bits, self.config.block)
-            # The mean of values near the end of the fp32 range may be beyond it.
-            layout.check_finite(its_scales, "blockquant scales")
-            scales.append(wire.raw_bytes(its_scales))
-            packed.append(wire.raw_bytes(pack_bits(codes, self.config.bits)))
-        return b"".join(scales + packed)
+        values = z if z.dtype in (torch.float32, torch.bfloat16, torch.float16) else z.float()
+        if self._fitted:
+            packed, scales = two_means.encode(values, self.config.block)
+        else:
+            packed, scales = ops.encode(
+                values,
+                **self._grid,
+                scale=self.config.placed,
+                stochastic=self.config.stochastic,
+                seed=seed,
+                residual=residual,
+            )
+        # Sums of values near the end of the fp32 range may be beyond it.
+        layout.check_finite(scales, "blockquant scales")
+        return torch.cat([scales.reshape(-1).view(torch.uint8), packed])
 
     def _unpack(self, body: bytes, numel: int) -> Tensor:
+        return self._mean(wire.raw_tensor(body, torch.uint8)[None], numel)
+
+    def unpack_flat(self, body: Tensor, numel: int) -> Tensor:
+        """As ``Codec.unpack_flat``."""
+        return self.mean_flat(body[None], numel)
+
+    @torch.no_grad()
+    def mean_flat(self, bodies: Tensor, numel: int) -> Tensor:
+        """As ``Codec.mean_flat``, without a dense vector for each."""
+        expected = self.packed_nbytes(numel)
+        if bodies.shape[1] != expected:
+            raise MalformedBodyError(
+                f"blockquant: expected {expected} bytes for {numel} values, got {bodies.shape[1]}"
+            )
+        return self._mean(bodies, numel)
+
+    def _mean(self, bodies: Tensor, numel: int) -> Tensor:
         cut = self._scale_nbytes(numel)
-        view = memoryview(body)
-        scales = wire.raw_tensor(view[:cut], torch.bfloat16)
+        # Through one flat copy: a single row of odd length counts as contiguous as it is, and its
+        # stride is then no whole number of scales.
+        scales = bodies[:, :cut].reshape(-1).clone().view(torch.bfloat16).view(len(bodies), -1)
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("blockquant: expected finite, non-negative scales")
-        bits, block = self.config.bits, self.config.block
-        packed = torch.split(wire.raw_tensor(view[cut:], torch.uint8), self._segment * bits // 8)
-        scales = scales.view(-1, scales_per_block(bits))
-        out = torch.empty(numel)
-        for part, its, bytes_of in zip(
-            torch.split(out, self._segment),
-            torch.split(scales, self._segment // block),
-            packed,
-            strict=True,
-        ):
-            codes = unpack_bits(bytes_of, bits, len(part))
-            part.copy_(block_dequantize(codes, its, bits, block))
-        return out
+        packed = bodies[:, cut:]
+        if self._fitted:
+            return two_means.decode_mean(packed, scales, numel, self.config.block)
+        return ops.decode_mean(packed, scales, numel, **self._grid)

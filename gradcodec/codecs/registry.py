@@ -14,6 +14,7 @@ from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Subspace
 from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.errors import ConfigError
+from gradcodec.ops import CHUNK
 from gradcodec.wire import CODEC_IDS
 
 _CLASSES = {
@@ -35,7 +36,25 @@ UNTRAINED: dict[str, Callable[[], Codec]] = {
     "sign": lambda: BlockQuant(BlockQuantConfig(1)),
     "topk": lambda: TopK(TopKConfig()),
     "rotsign": RotatedSign,
+    # Rotated: levels that fit a Gaussian, for error feedback. Unbiased: for going without.
+    "int8-rotated": lambda: _rotated(8),
+    "int4-rotated": lambda: _rotated(4),
+    "int2-rotated": lambda: _rotated(2),
+    "sign-rotated": lambda: _rotated(1),
+    "int8-unbiased": lambda: _unbiased(8),
+    "int4-unbiased": lambda: _unbiased(4),
+    "int2-unbiased": lambda: _unbiased(2),
 }
+
+
+def _rotated(bits: int) -> Codec:
+    scale = {8: "absmax", 1: "l1"}.get(bits, "rms")
+    return BlockQuant(BlockQuantConfig(bits, CHUNK, scale=scale, rotate=True))
+
+
+def _unbiased(bits: int) -> Codec:
+    config = BlockQuantConfig(bits, CHUNK, scale="absmax", rotate=True, stochastic=True)
+    return BlockQuant(config)
 
 
 def make_codec(name: str) -> Codec:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradcodec.errors import ConfigError
+from gradcodec.reference import grid
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
-from gradcodec.reference.block_quantize import block_dequantize, block_quantize
 
 BLOCK = 64
 FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
@@ -43,8 +43,9 @@ def quantise(basis: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     size, k = basis.shape
     columns = functional.pad(basis.T.float(), (0, -size % BLOCK))
-    codes, scales = block_quantize(columns.reshape(-1), bits, BLOCK)
-    codes = codes.view(columns.shape)[:, :size]
+    rows = columns.reshape(-1, BLOCK)
+    scales = grid.deltas(rows, rows.new_full((len(rows),), BLOCK), bits, "absmax", False)
+    codes = grid.codes_of(rows, scales, bits, None).view(columns.shape)[:, :size]
     codes = functional.pad(codes, (0, size % (8 // bits)))
     return pack_bits(codes.reshape(-1), bits).view(k, packed_nbytes(size, bits)), scales.view(
         k, -(-size // BLOCK)
@@ -70,5 +71,5 @@ def dequantise(codes: Tensor, scales: Tensor | None, size: int, bits: int) -> Te
     per_row = width * 8 // bits
     rows = unpack_bits(codes.reshape(-1), bits, k * per_row).view(k, per_row)[:, :size]
     rows = functional.pad(rows, (0, blocks * BLOCK - size))
-    values = block_dequantize(rows.reshape(-1), scales.view(-1, 1), bits, BLOCK)
+    values = grid.values_of(rows.reshape(-1, BLOCK), scales.view(-1), bits)
     return values.view(k, blocks * BLOCK)[:, :size].T.contiguous()

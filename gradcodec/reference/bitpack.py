@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,15 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         for lane in range(1, per):
             out |= lanes[:, lane] << (lane * bits)
         return out
-    # Widths that straddle bytes (indices): through a matrix of single bits.
+    per = 8 // math.gcd(bits, 8)
+    if per * bits <= 56:
+        # Widths that straddle bytes (indices): the fewest values that fill whole bytes, as a word.
+        wide = torch.zeros(-(-values.numel() // per) * per, dtype=torch.int64, device=values.device)
+        wide[: values.numel()] = values
+        words = (wide.view(-1, per) << _places(per, bits, values.device)).sum(1)
+        bytes_ = (words[:, None] >> _places(per * bits // 8, 8, values.device)).to(torch.uint8)
+        return bytes_.reshape(-1)[: packed_nbytes(values.numel(), bits)]
+    # Odd widths beyond 7: through a matrix of single bits.
     shifts = torch.arange(bits, device=values.device)
     stream = ((values.to(torch.int32)[:, None] >> shifts) & 1).reshape(-1)
     return pack_bits(stream, 1)
@@ -44,6 +54,19 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
         lanes = (packed[:, None] >> shifts) & ((1 << bits) - 1)
         return lanes.reshape(-1)[:numel].to(torch.int32)
+    per = 8 // math.gcd(bits, 8)
+    if per * bits <= 56:
+        groups = -(-numel // per)
+        size = per * bits // 8
+        wide = torch.zeros(groups * size, dtype=torch.int64, device=packed.device)
+        wide[: packed.numel()] = packed[: groups * size]
+        words = (wide.view(-1, size) << _places(size, 8, packed.device)).sum(1)
+        values = (words[:, None] >> _places(per, bits, packed.device)) & ((1 << bits) - 1)
+        return values.reshape(-1)[:numel].to(torch.int32)
     stream = unpack_bits(packed, 1, numel * bits).view(numel, bits)
     weights = 2 ** torch.arange(bits, device=packed.device, dtype=torch.int32)
     return (stream * weights).sum(1, dtype=torch.int32)
+
+
+def _places(count: int, bits: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device) * bits

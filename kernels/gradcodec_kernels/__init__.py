@@ -1,6 +1,6 @@
 """Triton kernels of gradcodec, for `gradcodec.ops` alone to import.
 
-Still empty: the kernels land with the fast-codec work, each beside its oracle in
-`gradcodec.reference`. This file imports nothing, ever, so that finding the package never needs
-triton.
+One file for each op, beside its oracle of the same name in `gradcodec.reference`; `tiles`,
+`quantise` and `unpack` hold what they share, `launch` how they are launched. This file imports
+nothing, ever, so that finding the package never needs triton.
 """

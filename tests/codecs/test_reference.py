@@ -1,4 +1,4 @@
-"""Bit packing and block quantisation against the obvious loops."""
+"""Bit packing and the levels of a block codec against the obvious loops."""
 
 import math
 import struct
@@ -8,14 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradcodec.codecs.blockquant import BlockQuantConfig
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.errors import ConfigError
+from gradcodec.reference import grid, two_means
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
-from gradcodec.reference.block_quantize import (
-    block_dequantize,
-    block_quantize,
-    scales_per_block,
-)
+from gradcodec.reference.decode_mean import decode_mean
+from gradcodec.reference.encode import encode, segment_of
 
 SIZES = [0, 1, 7, 8, 63, 64, 65, 4097]
 WIDTHS = range(1, 17)
@@ -78,7 +76,34 @@ def test_left_over_bits_are_not_read(bits: int) -> None:
     assert torch.equal(unpack_bits(packed, bits, 3), values.int())
 
 
-# -- block quantisation against a loop in fp64 ---------------------------------------------------
+# -- levels of a block against a loop in fp64 ----------------------------------------------------
+#
+# The scales that ``BlockQuant`` has where none is asked for: absmax at 8 and 4 bits, two fitted
+# magnitudes at 2, the mean magnitude at 1. Other scales: tests/reference/test_grid.py.
+
+SCALE = {8: "absmax", 4: "absmax", 1: "l1"}
+
+
+def coded(x: torch.Tensor, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes and scales ``[blocks, 1 or 2]``."""
+    if bits == 2:
+        return two_means.encode(x, block)
+    packed, scales = encode(x, bits=bits, block=block, scale=SCALE[bits])
+    return packed, scales[:, None]
+
+
+def values(
+    packed: torch.Tensor, scales: torch.Tensor, count: int, bits: int, block: int
+) -> torch.Tensor:
+    """What they decode to, fp32 ``[count]``."""
+    flat = scales.reshape(1, -1)
+    if bits == 2:
+        return two_means.decode_mean(packed[None], flat, count, block)
+    return decode_mean(packed[None], flat, count, bits=bits, block=block)
+
+
+def quantised(x: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    return values(*coded(x, bits, block), len(x), bits, block)
 
 
 def bf16(value: float) -> float:
@@ -97,7 +122,7 @@ def naive_scales(block: list[float], bits: int) -> list[float]:
     if bits == 1:
         return [bf16(mean)]
     low = high = threshold = mean
-    for _ in range(8):
+    for _ in range(two_means.LLOYD_STEPS):
         large = [v for v in size if v > threshold]
         small = [v for v in size if v <= threshold]
         high = sum(large) / len(large) if large else threshold
@@ -114,16 +139,11 @@ def naive_levels(scales: list[float], bits: int) -> list[float]:
     return [sign * s for s in scales for sign in (1, -1)]
 
 
-def quantised(x: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    codes, scales = block_quantize(x, bits, block)
-    return block_dequantize(codes, scales, bits, block)
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 321])
 def test_scales_are_those_of_the_loop(bits: int, count: int) -> None:
     x = torch.randn(count)
-    scales = block_quantize(x, bits, block=32)[1]
+    scales = coded(x, bits, block=32)[1]
     blocks = [p.tolist() for p in x.split(32)]
     expected = torch.tensor([naive_scales(b, bits) for b in blocks])
     # fp32 sums may fall on the other side of a bf16 rounding: one unit, 2^-8, at most.
@@ -135,8 +155,8 @@ def test_scales_are_those_of_the_loop(bits: int, count: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_every_value_goes_to_its_nearest_level(bits: int) -> None:
     x = torch.randn(200)
-    codes, scales = block_quantize(x, bits, block=32)
-    y = block_dequantize(codes, scales, bits, block=32).tolist()
+    packed, scales = coded(x, bits, block=32)
+    y = values(packed, scales, 200, bits, block=32).tolist()
     for i, (value, came) in enumerate(zip(x.tolist(), y, strict=True)):
         levels = naive_levels(scales[i // 32].float().tolist(), bits)
         nearest = min(abs(value - level) for level in levels)
@@ -147,12 +167,11 @@ def test_every_value_goes_to_its_nearest_level(bits: int) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_error_is_at_most_half_a_step(bits: int) -> None:
     x = torch.randn(4096)
-    codes, scales = block_quantize(x, bits, block=64)
+    packed, scales = coded(x, bits, block=64)
     step = scales.float().repeat_interleave(64)
-    top = (1 << (bits - 1)) - 1
     # A scale rounded down clips the largest values by what is missing: top * step < |x|.
-    clipped = (x.abs() - top * step).clamp_min(0)
-    error = (block_dequantize(codes, scales, bits, 64) - x).abs()
+    clipped = (x.abs() - grid.TOP[bits] * step).clamp_min(0)
+    error = (values(packed, scales, 4096, bits, 64) - x).abs()
     assert bool((error <= torch.maximum(0.5 * step, clipped) * (1 + 1e-6)).all())
     assert float(error.max()) > 0
 
@@ -160,40 +179,26 @@ def test_the_error_is_at_most_half_a_step(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 4097])
 def test_shapes_and_dtypes(bits: int, count: int) -> None:
-    codes, scales = block_quantize(torch.randn(count), bits, block=64)
-    assert (codes.dtype, tuple(codes.shape)) == (torch.uint8, (count,))
+    packed, scales = coded(torch.randn(count), bits, block=64)
+    assert (packed.dtype, tuple(packed.shape)) == (torch.uint8, (packed_nbytes(count, bits),))
     assert scales.dtype == torch.bfloat16
-    assert tuple(scales.shape) == (math.ceil(count / 64), scales_per_block(bits))
+    assert tuple(scales.shape) == (math.ceil(count / 64), 2 if bits == 2 else 1)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_fit_their_bits(bits: int) -> None:
-    codes, _ = block_quantize(torch.randn(4096), bits, block=64)
-    assert int(codes.max()) < 1 << bits
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_dequantised_values_are_exact_products(bits: int) -> None:
-    codes, scales = block_quantize(torch.randn(320), bits, 64)
-    y = block_dequantize(codes, scales, bits, 64).double()
+def test_decoded_values_are_exact_products(bits: int) -> None:
+    packed, scales = coded(torch.randn(320), bits, 64)
+    y = values(packed, scales, 320, bits, 64).double()
     for i in range(320):
         assert float(y[i]) in naive_levels(scales[i // 64].double().tolist(), bits)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_codes_decode_alike_in_any_integer_dtype(bits: int) -> None:
-    # The quantiser gives uint8, the unpacker int32.
-    codes, scales = block_quantize(torch.randn(64), bits, 64)
-    wide = block_dequantize(codes.to(torch.int32), scales, bits, 64)
-    assert torch.equal(block_dequantize(codes, scales, bits, 64), wide)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rest", [1, 7, 63])
 def test_padding_does_not_pull_the_last_block(bits: int, rest: int) -> None:
     x = torch.randn(128 + rest) + 3
-    scales = block_quantize(x, bits, block=64)[1]
-    alone = block_quantize(x[128:], bits, block=max(rest, 1))[1]
+    scales = coded(x, bits, block=64)[1]
+    alone = coded(x[128:], bits, block=max(rest, 8))[1]
     assert torch.equal(scales[-1], alone[0])
 
 
@@ -209,6 +214,7 @@ def test_blocks_do_not_touch_each_other(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_sign_flip_flips_the_output(bits: int) -> None:
+    # Halves are rounded up: a value between two levels is where signs differ, and there is none.
     x = torch.randn(256)
     assert torch.equal(quantised(-x, bits, 64), -quantised(x, bits, 64))
 
@@ -225,6 +231,32 @@ def test_equal_magnitudes_survive(bits: int) -> None:
     x = torch.where(torch.arange(64) % 3 == 0, -1.75, 1.75)
     # Exact but for the rounding of 1.75 / 7 or 1.75 / 127 to bf16: half of 2^-8.
     assert torch.allclose(quantised(x, bits, 32), x, rtol=2**-9 if bits >= 4 else 0, atol=0)
+
+
+def test_two_means_over_segments_are_those_of_the_parts() -> None:
+    cut = segment_of(64)
+    x = torch.randn(cut + 200)
+    whole = quantised(x, 2, 64)
+    parts = [quantised(part, 2, 64) for part in (x[:cut], x[cut:])]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_mean_of_two_means_is_the_mean_of_decodes_to_the_bit() -> None:
+    made = [coded(torch.randn(1001), 2, 64) for _ in range(3)]
+    packed, scales = torch.stack([m[0] for m in made]), torch.stack([m[1].view(-1) for m in made])
+    total = torch.zeros(1001)
+    for p, s in made:
+        total += values(p, s, 1001, 2, 64)
+    assert torch.equal(two_means.decode_mean(packed, scales, 1001, 64), total * (1.0 / 3))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_codec_has_these_levels_by_default(bits: int) -> None:
+    x, codec = torch.randn(1001), BlockQuant(BlockQuantConfig(bits, block=64))
+    packed, scales = coded(x, bits, 64)
+    body = torch.cat([scales.reshape(-1).view(torch.uint8), packed])
+    assert torch.equal(codec.pack_flat(x), body)
+    assert torch.equal(codec.unpack_flat(body, 1001), quantised(x, bits, 64))
 
 
 @pytest.mark.parametrize(

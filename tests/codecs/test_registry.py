@@ -20,6 +20,13 @@ EXPECTED = {
     "sign": ("blockquant", 1),
     "topk": ("topk", None),
     "rotsign": ("rotsign", None),
+    "int8-rotated": ("blockquant", 8),
+    "int4-rotated": ("blockquant", 4),
+    "int2-rotated": ("blockquant", 2),
+    "sign-rotated": ("blockquant", 1),
+    "int8-unbiased": ("blockquant", 8),
+    "int4-unbiased": ("blockquant", 4),
+    "int2-unbiased": ("blockquant", 2),
 }
 
 
@@ -41,7 +48,7 @@ def test_every_name_is_expected() -> None:
 def test_an_unknown_name_lists_the_names(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_codec(name)
-    assert re.findall(r"'(\w+)'", str(caught.value))[: len(UNTRAINED)] == sorted(UNTRAINED)
+    assert re.findall(r"'([\w-]+)'", str(caught.value))[: len(UNTRAINED)] == sorted(UNTRAINED)
 
 
 def test_codecs_are_made_anew() -> None:

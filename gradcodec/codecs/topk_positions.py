@@ -1,0 +1,106 @@
+"""Positions of what top-k keeps, as bytes: in as many bits as a chunk needs, or Elias-Fano coded.
+
+Elias-Fano (Fano 1971, On the number of bits required to implement an associative memory; Elias
+1974) splits a position into ``low`` bits, sent as they are, and the rest, which never falls and is
+sent in unary: bit ``(position >> low) + i`` of a bitmap is set for the ``i``-th position. For 64 of
+4096 that is 8 bits a position where 12 are packed; ``log2 binomial(4096, 64) / 64`` is 7.36. Its
+size depends on nothing but counts. A range coder over gaps comes to 7.43 and Rice's code to 7.53
+(``benchmarks/results/codecs.md``), for which every size would have to be told to every receiver:
+too little for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcodec.errors import MalformedBodyError
+from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
+
+FORMS = ("packed", "elias-fano")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which of ``numel`` values are kept: ``k`` of every ``chunk``, or all of a short last one.
+
+    Attributes:
+        form: of ``FORMS``.
+        numel: values of the vector.
+        k: kept of a chunk.
+        chunk: values of a chunk, at most 65,536.
+    """
+
+    form: str
+    numel: int
+    k: int
+    chunk: int
+
+    @property
+    def count(self) -> int:
+        """How many are kept."""
+        full, rest = divmod(self.numel, self.chunk)
+        return full * self.k + min(self.k, rest)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of what ``write`` gives."""
+        if self.form == "packed":
+            return packed_nbytes(self.count, self._index_bits)
+        return packed_nbytes(self.count, self._low) + packed_nbytes(self._bitmap, 1)
+
+    @property
+    def _index_bits(self) -> int:
+        return (self.chunk - 1).bit_length()
+
+    @property
+    def _low(self) -> int:
+        """``floor(log2(numel / count))``, which makes the sum of both parts least."""
+        return (self.numel // max(1, self.count)).bit_length() - 1 if self.count else 0
+
+    @property
+    def _bitmap(self) -> int:
+        return self.count + (self.numel - 1 >> self._low) if self.count else 0
+
+    def starts(self, device: torch.device | None = None) -> Tensor:
+        """int64 ``[count]``: first position of the chunk that each kept value is of."""
+        return torch.arange(self.count, device=device) // self.k * self.chunk
+
+    def write(self, at: Tensor) -> Tensor:
+        """Increasing positions in the vector, int64 ``[count]`` -> uint8 ``[nbytes]``."""
+        if self.form == "packed":
+            return pack_bits(at - self.starts(at.device), self._index_bits)
+        bitmap = torch.zeros(self._bitmap, dtype=torch.uint8, device=at.device)
+        bitmap[(at >> self._low) + torch.arange(self.count, device=at.device)] = 1
+        low = at & ((1 << self._low) - 1)
+        parts = [pack_bits(low, self._low)] if self._low else []
+        return torch.cat([*parts, pack_bits(bitmap, 1)])
+
+    def read(self, packed: Tensor) -> Tensor:
+        """Inverse of ``write``.
+
+        Raises:
+            MalformedBodyError: they do not increase, are not in their chunks, or are not as many.
+        """
+        at = self._packed(packed) if self.form == "packed" else self._elias_fano(packed)
+        inside = at - self.starts(at.device)
+        fits = (inside >= 0) & (inside < self.chunk) & (at < self.numel)
+        if not bool(fits.all()) or bool((at.diff() <= 0).any()):
+            raise MalformedBodyError(
+                f"topk: expected increasing positions below {self.numel}, each in its own chunk"
+            )
+        return at
+
+    def _packed(self, packed: Tensor) -> Tensor:
+        index = unpack_bits(packed, self._index_bits, self.count)
+        return index.long() + self.starts(packed.device)
+
+    def _elias_fano(self, packed: Tensor) -> Tensor:
+        cut = packed_nbytes(self.count, self._low)
+        ones = unpack_bits(packed[cut:], 1, self._bitmap).nonzero()[:, 0]
+        if len(ones) != self.count:
+            raise MalformedBodyError(f"topk: expected {self.count} positions, got {len(ones)}")
+        at = ones - torch.arange(self.count, device=packed.device) << self._low
+        return at | unpack_bits(packed[:cut], self._low, self.count) if self._low else at

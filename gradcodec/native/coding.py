@@ -1,0 +1,164 @@
+"""The quantising ops in C; arguments and results as in ``gradcodec.reference``, bit for bit.
+
+Tensors are contiguous and on the CPU. What would let C read or write beyond memory is checked
+here, the rest by ``gradcodec.ops``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradcodec.native.library import current
+from gradcodec.native.memory import at, typed
+from gradcodec.reference.bitpack import packed_nbytes
+from gradcodec.reference.encode import padded_numel
+from gradcodec.reference.grid import SCALES
+from gradcodec.reference.hadamard import CHUNK
+
+_MASK = (1 << 64) - 1
+
+
+def random_bytes(start: int, count: int, seed: int) -> Tensor:
+    """``gradcodec.reference.philox.random_bytes``; ``start`` a multiple of 16."""
+    out = torch.empty(count + 256, dtype=torch.uint8)  # whole groups of counters are written
+    current().call("random_bytes", start // 16 * 16, count, seed & _MASK, out.data_ptr())
+    return out[:count]
+
+
+def encode(
+    values: Tensor,
+    *,
+    bits: int,
+    block: int = CHUNK,
+    scale: str = "absmax",
+    rotate: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``gradcodec.reference.encode.encode``.
+
+    Sums of ``l1`` and ``rms`` are of fp64 in another order, so a scale may differ in its last bit
+    where it lies halfway between two bf16 numbers.
+    """
+    numel, total = values.numel(), padded_numel(values.numel(), rotate)
+    packed, used = _outputs(total, bits, block)
+    current().call(
+        "encode",
+        *typed("values", values, numel),
+        *(numel, total, bits, block, SCALES.index(scale), rotate, stochastic, seed & _MASK),
+        *typed("residual", residual, total),
+        at("scales", scales, used.numel(), torch.bfloat16),
+        packed.data_ptr(),
+        used.data_ptr(),
+    )
+    return packed, used
+
+
+def reduce_requant(
+    packed: Tensor,
+    scales: Tensor,
+    numel: int,
+    *,
+    bits: int,
+    block: int = CHUNK,
+    scale: str = "absmax",
+    stochastic: bool = False,
+    seed: int = 0,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``gradcodec.reference.reduce_requant.reduce_requant``, in one pass."""
+    world = len(packed)
+    out, used = _outputs(numel, bits, block)
+    current().call(
+        "reduce_requant",
+        at("packed", packed, world * out.numel(), torch.uint8),
+        out.numel(),
+        at("scales", scales, world * used.numel(), torch.bfloat16),
+        *(used.numel(), world, numel, bits, block, SCALES.index(scale), stochastic, seed & _MASK),
+        *typed("residual", residual, numel),
+        out.data_ptr(),
+        used.data_ptr(),
+    )
+    return out, used
+
+
+def chunk_absmax(
+    values: Tensor, *, block: int = CHUNK, rotate: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """``gradcodec.reference.chunk_absmax.chunk_absmax``."""
+    numel, total = values.numel(), padded_numel(values.numel(), rotate)
+    peaks = torch.empty(-(-total // block))
+    current().call(
+        "chunk_absmax",
+        *typed("values", values, numel),
+        *(numel, total, block, rotate),
+        *typed("residual", residual, total),
+        peaks.data_ptr(),
+    )
+    return peaks
+
+
+def decode_mean(
+    packed: Tensor,
+    scales: Tensor,
+    numel: int,
+    *,
+    bits: int,
+    block: int = CHUNK,
+    rotate: bool = False,
+    weights: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``gradcodec.reference.decode_mean.decode_mean``."""
+    return _decode(packed, scales, numel, bits, block, rotate, weights, dtype, shared=False)
+
+
+def decode_sum_shared(
+    packed: Tensor,
+    scales: Tensor,
+    numel: int,
+    *,
+    bits: int,
+    block: int = CHUNK,
+    rotate: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``gradcodec.reference.decode_sum_shared.decode_sum_shared``."""
+    return _decode(packed, scales, numel, bits, block, rotate, None, dtype, shared=True)
+
+
+def _decode(
+    packed: Tensor,
+    scales: Tensor,
+    numel: int,
+    bits: int,
+    block: int,
+    rotate: bool,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+    shared: bool,
+) -> Tensor:
+    total, world = padded_numel(numel, rotate), len(packed)
+    blocks, nbytes = -(-total // block), packed_nbytes(total, bits)
+    out = torch.empty(numel, dtype=dtype)
+    memory, its_dtype = typed("out", out, numel)
+    current().call(
+        "decode",
+        at("packed", packed, world * nbytes, torch.uint8),
+        nbytes,
+        at("scales", scales, blocks if shared else world * blocks, torch.bfloat16),
+        *(blocks, world),
+        at("weights", weights, world, torch.float32),
+        *(numel, total, bits, block, rotate, shared, its_dtype, memory),
+    )
+    return out
+
+
+def _outputs(total: int, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(packed_nbytes(total, bits), dtype=torch.uint8),
+        torch.empty(-(-total // block), dtype=torch.bfloat16),
+    )

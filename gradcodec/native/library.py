@@ -1,0 +1,146 @@
+"""Finding, checking and calling the C library.
+
+It is an ordinary shared library, called through ``ctypes``, which lets go of the GIL. One that
+other sources made, or another version, is refused: its bits may differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradcodec.errors import ConfigError
+from gradcodec.native import sources
+
+ABI = 1
+"""``GRADCODEC_ABI`` of ``src/levels.h``."""
+
+SWITCH = "GRADCODEC_NATIVE"
+"""Environment: ``0`` turns the library off, a level's name (``sse2``) lets it use no more."""
+
+_INT, _SIZE, _SEED, _AT = ctypes.c_int, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p
+_TYPED = (_AT, _INT)  # memory and the dtype of what is in it
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "random_bytes": (None, _SEED, _SIZE, _SEED, _AT),
+    "encode": (
+        *(None, *_TYPED, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT, _INT, _SEED, *_TYPED),
+        *(_AT, _AT, _AT),
+    ),
+    "reduce_requant": (
+        *(None, _AT, _SIZE, _AT, _SIZE, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT, _SEED, *_TYPED),
+        *(_AT, _AT),
+    ),
+    "chunk_absmax": (None, *_TYPED, _SIZE, _SIZE, _SIZE, _INT, *_TYPED, _AT),
+    "decode": (
+        *(None, _AT, _SIZE, _AT, _SIZE, _SIZE, _AT, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT),
+        *(_INT, _AT),
+    ),
+    "topk": (_INT, *_TYPED, _SIZE, _SIZE, _SIZE, *_TYPED, _AT, _AT),
+    "rows": (None, *_TYPED, _SIZE, _SIZE, *_TYPED, _AT, _AT),
+    "sparse_mean": (_INT, *_TYPED, _AT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _AT),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An open library; ``level`` is which of ``levels``, slowest first, computes."""
+
+    path: Path
+    handle: ctypes.CDLL
+    levels: tuple[str, ...]
+    level: str
+
+    def call(self, name: str, *args: Any) -> Any:
+        """``gradcodec_NAME(level, *args)``."""
+        return getattr(self.handle, f"gradcodec_{name}")(self.levels.index(self.level), *args)
+
+
+def find() -> Path | None:
+    """The library beside this module, whatever suffix the machine's extensions have."""
+    built = [p for p in Path(__file__).parent.glob("_library.*") if p.suffix in (".so", ".pyd")]
+    return max(built, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def load(path: Path, level: str = "") -> Library:
+    """Open a library and check that it is this version's.
+
+    Raises:
+        ConfigError: it cannot be loaded, is of another version or other sources, or has no such
+            level on this machine.
+    """
+    try:
+        handle = ctypes.CDLL(str(path))
+        abi = handle.gradcodec_abi()
+        handle.gradcodec_sources.restype = handle.gradcodec_level.restype = ctypes.c_char_p
+        made_of = handle.gradcodec_sources().decode()
+    except (OSError, AttributeError) as reason:
+        raise ConfigError(f"{path.name} is not a gradcodec library: {reason}") from reason
+    if abi != ABI:
+        raise ConfigError(f"{path.name} is stale: expected version {ABI}, got {abi}; {_AGAIN}")
+    expected = sources.digest()
+    if expected not in ("", made_of):
+        raise ConfigError(f"{path.name} is stale: its sources have changed since; {_AGAIN}")
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(handle, f"gradcodec_{name}")
+        function.restype, function.argtypes = result, [_INT, *arguments]
+    levels = tuple(handle.gradcodec_level(i).decode() for i in range(handle.gradcodec_levels()))
+    level = level or levels[-1]
+    if level not in levels:
+        raise ConfigError(f"expected one of the levels {levels} of this machine, got {level!r}")
+    return Library(path, handle, levels, level)
+
+
+_AGAIN = "install gradcodec again to build it again"
+_current: Library | None = None
+_reason = ""
+
+
+def select(path: Path | None = None, level: str = "") -> Library:
+    """Let the library at ``path`` (or the one installed) compute from now on, at a level of it."""
+    global _current
+    path = path or (_current.path if _current else find())
+    if path is None:
+        raise ConfigError(
+            "not built: install gradcodec, or its checkout, where there is a compiler"
+        )
+    _current = load(path, level)
+    return _current
+
+
+def current() -> Library:
+    """The library that computes; ``ConfigError`` with the reason where there is none."""
+    if _current is None:
+        raise ConfigError(f"gradcodec.native is {_reason}")
+    return _current
+
+
+def available() -> bool:
+    """Whether there is a library to compute with."""
+    return _current is not None
+
+
+def status() -> str:
+    """``"built, avx2"``, ``"off: .."`` or ``"not built: .."``, for people."""
+    return f"built, {_current.level}" if _current else _reason
+
+
+def _start() -> None:
+    global _reason
+    wish = os.environ.get(SWITCH, "")
+    if wish == "0":
+        _reason = f"off: {SWITCH}=0"
+        return
+    try:
+        select(level="" if wish == "1" else wish)
+    except ConfigError as reason:
+        # A level that is asked for and not had is an error; having no library is not.
+        if wish not in ("", "1") and find() is not None:
+            raise
+        told = str(reason)
+        _reason = told if told.startswith("not built") else f"not usable: {told}"
+
+
+_start()

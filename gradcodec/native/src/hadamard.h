@@ -1,0 +1,95 @@
+/* The rotation of a chunk, gradcodec.reference.hadamard.rotate_chunks: signs, then butterflies of
+ * span 1, 2, 4 .. 2048, then 1/64. Several stages are done on values while they are in registers;
+ * every sum has the operands that one stage after the other would give it.
+ */
+#define CHUNK 4096
+#define ROW_SIGNS 0x9E3779B97F4A7C15u
+#define COLUMN_SIGNS 0xC2B2AE3D27D4EB4Fu
+
+/* Sign bits of columns; those of a row are this or its complement in the top bit. */
+INLINE uint32_t sign_bit(uint64_t word, size_t at) { return (uint32_t)(word >> at & 1) << 31; }
+
+static void column_signs(uint32_t signs[64]) {
+    for (size_t i = 0; i < 64; i++) signs[i] = sign_bit(COLUMN_SIGNS, i);
+}
+
+static void flip_signs(float *x) {
+    uint32_t columns[64] ALIGNED;
+    column_signs(columns);
+    for (size_t row = 0; row < 64; row++) {
+        uint32_t mine = sign_bit(ROW_SIGNS, row);
+        i32_any *bits = (i32_any *)(x + 64 * row);
+        for (size_t i = 0; i < 64; i++) bits[i] ^= (int32_t)(columns[i] ^ mine);
+    }
+}
+
+/* a + b in the lower lane of a pair and a - b in the upper one: the pair swapped, plus itself
+ * with the upper lane negated. */
+#define IN_VECTOR(x, swap, span)                                                                   \
+    (swap(x) + (vf)((vu)(x) ^ ((vu)((LANE_INDEX & (span)) != 0) & 0x80000000u)))
+
+INLINE vf butterflies_in_vector(vf x) {
+    x = IN_VECTOR(x, SWAP_1, 1);
+    x = IN_VECTOR(x, SWAP_2, 2);
+#if LANES >= 8
+    x = IN_VECTOR(x, SWAP_4, 4);
+#endif
+#if LANES >= 16
+    x = IN_VECTOR(x, SWAP_8, 8);
+#endif
+    return x;
+}
+
+/* Stages of span, 2 span, .. between `radix` vectors. */
+INLINE void butterflies_across(vf *x, size_t radix) {
+    for (size_t half = 1; half < radix; half *= 2)
+        for (size_t i = 0; i < radix; i++)
+            if (!(i & half)) {
+                vf a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+}
+
+INLINE void pass(float *x, size_t span, size_t radix, float factor) {
+    for (size_t base = 0; base < CHUNK; base += span * radix)
+        for (size_t j = base; j < base + span; j += LANES) {
+            vf part[8];
+            for (size_t r = 0; r < radix; r++) part[r] = load(x + j + r * span);
+            butterflies_across(part, radix);
+            for (size_t r = 0; r < radix; r++)
+                store(x + j + r * span, factor == 1 ? part[r] : part[r] * factor);
+        }
+}
+
+static void hadamard(float *x) {
+    for (size_t base = 0; base < CHUNK; base += 8 * LANES) {
+        vf part[8];
+        for (size_t r = 0; r < 8; r++)
+            part[r] = butterflies_in_vector(load(x + base + r * LANES));
+        butterflies_across(part, 8);
+        for (size_t r = 0; r < 8; r++) store(x + base + r * LANES, part[r]);
+    }
+    const float factor = 1.0f / 64;
+#if LANES == 4
+    pass(x, 32, 8, 1);
+    pass(x, 256, 8, 1);
+    pass(x, 2048, 2, factor);
+#elif LANES == 8
+    pass(x, 64, 8, 1);
+    pass(x, 512, 8, factor);
+#else
+    pass(x, 128, 8, 1);
+    pass(x, 1024, 4, factor);
+#endif
+}
+
+static void rotate(float *x) {
+    flip_signs(x);
+    hadamard(x);
+}
+
+static void rotate_back(float *x) {
+    hadamard(x);
+    flip_signs(x);
+}

@@ -1,0 +1,75 @@
+/* What a caller asks for, and the table of functions that each instruction-set level fills in. */
+#ifndef GRADCODEC_LEVELS_H
+#define GRADCODEC_LEVELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Raise it when a signature or a bit of any result changes; gradcodec/native/library.py has it too. */
+#define GRADCODEC_ABI 1
+
+enum { FP32, BF16, FP16 };
+enum { SCALE_ABSMAX, SCALE_L1, SCALE_RMS };
+
+/* W payloads that `mean` is to be taken of. */
+struct payloads {
+    const uint8_t *packed; /* [W, stride] */
+    const uint16_t *deltas; /* bf16 [W, blocks] */
+    const float *weights; /* [W], or NULL for the mean */
+    size_t world, stride, blocks;
+};
+
+struct encode_job {
+    const void *values; /* NULL: of `mean` instead */
+    struct payloads mean;
+    void *residual; /* may be NULL */
+    const uint16_t *shared; /* bf16 [blocks] to use instead of the values' own; may be NULL */
+    uint8_t *packed;
+    uint16_t *deltas; /* bf16 [blocks] */
+    float *peaks; /* chunk_absmax: fp32 [blocks], and neither of the two above */
+    uint64_t seed;
+    size_t numel, total, block; /* total: whole chunks where rotated */
+    int values_dtype, residual_dtype, bits, scale, rotate, stochastic;
+};
+
+struct decode_job {
+    struct payloads of;
+    void *out;
+    size_t numel, total, block;
+    int bits, rotate, shared, dtype;
+};
+
+struct topk_job {
+    const void *values;
+    void *residual, *kept;
+    void *index; /* uint16 of topk, uint8 of rows */
+    size_t numel, k, chunk;
+    int values_dtype, residual_dtype;
+};
+
+struct sparse_job {
+    const void *kept; /* [W, chunks, k] */
+    const uint16_t *index;
+    float *out;
+    size_t world, chunks, k, chunk, numel;
+    int dtype;
+};
+
+struct level {
+    const char *name;
+    void (*random_bytes)(uint64_t start, size_t count, uint64_t seed, uint8_t *out,
+                         const char *ahead);
+    void (*encode)(const struct encode_job *);
+    void (*absmax)(const struct encode_job *);
+    void (*decode)(const struct decode_job *);
+    int (*topk)(const struct topk_job *); /* not 0: no memory */
+    void (*rows)(const struct topk_job *);
+    int (*sparse_mean)(const struct sparse_job *); /* not 0: a position beyond its chunk */
+};
+
+extern const struct level gradcodec_portable;
+#if defined(__x86_64__)
+extern const struct level gradcodec_sse2, gradcodec_avx2, gradcodec_avx512;
+#endif
+
+#endif

@@ -1,0 +1,104 @@
+"""How kernels are launched: grids, settings by architecture, views of payloads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096
+"""Values of a program."""
+
+MAGIC = 0x4A800000
+"""The bits of 2**22 in fp32. Given as an argument; see ``unpack.level``."""
+
+Rotation = tuple[Tensor, Tensor]
+"""``LEFT = H D_r / 8`` and ``RIGHT = D_c H / 8``, bf16 ``[64, 64]``; kernels transpose them."""
+
+#: Warps of a program: of an op, then of what differs from it by architecture (``80``,
+#: ``"gfx942"``), dtype of the values and bits; ``None`` stands for all. Chosen with
+#: ``benchmarks/aot_gate.py``; no autotuning, which could choose differently on every rank and costs
+#: seconds on each.
+WARPS: Mapping[tuple[str, int | str | None, torch.dtype | None, int | None], int] = (
+    MappingProxyType(
+        {
+            ("encode", None, None, None): 4,
+            ("decode_mean", None, None, None): 4,
+            ("decode_sum_shared", None, None, None): 4,
+            ("reduce_requant", None, None, None): 4,
+            ("chunk_absmax", None, None, None): 4,
+            ("topk_encode", None, None, None): 8,
+            ("top_rows", None, None, None): 4,
+            ("sparse_mean", None, None, None): 4,
+            ("project_quantise", None, None, None): 4,
+            # A warp of 64: half as many, or words of one bit would not go round.
+            ("encode", "gfx942", None, None): 2,
+            ("decode_mean", "gfx942", None, None): 2,
+            ("decode_sum_shared", "gfx942", None, None): 2,
+            ("reduce_requant", "gfx942", None, None): 2,
+            ("chunk_absmax", "gfx942", None, None): 2,
+        }
+    )
+)
+
+
+def warps(op: str, arch: int | str | None, dtype: torch.dtype, bits: int | None) -> int:
+    """The most specific entry of ``WARPS``."""
+    for key in (
+        (op, arch, dtype, bits),
+        (op, arch, dtype, None),
+        (op, arch, None, bits),
+        (op, arch, None, None),
+        (op, None, dtype, bits),
+        (op, None, dtype, None),
+        (op, None, None, bits),
+    ):
+        if key in WARPS:
+            return WARPS[key]
+    return WARPS[op, None, None, None]
+
+
+@functools.cache
+def architecture(device: torch.device) -> int | str | None:
+    """``90`` for compute capability 9.0, ``"gfx942"``; ``None`` in the interpreter, on the CPU."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def options(op: str, values: Tensor, bits: int | None = None) -> dict[str, int | bool]:
+    """Settings of a launch. Fusing multiplies and adds at will would change bits."""
+    arch = architecture(values.device)
+    return {"num_warps": warps(op, arch, values.dtype, bits), "enable_fp_fusion": False}
+
+
+def launches(numel: int, chunk: int = CHUNK) -> Iterator[tuple[tuple[int], int, int, bool]]:
+    """Grid, first chunk, values in the last chunk, and whether all chunks are whole.
+
+    The tail is a launch of its own, so that the others need no masks.
+    """
+    whole, rest = divmod(numel, chunk)
+    if whole:
+        yield (whole,), 0, chunk, True
+    if rest:
+        yield (1,), whole, rest, False
+
+
+def halves(seed: int) -> tuple[int, int]:
+    """Low and high 32 bits as signed integers: arguments of one type, whatever the seed."""
+    low, high = ((seed >> shift) & 0xFFFFFFFF for shift in (0, 32))
+    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
+
+
+def payload(packed: Tensor, whole: bool) -> Tensor:
+    """``[W, bytes]`` as int32 words where only whole chunks are read and rows are aligned."""
+    if whole and packed.stride(0) % 4 == 0 and packed.data_ptr() % 4 == 0:
+        return packed[:, : packed.shape[1] // 4 * 4].view(torch.int32)
+    return packed

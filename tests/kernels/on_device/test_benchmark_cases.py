@@ -1,0 +1,23 @@
+"""Every case that ``benchmarks.kernels`` would time runs, and moves the bytes that it says."""
+
+import pytest
+import torch
+
+from benchmarks.kernel_cases import KERNELS, PEERS
+
+NUMEL = 2 * 4096
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_run(device: torch.device, name: str) -> None:
+    call, moved = KERNELS[name](NUMEL, device)
+    call()
+    # Less than a value of four bits, more than 64 payloads of them, would be a slip.
+    assert NUMEL // 2 < moved < 64 * NUMEL
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("torch:")])
+def test_peers_of_torch_run(device: torch.device, name: str) -> None:
+    call, moved = PEERS[name](NUMEL, device)
+    call()
+    assert moved > NUMEL

@@ -1,0 +1,111 @@
+/* Every op over odd sizes on memory of exactly the size it is promised, to be built with
+ * -fsanitize=address,undefined: whatever is read or written beyond it ends the process. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "levels.h"
+
+const char *gradcodec_level(int at);
+int gradcodec_levels(void);
+void gradcodec_encode(int, const void *, int, size_t, size_t, int, size_t, int, int, int, uint64_t,
+                      void *, int, const uint16_t *, uint8_t *, uint16_t *);
+void gradcodec_reduce_requant(int, const uint8_t *, size_t, const uint16_t *, size_t, size_t,
+                              size_t, int, size_t, int, int, uint64_t, void *, int, uint8_t *,
+                              uint16_t *);
+void gradcodec_chunk_absmax(int, const void *, int, size_t, size_t, size_t, int, void *, int,
+                            float *);
+void gradcodec_decode(int, const uint8_t *, size_t, const uint16_t *, size_t, size_t,
+                      const float *, size_t, size_t, int, size_t, int, int, int, void *);
+int gradcodec_topk(int, const void *, int, size_t, size_t, size_t, void *, int, void *,
+                   uint16_t *);
+void gradcodec_rows(int, const void *, int, size_t, size_t, void *, int, void *, uint8_t *);
+int gradcodec_sparse_mean(int, const void *, int, const uint16_t *, size_t, size_t, size_t, size_t,
+                          size_t, float *);
+
+static uint32_t state = 1;
+
+/* Memory of exactly so many bytes, of random bits or, as floats, of random finite numbers. */
+static void *filled(size_t bytes, int dtype) {
+    uint8_t *memory = malloc(bytes ? bytes : 1);
+    for (size_t i = 0; i < bytes; i++) {
+        state = state * 1664525u + 1013904223u;
+        memory[i] = (uint8_t)(state >> 24);
+    }
+    /* The exponent's upper bits cleared: magnitudes are below 2. */
+    size_t width = dtype == FP32 ? 4 : 2;
+    if (dtype >= 0)
+        for (size_t i = width - 1; i < bytes; i += width) memory[i] &= 0xBF;
+    return memory;
+}
+
+static size_t ceiling(size_t a, size_t b) { return (a + b - 1) / b; }
+
+static void coding(int level, size_t numel, int bits, size_t block, int rotate, int dtype,
+                   int stochastic) {
+    enum { WORLD = 3 };
+    size_t total = rotate ? ceiling(numel, 4096) * 4096 : numel;
+    size_t blocks = ceiling(total, block), bytes = ceiling(total * (size_t)bits, 8);
+    size_t width = dtype == FP32 ? 4 : 2;
+    void *values = filled(numel * width, dtype), *residual = filled(total * width, dtype);
+    uint8_t *packed = filled(WORLD * bytes, -1), *out = filled(bytes, -1);
+    uint16_t *deltas = filled(WORLD * blocks * 2, BF16), *used = filled(blocks * 2, BF16);
+    float *weights = filled(WORLD * 4, FP32), *peaks = filled(blocks * 4, FP32);
+    void *decoded = filled(numel * width, dtype);
+    for (int with = 0; with < 2; with++) {
+        void *e = with ? residual : NULL;
+        gradcodec_encode(level, values, dtype, numel, total, bits, block, with ? 0 : 2, rotate,
+                         stochastic, 7, e, dtype, NULL, packed, deltas);
+        gradcodec_encode(level, values, dtype, numel, total, bits, block, 0, rotate, stochastic, 7,
+                         e, dtype, used, out, deltas);
+        gradcodec_chunk_absmax(level, values, dtype, numel, total, block, rotate, e, dtype, peaks);
+        gradcodec_reduce_requant(level, packed, bytes, deltas, blocks, WORLD, total, bits, block, 0,
+                                 stochastic, 7, e, dtype, out, used);
+        gradcodec_decode(level, packed, bytes, deltas, blocks, WORLD, with ? weights : NULL, numel,
+                         total, bits, block, rotate, 0, dtype, decoded);
+        gradcodec_decode(level, packed, bytes, deltas, blocks, WORLD, NULL, numel, total, bits,
+                         block, rotate, 1, dtype, decoded);
+    }
+    void *all[] = {values, residual, packed, out, deltas, used, weights, peaks, decoded};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void sparse(int level, size_t numel, size_t chunk, size_t k, int dtype) {
+    size_t width = dtype == FP32 ? 4 : 2, chunks = ceiling(numel, chunk), rows = ceiling(numel, 64);
+    void *values = filled(numel * width, dtype), *residual = filled(numel * width, dtype);
+    void *kept = filled(chunks * k * width, -1), *of_rows = filled(rows * 2 * width, -1);
+    uint16_t *index = filled(chunks * k * 2, -1);
+    uint8_t *places = filled(rows * 2, -1);
+    float *out = filled(numel * 4, FP32);
+    gradcodec_topk(level, values, dtype, numel, k, chunk, residual, dtype, kept, index);
+    gradcodec_topk(level, values, dtype, numel, k, chunk, NULL, 0, kept, index);
+    gradcodec_sparse_mean(level, kept, dtype, index, 1, chunks, k, chunk, numel, out);
+    for (size_t i = 0; i < chunks * k; i++) index[i] = (uint16_t)(index[i] * 40503u); /* anything */
+    gradcodec_sparse_mean(level, kept, dtype, index, 1, chunks, k, chunk, numel, out);
+    gradcodec_rows(level, values, dtype, numel, 1, residual, dtype, of_rows, places);
+    gradcodec_rows(level, values, dtype, numel, 2, NULL, 0, of_rows, places);
+    void *all[] = {values, residual, kept, of_rows, index, places, out};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+int main(void) {
+    const size_t sizes[] = {0, 1, 65, 4095, 2 * 4096 + 17};
+    const size_t blocks[] = {64, 4096, 10, 8192};
+    for (int level = 0; level < gradcodec_levels(); level++) {
+        for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+            for (int dtype = 0; dtype < 3; dtype++) {
+                for (int bits = 1; bits <= 8; bits *= 2)
+                    for (int stochastic = 0; stochastic < 2; stochastic++) {
+                        for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
+                            coding(level, sizes[s], bits, blocks[b], 0, dtype, stochastic);
+                        coding(level, sizes[s], bits, 4096, 1, dtype, stochastic);
+                    }
+                sparse(level, sizes[s], 4096, 64, dtype);
+                sparse(level, sizes[s], 100, 99, dtype);
+                sparse(level, sizes[s], 40000, 40000, dtype);
+            }
+        printf("%s\n", gradcodec_level(level));
+    }
+    return 0;
+}
