@@ -14,6 +14,17 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.subspace import Subspace, SubspaceConfig
 from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.distributed import (
+    CompressState,
+    LowRank,
+    Residuals,
+    compress,
+    compress_hook,
+    compressed_all_gather,
+    compressed_all_reduce,
+    compressed_reduce_scatter,
+    register_compressed_backend,
+)
 from gradcodec.faf import LatentOptimizer
 from gradcodec.tgap import (
     GradientRecorder,
@@ -35,12 +46,15 @@ __all__ = [
     "Chain",
     "Codec",
     "CodecConfig",
+    "CompressState",
     "Decoder",
     "Encoder",
     "GradientRecorder",
     "Identity",
     "LatentOptimizer",
+    "LowRank",
     "Payload",
+    "Residuals",
     "SecondMoments",
     "SnapshotStore",
     "Subspace",
@@ -50,9 +64,15 @@ __all__ = [
     "TopKConfig",
     "UpdateSpec",
     "__version__",
+    "compress",
+    "compress_hook",
+    "compressed_all_gather",
+    "compressed_all_reduce",
+    "compressed_reduce_scatter",
     "errors",
     "fit_autoencoder",
     "fit_subspace",
     "make_codec",
     "metrics",
+    "register_compressed_backend",
 ]

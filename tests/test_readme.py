@@ -1,4 +1,7 @@
-"""Every python block of the documentation runs. A page's blocks share one namespace."""
+"""Every python block of the documentation runs. A page's blocks share one namespace.
+
+Blocks that begin with the command that runs them are programs: tests/test_examples.py.
+"""
 
 import re
 from pathlib import Path
@@ -21,6 +24,8 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, source in blocks(page.read_text()):
+        if source.startswith(("# torchrun", "# python ")):
+            continue
         # Leading newlines give tracebacks the page's own line numbers.
         exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
 

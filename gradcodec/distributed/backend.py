@@ -1,0 +1,225 @@
+"""A process group whose all-reduce is compressed, for what torch hard-codes as ``dist.all_reduce``.
+
+That is ``replicate()``, the replica dimension of HSDP, and DDP without a hook.
+"""
+
+# What torch's stubs say of the constructor, of `name` and of `allreduce` is of the C++ class.
+# mypy: disable-error-code="call-arg,method-assign,assignment,return-value,override,call-overload"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Work
+
+from gradcodec.codecs.base import Codec
+from gradcodec.distributed.collectives import compressed_all_reduce
+from gradcodec.distributed.parts import derive_seed
+from gradcodec.distributed.routes import flat_route, named_codec
+from gradcodec.distributed.traffic import Traffic
+from gradcodec.errors import ConfigError
+
+_COMPRESSED = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    codec: Codec
+    min_numel: int
+    seed: int
+
+    def same(self, other: _Settings) -> bool:
+        mine, theirs = self.codec.digest, other.codec.digest
+        return mine == theirs and (self.min_numel, self.seed) == (other.min_numel, other.seed)
+
+
+_registered: dict[str, _Settings] = {}
+
+
+def register_compressed_backend(
+    name: str, codec: Codec | str, *, min_numel: int = 4096, seed: int = 0
+) -> None:
+    """Register a gloo backend for CPU tensors whose all-reduce is compressed.
+
+    ``dist.new_group(backend=name)``, ``init_device_mesh(..., backend_override={...: name})``
+    and ``DistributedDataParallel(process_group=...)`` can then use it. Sums and averages of one
+    dense tensor of at least ``min_numel`` fp32, bf16 or fp16 elements go through ``codec``, all
+    else goes to gloo as it is. All ranks end with equal bits.
+
+    **Lossy for everyone who uses the group**: give it to gradients only, never to metrics, and
+    nothing else that all-reduces large floating tensors. Tensors come without names, so there is
+    no error feedback: take an unbiased codec, such as
+    ``BlockQuant(BlockQuantConfig(bits=4, stochastic=True))``.
+
+    Args:
+        name: of the backend, a lower-case identifier that no other backend has.
+        codec: a fixed-rate codec or its name.
+        min_numel: all-reduces of fewer elements are not compressed.
+        seed: of stochastic rounding; equal on all ranks.
+
+    Raises:
+        ConfigError: the name is taken (also by this function with other settings), the codec needs
+            a tensor table, or ``min_numel`` is negative.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise ConfigError(f"expected a lower-case identifier as a backend's name, got {name!r}")
+    if not isinstance(min_numel, int) or min_numel < 0:
+        raise ConfigError(f"expected min_numel >= 0, got {min_numel!r}")
+    settings = _Settings(named_codec(codec), min_numel, seed)
+    flat_route(settings.codec)  # raises for codecs that cannot code bare vectors
+    before = _registered.get(name)
+    if before is not None and before.same(settings):
+        return
+    if before is not None or name in dist.Backend.backend_list:
+        raise ConfigError(f"there is a backend named {name!r} already; choose another name")
+    dist.Backend.register_backend(
+        name,
+        lambda options, _: CompressedGroup(options, name, settings),
+        extended_api=True,
+        devices=["cpu"],
+    )
+    _registered[name] = settings
+
+
+class CompressedGroup(dist.ProcessGroup):
+    """Gloo with one method replaced; torch makes it from a backend's name.
+
+    The same gloo backend carries the compressed bytes: ranks issue collectives of one group in
+    equal order, so they cannot be mixed up. A compressed all-reduce is done when the call returns,
+    also with ``async_op=True``.
+    """
+
+    def __init__(self, options: Any, name: str, settings: _Settings) -> None:
+        super().__init__(options.group_rank, options.group_size)
+        self.name, self.settings = name, settings
+        self.steps = 0
+        self.traffic = Traffic()
+        gloo = dist.ProcessGroupGloo(
+            options.store, options.group_rank, options.group_size, options.timeout
+        )
+        gloo._set_sequence_number_for_group()
+        self._plain = dist.ProcessGroup(options.store, options.group_rank, options.group_size)
+        for group in (self, self._plain):
+            group._register_backend(_CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
+
+    def getBackendName(self) -> str:
+        """The registered name."""
+        return self.name
+
+    def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Any:
+        """Sum or average in place.
+
+        Returns:
+            Work that is done already where the tensor was compressed.
+
+        Raises:
+            ConfigError: PREMUL_SUM of a large tensor: gloo has none and its factor cannot be read.
+        """
+        options = dist.AllreduceOptions() if options is None else options
+        if not self._compresses(tensors):
+            return self._plain.allreduce(tensors, options)
+        op, tensor = options.reduceOp, tensors[0]
+        if op == dist.ReduceOp.PREMUL_SUM:
+            raise ConfigError(
+                f"{self.name}: PREMUL_SUM has a factor that cannot be read; with FSDP2 call "
+                "set_force_sum_reduction_for_comms(True)"
+            )
+        # Not `in`: that asks the enum member, which equals no ReduceOp object.
+        summed = op == dist.ReduceOp.SUM
+        if not summed and op != dist.ReduceOp.AVG:
+            return self._plain.allreduce(tensors, options)
+        # Values are replaced in place under autograd's eyes.
+        values = tensor.detach()
+        self.traffic += compressed_all_reduce(
+            values,
+            self.settings.codec,
+            self,
+            seed=derive_seed(self.settings.seed, self.steps),
+        )
+        self.steps += 1
+        if summed:
+            values.mul_(self.size())
+        return _Done(tensors)
+
+    def _compresses(self, tensors: Sequence[Tensor]) -> bool:
+        if len(tensors) != 1 or self.size() == 1:
+            return False
+        (t,) = tensors
+        dense = t.layout is torch.strided and t.dtype in _COMPRESSED
+        return dense and t.numel() >= max(self.settings.min_numel, 1)
+
+    def stats(self) -> dict[str, Any]:
+        """What was moved by compressed all-reduces on this rank; keys as in ``ShardedState``."""
+        return {
+            "steps": self.steps,
+            "dense_bytes": self.traffic.dense,
+            "wire_bytes": self.traffic.wire,
+            "residual_bytes": 0,
+            "encode_seconds": self.traffic.encode,
+            "exchange_seconds": self.traffic.exchange,
+            "decode_seconds": self.traffic.decode,
+        }
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """Number of reductions so far: what the dither depends on. There are no residuals."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        """Inverse of ``state_dict``."""
+        self.steps = int(state["steps"])
+
+
+def _passed_on(name: str) -> Callable[..., Any]:
+    def method(self: CompressedGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._plain, name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = f"As gloo's ``{name}``."
+    return method
+
+
+# Methods that torch calls by way of Python in a Python group. Left to the base class, they would
+# run with Python's lock held; gloo's threads need it under a lock of their own, and sometimes
+# neither gets on.
+for _name in (
+    "all_gather_single_coalesced",
+    "all_to_all_single",
+    "allgather",
+    "allgather_into_tensor_coalesced",
+    "allreduce_coalesced",
+    "alltoall_base",
+    "barrier",
+    "broadcast",
+    "recv",
+    "reduce_scatter",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "send",
+):
+    if hasattr(dist.ProcessGroup, _name):  # some are the old, some the new names of one thing
+        setattr(CompressedGroup, _name, _passed_on(_name))
+
+
+class _Done(Work):
+    """Work that has been done."""
+
+    def __init__(self, result: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        self._future.set_result(list(result))
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def get_future(self) -> Any:
+        return self._future

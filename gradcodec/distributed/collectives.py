@@ -1,0 +1,238 @@
+"""All-reduce, reduce-scatter and all-gather of compressed tensors, as plain functions.
+
+For pseudogradients (DiLoCo, LocalSGD), sharded training and everything that has no hook. They
+block; all ranks of the group must call them with equal shapes, codecs and seeds. On CUDA they work
+on the current stream and wait for it. In a world of one nothing is exchanged, nor lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradcodec.codecs.base import Codec
+from gradcodec.distributed.exchange import Piece, TwoShot, mean_of
+from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.link import Link
+from gradcodec.distributed.parts import derive_seed, turn
+from gradcodec.distributed.routes import Route, flat_route, named_codec, routes
+from gradcodec.distributed.traffic import Traffic
+from gradcodec.errors import ConfigError, UpdateError
+
+
+@torch.no_grad()
+def compressed_all_reduce(
+    tensors: Tensor | Sequence[Tensor],
+    codec: Codec | str,
+    group: dist.ProcessGroup | None = None,
+    *,
+    seed: int = 0,
+    residuals: Residuals | None = None,
+) -> Traffic:
+    """Replace every tensor by its mean over the ranks of ``group``, in place.
+
+    Two shots (``exchange.mean_of``): parts to their owners, the owners' means to everyone, so that
+    all ranks end with equal bits. The mean, not the sum. Each tensor is coded by itself. A learned
+    linear codec (``Subspace``, or a ``Chain`` on one) must be bound to exactly these tensors in
+    this order; its codes are averaged instead of the tensors. Parts with NaN or Inf travel
+    uncompressed.
+
+    Args:
+        tensors: one or several dense floating tensors of any shape.
+        codec: a codec, or a name that ``make_codec`` knows such as ``"int4"``.
+        group: process group; ``None`` is the default group.
+        seed: of stochastic rounding, equal on all ranks; take another one for each call.
+        residuals: error feedback, kept by the caller from call to call.
+
+    Returns:
+        Bytes and seconds of this rank.
+
+    Raises:
+        ConfigError: the codec cannot code these tensors, or the residuals are of another codec.
+        UpdateError: a tensor is sparse or not floating.
+        TrainingError: the exchange failed, for example because a rank has died.
+        MalformedBodyError: ranks called this with different tensors or codecs.
+    """
+    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    _check(given)
+    if not given:
+        return Traffic()
+    ways = _ways(codec, given)
+    link = Link(group, given[0].device)
+    link.meter.dense = sum(t.numel() * t.element_size() for t in given)
+    if link.size == 1:
+        return link.meter.traffic
+    pieces = []
+    for i, (tensor, way) in enumerate(zip(given, ways, strict=True)):
+        values = tensor.reshape(-1).contiguous()
+        if way.projection is not None:
+            values = way.projection.code(values)
+        piece = Piece(
+            values,
+            way.coder_for(values.dtype),
+            out=values,
+            seed=derive_seed(seed, i),
+            turn=turn(str(i), link.size),
+        )
+        if residuals is not None:
+            piece.first, piece.second = residuals.of(
+                str(i), values, piece.coder, link.rank, link.size
+            )
+        pieces.append(piece)
+    mean_of(pieces, link, context=seed)
+    for piece, tensor, way in zip(pieces, given, ways, strict=True):
+        mean = piece.out if way.projection is None else way.projection.values(piece.out)
+        if mean.data_ptr() != tensor.data_ptr():
+            tensor.copy_(mean.view(tensor.shape))
+    return link.meter.traffic
+
+
+@torch.no_grad()
+def compressed_reduce_scatter(
+    output: Tensor,
+    input: Tensor,
+    codec: Codec | str,
+    group: dist.ProcessGroup | None = None,
+    *,
+    op: str = "mean",
+    seed: int = 0,
+    residual: Tensor | None = None,
+) -> Traffic:
+    """The mean over ranks of this rank's part of ``input``: the first shot alone.
+
+    Args:
+        output: contiguous floating tensor of ``n`` elements; part ``r`` of the mean at rank ``r``.
+        input: contiguous, ``W n`` elements of the same dtype, rank-major.
+        codec: a fixed-rate codec or its name.
+        group: process group; ``None`` is the default group.
+        op: ``"mean"``, or ``"sum"``: ``W`` times the mean.
+        seed: of stochastic rounding, equal on all ranks; take another one for each call.
+        residual: error feedback, fp32 ``[scatter_residual_numel(codec, n, W)]``, zeros to begin
+            with, in and out. It is as large as the unsharded input.
+
+    Raises:
+        ConfigError: an unknown ``op``, a codec that needs a tensor table, a wrong residual.
+        UpdateError: dtypes or lengths that do not fit.
+        TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
+    """
+    if op not in ("mean", "sum"):
+        raise ConfigError(f"expected op of ['mean', 'sum'], got {op!r}")
+    _check([output, input])
+    coder = flat_route(named_codec(codec)).coder_for(input.dtype)
+    link = Link(group, input.device)
+    n = output.numel()
+    if input.numel() != n * link.size or input.dtype != output.dtype:
+        raise UpdateError(
+            f"expected an input of {link.size} x {n} elements of {output.dtype}, got "
+            f"{input.numel()} of {input.dtype}"
+        )
+    _check_contiguous(output, input)
+    link.meter.dense = input.numel() * input.element_size()
+    if link.size == 1:
+        output.copy_(input.view(output.shape))
+        return link.meter.traffic
+    expected = link.size * coder.residual_numel(n)
+    if residual is not None and residual.numel() != expected:
+        raise ConfigError(f"expected a residual of {expected} values, got {residual.numel()}")
+    flat = input.view(-1)
+    piece = Piece(flat, coder, flat, derive_seed(seed), first=residual)
+    cuts = [(r * n, (r + 1) * n) for r in range(link.size)]
+    mean = TwoShot([piece], link, seed, [cuts]).reduce()[0]
+    if op == "sum":
+        mean *= link.size
+    output.view(-1).copy_(coder.narrow(mean, output.dtype))
+    return link.meter.traffic
+
+
+@torch.no_grad()
+def compressed_all_gather(
+    outputs: Tensor | Sequence[Tensor],
+    input: Tensor,
+    codec: Codec | str,
+    group: dist.ProcessGroup | None = None,
+    *,
+    seed: int = 0,
+) -> Traffic:
+    """Everyone's ``input`` at everyone: the second shot alone.
+
+    What a rank gets of itself is decoded too, so that all ranks hold equal bits.
+
+    Args:
+        outputs: one contiguous tensor of the inputs' elements in rank order, or a tensor per rank;
+            a list may be of uneven sizes.
+        input: floating tensor with as many elements as the own part of ``outputs``.
+        codec: a fixed-rate codec or its name.
+        group: process group; ``None`` is the default group.
+        seed: of stochastic rounding, equal on all ranks; take another one for each call.
+
+    Raises:
+        ConfigError: a codec that needs a tensor table.
+        UpdateError: dtypes or lengths that do not fit.
+        TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
+    """
+    single = isinstance(outputs, Tensor)
+    given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    _check([input, *given])
+    coder = flat_route(named_codec(codec)).coder_for(input.dtype)
+    link = Link(group, input.device)
+    sizes = [input.numel()] * link.size if single else [t.numel() for t in given]
+    fits = len(sizes) == link.size and sizes[link.rank] == input.numel()
+    if not fits or sum(t.numel() for t in given) != sum(sizes):
+        raise UpdateError(
+            f"expected outputs for {link.size} ranks with {input.numel()} elements at rank "
+            f"{link.rank}, got {[t.numel() for t in given]}"
+        )
+    if any(t.dtype != input.dtype for t in given):
+        raise UpdateError(f"expected outputs of {input.dtype}, got {[t.dtype for t in given]}")
+    if single:
+        _check_contiguous(given[0])
+    link.meter.dense = input.numel() * input.element_size()
+    out = given[0].view(-1) if single else torch.empty(sum(sizes), dtype=input.dtype)
+    out = out.to(input.device)
+    flat = input.reshape(-1).contiguous()
+    if link.size == 1:
+        out.copy_(flat)
+    else:
+        ends = [sum(sizes[: r + 1]) for r in range(link.size)]
+        cuts = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        piece = Piece(out, coder, out, derive_seed(seed))
+        TwoShot([piece], link, seed, [cuts]).spread([flat])
+    if not single:
+        for part, tensor in zip(torch.split(out, sizes), given, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+    return link.meter.traffic
+
+
+def scatter_residual_numel(codec: Codec | str, numel: int, world: int) -> int:
+    """Length of ``compressed_reduce_scatter``'s residual for outputs of ``numel`` elements."""
+    return world * flat_route(named_codec(codec)).coder_for(torch.float32).residual_numel(numel)
+
+
+def _ways(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
+    """A route per tensor; a learned codec's table gives the names."""
+    bound = named_codec(codec)
+    shapes = [tuple(t.shape) for t in tensors]
+    if bound.spec is None:
+        names = [str(i) for i in range(len(shapes))]
+    else:
+        names = [t.name for t in bound.spec]
+        if len(names) != len(shapes):
+            raise ConfigError(f"expected the {len(names)} tensors of {bound}, got {len(shapes)}")
+    ways = routes(bound, dict(zip(names, shapes, strict=True)))
+    return [ways[n] for n in names]
+
+
+def _check(tensors: list[Tensor]) -> None:
+    for t in tensors:
+        if t.layout is not torch.strided or not t.is_floating_point():
+            raise UpdateError(f"expected dense floating tensors, got {t.dtype} {t.layout}")
+    if len({t.device for t in tensors}) > 1:
+        raise UpdateError(f"expected one device, got {sorted({str(t.device) for t in tensors})}")
+
+
+def _check_contiguous(*tensors: Tensor) -> None:
+    if not all(t.is_contiguous() for t in tensors):
+        raise UpdateError("expected contiguous tensors")

@@ -1,0 +1,251 @@
+"""FSDP2 (``fully_shard``) and HSDP: a reduce-scatter, or a replica all-reduce, per FSDP module.
+
+FSDP2 has setters for both, one per module and not recursive. What else is needed (which parameters
+a module manages, over which groups) is private to torch; all of it is touched in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradcodec.distributed.fsdp1 import ROOT, plain_name
+from gradcodec.distributed.sharded import ShardedState, Unit
+from gradcodec.errors import ConfigError
+
+_SETTERS = (
+    "set_custom_reduce_scatter",
+    "set_all_reduce_hook",
+    "set_force_sum_reduction_for_comms",
+)
+
+
+@dataclass(frozen=True)
+class Managed:
+    """One FSDP2 module and what torch keeps about it."""
+
+    name: str
+    module: Any
+    group: Any  # torch's FSDPParamGroup
+
+    @property
+    def parameters(self) -> list[str]:
+        """Full names of the parameters that it manages."""
+        prefix = "" if self.name == ROOT else self.name + "."
+        owners = {id(m): plain_name(n) for n, m in self.module.named_modules()}
+        names = []
+        for p in self.group.fsdp_params:
+            owner = owners.get(id(p._module_info.module), "")
+            names.append(prefix + (owner + "." if owner else "") + p._module_info.param_name)
+        return names
+
+    @property
+    def replicated(self) -> bool:
+        """Whether torch itself all-reduces it: HSDP, or ``replicate()``."""
+        return self.group.mesh_info.replicate_mesh_dim is not None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether it is sharded: FSDP or HSDP, not ``replicate()``."""
+        return self.group.mesh_info.shard_mesh_dim is not None
+
+    @property
+    def replicas(self) -> dist.ProcessGroup:
+        """The group of torch's own all-reduce."""
+        found: dist.ProcessGroup = self.group.mesh_info.replicate_process_group
+        return found
+
+    def shard_numel(self) -> int:
+        """Elements of this rank's part of all trainable parameters, padding included.
+
+        A reduce-scatter whose output is shorter lacks parameters that got no gradient; no smaller
+        set of them has as many elements.
+        """
+        return sum(
+            p.padded_sharded_param_size.numel()
+            for p in self.group.fsdp_params
+            if p.sharded_param.requires_grad
+        )
+
+    def divide_factor(self) -> float | None:
+        """What ``set_gradient_divide_factor`` was given."""
+        factor: float | None = self.group.gradient_divide_factor
+        return factor
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether some module in it is managed by ``fully_shard`` or ``replicate``."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def managed(model: nn.Module) -> list[Managed]:
+    """The FSDP2 modules in ``model`` that have parameters, each once.
+
+    Raises:
+        ConfigError: a module with several meshes, or a torch that cannot be read.
+    """
+    found = []
+    try:
+        for name, module, groups in _param_groups(model):
+            if len(groups) > 1:
+                raise ConfigError(
+                    f"{name}: its parameters are on {len(groups)} meshes (shard_placement_fn); "
+                    "torch has no custom communication for such modules"
+                )
+            for group in groups:
+                one = Managed(name, module, group)
+                _ = one.parameters, one.replicated, one.shard_numel(), one.divide_factor()
+                found.append(one)
+    except AttributeError as err:
+        raise ConfigError(
+            f"fully_shard of torch {torch.__version__} is built otherwise than that of torch 2.13 "
+            f"({err}); this version cannot be compressed"
+        ) from err
+    return found
+
+
+def _param_groups(model: nn.Module) -> Iterator[tuple[str, Any, Sequence[Any]]]:
+    from torch.distributed.fsdp import FSDPModule
+
+    missing = [s for s in _SETTERS if not hasattr(FSDPModule, s)]
+    if missing:
+        raise ConfigError(
+            f"expected torch >= 2.9 for compressed fully_shard: torch {torch.__version__} has no "
+            f"{missing[0]}"
+        )
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            # fully_shard([a, b]) makes one unit of two modules.
+            if id(state) not in seen:
+                seen.add(id(state))
+                yield plain_name(name) or ROOT, module, state._fsdp_param_groups
+
+
+class CompressedReduceScatter:
+    """FSDP2's ``ReduceScatter`` for one module: ``set_custom_reduce_scatter`` takes it.
+
+    It has the methods of torch's abstract class, which is private, and does not inherit from it.
+    """
+
+    def __init__(self, state: ShardedState, unit: Unit, of: Managed) -> None:
+        self.state, self.unit, self.of = state, unit, of
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer that FSDP2 fills."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Sum or average ``input_tensor`` ``[W n]`` into ``output_tensor`` ``[n]``.
+
+        Raises:
+            ConfigError: another reduction: FSDP2 wants a custom divide factor as part of it.
+        """
+        if op == dist.ReduceOp.SUM:
+            kind = "sum"
+        elif op == dist.ReduceOp.AVG:
+            kind = "mean"
+        else:
+            raise ConfigError(
+                f"{self.unit.name}: FSDP2 asks for PREMUL_SUM, whose factor cannot be read; call "
+                "set_force_sum_reduction_for_comms(True), as compress() does, after "
+                "set_gradient_divide_factor"
+            )
+        whole = output_tensor.numel() == self.of.shard_numel()
+        self.state.reduce_scatter(
+            self.unit, output_tensor, input_tensor, group, op=kind, whole=whole
+        )
+
+
+class CompressedReplicaReduce:
+    """FSDP2's all-reduce hook for one module: the mean over replicas of its sharded gradient."""
+
+    def __init__(
+        self, state: ShardedState, unit: Unit, of: Managed, replicas: dist.ProcessGroup
+    ) -> None:
+        self.state, self.unit, self.of, self.replicas = state, unit, of, replicas
+
+    def __call__(self, reduce_output: Tensor) -> None:
+        """Average ``[n]`` in place, or sum where a divide factor stands for the average."""
+        whole = reduce_output.numel() == self.of.shard_numel()
+        self.state.all_reduce(self.unit, reduce_output, self.replicas, whole=whole)
+        if self.of.divide_factor() is not None:
+            reduce_output.mul_(self.replicas.size())
+
+
+def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> ShardedState:
+    """Compress the reduce-scatters of a model on a 1-D mesh.
+
+    Pins FSDP2's reduction to SUM, which leaves all scaling to FSDP2.
+
+    Raises:
+        ConfigError: a module has a custom reduce-scatter already, or a setting is wrong.
+    """
+    for one in units:
+        there = type(one.group._reduce_scatter_comm).__name__
+        if there != "DefaultReduceScatter":
+            raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
+    state = ShardedState(scattered=True, **options)
+    for one in units:
+        unit = state.add(one.name, one.parameters)
+        one.module.set_custom_reduce_scatter(CompressedReduceScatter(state, unit, one))
+        one.module.set_force_sum_reduction_for_comms(True)
+    return state
+
+
+def compress_replicas(
+    model: nn.Module, units: list[Managed], replicas: dist.ProcessGroup, **options: Any
+) -> ShardedState:
+    """Compress the mean over ``replicas`` of a model that ``fully_shard`` shards on one dimension.
+
+    The sharding dimension stays dense. Replicas must start from equal parameters.
+
+    Raises:
+        ConfigError: a module has an all-reduce hook already, the replicas differ, or a setting is
+            wrong.
+    """
+    for one in units:
+        if one.group._all_reduce_hook is not None:
+            raise ConfigError(f"{one.name}: it has an all-reduce hook already")
+    _check_equal_start(model, replicas)
+    state = ShardedState(scattered=False, **options)
+    for one in units:
+        unit = state.add(one.name, one.parameters)
+        one.module.set_all_reduce_hook(CompressedReplicaReduce(state, unit, one, replicas))
+    return state
+
+
+def _check_equal_start(model: nn.Module, replicas: dist.ProcessGroup) -> None:
+    """All replicas must hold the same shards: nothing ever makes them equal afterwards."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, p in enumerate(model.parameters()):
+        local = p.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local
+        if local.is_meta:
+            return
+        value = float(local.double().sum()) + float(local.double().square().sum())
+        total[i % 2] += value * (1 + i % 7)
+    lowest, highest = total.clone(), total.clone()
+    if not dist.get_backend_config(replicas).count("cpu"):
+        lowest, highest = lowest.cuda(), highest.cuda()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=replicas)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=replicas)
+    if not torch.equal(lowest, highest):
+        raise ConfigError(
+            "replicas start from different parameters: seed alike, or broadcast before fully_shard"
+        )

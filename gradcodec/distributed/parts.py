@@ -1,0 +1,45 @@
+"""Who owns what: fixed functions of (numel, world size, name), never of a bucket.
+
+A flat parameter is cut in ``world`` contiguous parts; part ``i`` belongs to rank
+``(i + turn(name)) % world``, so that small parameters, which have fewer parts than there are ranks,
+do not all fall to rank 0.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+ALIGN = 4096
+"""Parts of coded parameters start at multiples of this: whole blocks, whole rotated chunks."""
+
+_MASK = (1 << 64) - 1
+
+
+def cut(numel: int, world: int, align: int = ALIGN) -> list[tuple[int, int]]:
+    """``world`` consecutive ranges ``(start, stop)`` that cover ``range(numel)``.
+
+    They start at multiples of ``align`` and differ by at most one ``align`` (the last that is not
+    empty may be short); with less than ``world * align`` elements some are empty.
+    """
+    whole, extra = divmod(-(-numel // align), world)
+    stops, at = [], 0
+    for i in range(world):
+        at = min(numel, at + (whole + (i < extra)) * align)
+        stops.append(at)
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def turn(name: str, world: int) -> int:
+    """Rank that owns a parameter's first part."""
+    return zlib.crc32(name.encode()) % world
+
+
+def derive_seed(*numbers: int) -> int:
+    """63 well-mixed bits of some integers: splitmix64 over each in turn."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1

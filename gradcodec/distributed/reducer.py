@@ -1,0 +1,246 @@
+"""One bucket of gradients becomes its mean over all ranks, parameter by parameter."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradcodec.distributed.adaptive import Follower
+from gradcodec.distributed.coders import RawCoder
+from gradcodec.distributed.exchange import Piece, has_any, mean_of
+from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.link import Link
+from gradcodec.distributed.parts import derive_seed, turn
+from gradcodec.distributed.policy import Policy
+from gradcodec.distributed.routes import Projection, Route
+
+_BASIS = RawCoder(torch.bfloat16)
+"""Of power iterations: rounding them changes which basis is taken, not what is lost."""
+
+
+@dataclass
+class Slot:
+    """A parameter's gradient in a bucket: its values in memory order and its view."""
+
+    name: str
+    flat: Tensor
+    view: Tensor
+
+
+@dataclass
+class _Coded:
+    """A piece on its way and what becomes of its mean."""
+
+    slot: Slot
+    piece: Piece
+    projection: Projection | None = None
+    follower: Follower | None = None
+    matrix: Tensor | None = None
+    active: bool = True
+
+
+@dataclass
+class BucketReducer:
+    """Averages buckets by the policy's routes; holds what must survive from step to step.
+
+    Attributes:
+        policy: a route for every parameter.
+        seed: of stochastic rounding and of first bases.
+        feedback: ``True``, ``False`` or ``None`` for what each route asks for.
+        residuals: error feedback of coded parameters.
+        followers: bases and residuals of low-rank parameters.
+        shapes: of all parameters.
+        nmse: last measured loss of each coded parameter, see ``measure``.
+    """
+
+    policy: Policy
+    seed: int
+    feedback: bool | None
+    shapes: Mapping[str, tuple[int, ...]]
+    residuals: Residuals = field(default_factory=Residuals)
+    followers: dict[str, Follower] = field(default_factory=dict)
+    nmse: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, settings in self.policy.lowrank.items():
+            self.followers[name] = Follower(name, self.shapes[name], settings, self.seed)
+
+    @torch.no_grad()
+    def reduce(self, slots: list[Slot], link: Link, step: int, *, measure: bool = False) -> None:
+        """Replace every gradient by its mean, in place.
+
+            1. the gradients of raw parameters are joined to one piece: a mean of elements does not
+               depend on what lies beside them
+            2. low-rank parameters that are due renew their bases: one exchange of power iterations
+            3. all pieces: one two-shot exchange
+            4. where a code's mean is not finite, the gradients themselves are averaged
+
+        Args:
+            slots: the bucket's gradients, equal names and order on all ranks.
+            link: to all ranks.
+            step: equal on all ranks.
+            measure: note in ``nmse`` what coding loses of each gradient.
+        """
+        routes = self.policy.routes
+        raw = [s for s in slots if self._is_raw(s.name)]
+        coded = [s for s in slots if not self._is_raw(s.name)]
+        ready = self._follow(coded, link, step)
+        pieces = [self._piece(s, routes[s.name], link, step, ready.get(s.name)) for s in coded]
+        if measure:
+            self._measure(coded, ready)
+        joined = _joined(raw)
+        mean_of([*joined, *(c.piece for c in pieces)], link, context=step)
+        _parted(raw, joined)
+        broken = [c.slot for c in pieces if not self._take(c, link.size)]
+        if broken:
+            again = _joined(broken)
+            mean_of(again, link, context=step)
+            _parted(broken, again)
+
+    @torch.no_grad()
+    def reduce_raw(self, slots: list[Slot], link: Link, step: int) -> None:
+        """The exact mean, by the same two shots in the gradients' own dtype."""
+        joined = _joined(slots)
+        mean_of(joined, link, context=step)
+        _parted(slots, joined)
+
+    def _is_raw(self, name: str) -> bool:
+        route = self.policy.routes[name]
+        return route.coder is None and route.projection is None and name not in self.followers
+
+    def _keeps(self, route: Route) -> bool:
+        return route.feedback if self.feedback is None else self.feedback
+
+    def _seed(self, step: int, name: str) -> int:
+        return derive_seed(self.seed, step, zlib.crc32(name.encode()))
+
+    # -- step 2 ---------------------------------------------------------------------------
+
+    def _follow(self, slots: list[Slot], link: Link, step: int) -> dict[str, tuple[Tensor, bool]]:
+        """``M`` of every low-rank parameter, with new bases where they are due."""
+        ready, due = {}, []
+        meter = link.meter
+        with meter.phase("encode"):
+            for slot in slots:
+                follower = self.followers.get(slot.name)
+                if follower is None:
+                    continue
+                follower.to(slot.flat.device)
+                # A gradient that is all zeros takes no part: unused, or a rank that has joined.
+                active = has_any(slot.flat)
+                m = follower.with_error(slot.flat, active and self.feedback is not False)
+                ready[slot.name] = (m, active)
+                if follower.due(step):
+                    powered = follower.powered(m)
+                    owner = turn(slot.name, link.size)
+                    due.append((follower, Piece(powered, _BASIS, powered, turn=owner)))
+        if due:
+            mean_of([piece for _, piece in due], link, context=step)
+            with meter.phase("encode"):
+                for follower, piece in due:
+                    follower.renew(piece.out)
+        return ready
+
+    # -- step 3 ---------------------------------------------------------------------------
+
+    def _piece(
+        self, slot: Slot, route: Route, link: Link, step: int, ready: tuple[Tensor, bool] | None
+    ) -> _Coded:
+        seed, first_owner = self._seed(step, slot.name), turn(slot.name, link.size)
+        if ready is not None:
+            follower, (m, active) = self.followers[slot.name], ready
+            with link.meter.phase("encode"):
+                # No basis yet and no finite power iteration: NaN says so to everyone.
+                code = (
+                    torch.full((follower.short * follower.settings.rank,), torch.nan)
+                    if follower.basis is None
+                    else follower.code(m)
+                ).to(slot.flat.device)
+            out = torch.empty_like(code)
+            piece = Piece(code, route.coder_for(code.dtype), out, seed, first_owner)
+            piece.echo = route.coder is not None and self.feedback is not False
+            return _Coded(slot, piece, None, follower, m, active)
+        with link.meter.phase("encode"):
+            projection = route.projection
+            values = slot.flat
+            if projection is not None:
+                values = projection.code(slot.view.reshape(-1))
+        piece = Piece(values, route.coder_for(values.dtype), values, seed, first_owner)
+        if route.coder is not None and self._keeps(route):
+            piece.first, piece.second = self.residuals.of(
+                slot.name, values, piece.coder, link.rank, link.size
+            )
+        return _Coded(slot, piece, projection)
+
+    def _take(self, coded: _Coded, world: int) -> bool:
+        """Write the mean gradient; ``False`` if the mean of the codes is not finite."""
+        piece, slot, follower = coded.piece, coded.slot, coded.follower
+        if coded.projection is None and follower is None:
+            return True  # The exchange wrote it, and sent what is not finite as it was.
+        if not bool(torch.isfinite(piece.out).all()):
+            return False
+        if coded.projection is not None:
+            slot.view.copy_(coded.projection.values(piece.out).view(slot.view.shape))
+            return True
+        assert follower is not None
+        if self.feedback is not False:
+            self._keep_rest(coded, follower, world)
+        slot.flat.copy_(follower.flat(follower.values(piece.out)))
+        follower.follow(piece.out)
+        return True
+
+    def _keep_rest(self, coded: _Coded, follower: Follower, world: int) -> None:
+        """``E <- M - U z^``, and what the owner's second coding lost of a mean of ``world``."""
+        piece, m = coded.piece, coded.matrix
+        assert m is not None
+        if coded.active:
+            sent = piece.values
+            if piece.lost_first is not None:
+                sent = sent - piece.lost_first
+            follower.error = m - follower.values(sent)
+        if piece.lost_second is not None and has_any(piece.lost_second):
+            again = follower.values(piece.lost_second * world)
+            follower.error = again if follower.error is None else follower.error + again
+
+    def _measure(self, slots: list[Slot], ready: dict[str, tuple[Tensor, bool]]) -> None:
+        """Squared error of coding this rank's gradient, without feedback, over its square.
+
+        Of low-rank parameters: what lies outside the basis, of gradient and residual together.
+        """
+        for slot in slots:
+            route, (matrix, _) = self.policy.routes[slot.name], ready.get(slot.name, (None, False))
+            if matrix is not None:
+                follower = self.followers[slot.name]
+                if follower.basis is None:
+                    continue
+                truth, back = matrix, follower.values(follower.code(matrix))
+            else:
+                truth = slot.view.reshape(-1).float() if route.projection else slot.flat.float()
+                code = route.projection.code(truth) if route.projection else truth
+                if route.coder is not None and bool(torch.isfinite(code).all()):
+                    body = route.coder.pack(code, self.seed, None)
+                    code = route.coder.mean([body], code.numel())
+                back = route.projection.values(code) if route.projection else code
+            power = float(truth.square().sum())
+            self.nmse[slot.name] = float((truth - back).square().sum()) / power if power else 0.0
+
+
+def _joined(slots: list[Slot]) -> list[Piece]:
+    """All gradients as one raw piece; the gradient itself if there is one."""
+    if not slots:
+        return []
+    flats = [s.flat for s in slots]
+    values = flats[0] if len(flats) == 1 else torch.cat(flats)
+    return [Piece(values, RawCoder(values.dtype), values)]
+
+
+def _parted(slots: list[Slot], joined: list[Piece]) -> None:
+    """Write a joined mean back."""
+    if len(slots) > 1:
+        parts = torch.split(joined[0].out, [s.flat.numel() for s in slots])
+        for slot, part in zip(slots, parts, strict=True):
+            slot.flat.copy_(part)

@@ -1,0 +1,84 @@
+"""One thread that does jobs in the order in which they came.
+
+On gloo, collectives issued from future callbacks run on whatever thread is free, in different
+orders on different ranks, and abort or hang (pytorch#48478). Here a hook only enqueues; this thread
+alone issues collectives, on a group of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger("gradcodec.distributed")
+
+_POLL_SECONDS = 1.0
+
+Future = torch.futures.Future
+
+
+class Worker:
+    """A daemon thread with a first-in-first-out queue.
+
+    It ends at ``stop``, at interpreter exit, and within a second of ``destroy_process_group``. It
+    knows nothing of the state it works for, which can thus be collected while it waits.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None]
+        self._jobs = queue.SimpleQueue()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="gradcodec-exchange", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
+    def submit(self, job: Callable[[], Tensor], future: Future[Tensor]) -> None:
+        """Do ``job`` after all earlier ones and complete ``future`` with its result or error."""
+        self._jobs.put((job, future))
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the thread after the jobs that are queued; gives up waiting after ``timeout``.
+
+        A thread that waits for a dead rank is left to its group's timeout; being a daemon it does
+        not keep the process.
+        """
+        self._jobs.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                item = self._jobs.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if not dist.is_initialized():
+                    return
+                continue
+            if item is None:
+                return
+            job, future = item
+            del item
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                result = job()
+            # Whatever it is, the thread that waits for the future has to hear of it.
+            except BaseException as err:
+                if self.failure is None:
+                    # DDP keeps only the message of an exception in a future.
+                    logger.exception("gradcodec: an exchange of gradients failed")
+                    self.failure = err
+                future.set_exception(err)  # type: ignore[arg-type]
+            else:
+                future.set_result(result)
+            del job, future

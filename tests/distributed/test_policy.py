@@ -1,0 +1,81 @@
+"""Which parameter is coded how."""
+
+import pytest
+
+from gradcodec.codecs.autoencoder import AutoencoderConfig
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.cast import Cast, CastConfig
+from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
+from gradcodec.codecs.topk import TopK
+from gradcodec.distributed.adaptive import LowRank
+from gradcodec.distributed.policy import Policy
+from gradcodec.distributed.routes import flat_route, wants_feedback
+from gradcodec.errors import ConfigError
+from gradcodec.types import TensorSpec, UpdateSpec
+
+SHAPES = {"embed.weight": (500, 64), "h.0.weight": (128, 128), "h.0.bias": (128,), "n": (9000,)}
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    policy = Policy(SHAPES, "int4", 4096, [("h.*", "int8"), ("*.weight", "int2")])
+    assert policy.labels() == {
+        "embed.weight": "int2",
+        "h.0.weight": "int8",
+        "h.0.bias": "int8",
+        "n": "int4",
+    }
+
+
+def test_small_parameters_are_raw_unless_a_rule_names_them() -> None:
+    assert Policy(SHAPES, "int4", 4096, []).labels()["h.0.bias"] == "fp32"
+    assert Policy(SHAPES, "int4", 0, []).labels()["h.0.bias"] == "int4"
+    assert Policy(SHAPES, "int4", 4096, [("*bias", "sign")]).labels()["h.0.bias"] == "sign"
+
+
+@pytest.mark.parametrize("pattern", ["*.baias", "H.*", ""])
+def test_a_rule_that_matches_nothing_is_an_error(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        Policy(SHAPES, "int4", 4096, [(pattern, "fp32")])
+
+
+def test_a_rule_behind_another_is_no_error() -> None:
+    Policy(SHAPES, "int4", 4096, [("*", "int8"), ("n", "fp32")])
+
+
+def test_low_rank_is_for_matrices_that_gain() -> None:
+    policy = Policy(SHAPES, LowRank(rank=4, other="int8"), 100, [])
+    assert set(policy.lowrank) == {"embed.weight", "h.0.weight"}
+    assert policy.labels()["n"] == "int8"
+    assert set(Policy(SHAPES, LowRank(rank=60), 100, []).lowrank) == {"h.0.weight"} - {
+        n for n, s in SHAPES.items() if len(s) == 2 and 60 * sum(s) >= s[0] * s[1]
+    }
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"refresh": 0}, {"rank": 1.5}])
+def test_low_rank_settings_are_checked(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        LowRank(**wrong)
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="int4"):
+        Policy(SHAPES, "int3", 0, [])
+    with pytest.raises(ConfigError, match="expected a codec name"):
+        Policy(SHAPES, LowRank(code="int3"), 0, [])
+
+
+def test_codecs_that_need_a_table_are_refused() -> None:
+    bound = TopK().bind(UpdateSpec((TensorSpec("n", (9000,)),)))
+    with pytest.raises(ConfigError, match="needs no tensor table"):
+        flat_route(bound)
+    assert AutoencoderConfig.kind == "autoencoder"
+
+
+def test_feedback_is_on_where_something_is_lost_and_comes_back() -> None:
+    assert not wants_feedback(Identity())
+    assert not wants_feedback(Cast(CastConfig("bfloat16")))
+    assert wants_feedback(BlockQuant(BlockQuantConfig(4)))
+    assert wants_feedback(TopK())
+    assert wants_feedback(RotatedSign())
+    assert not wants_feedback(RotatedSign(RotatedSignConfig(256, 64)))

@@ -1,0 +1,112 @@
+"""Parts of the state that need no other process: names, residuals, the auto mode's choice."""
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.distributed import CompressState, LowRank, Residuals, auto
+from gradcodec.distributed.coders import CodecCoder
+from gradcodec.distributed.named import named_parameters
+from gradcodec.distributed.traffic import Traffic
+from gradcodec.errors import ConfigError
+
+
+def test_names_are_those_of_the_innermost_model() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+    compiled = torch.compile(model, backend="eager")
+    names = list(named_parameters(model))
+    assert names == ["0.weight", "0.bias", "1.weight"]
+    assert list(named_parameters(compiled)) == names
+    inside = nn.ModuleDict({"a": torch.compile(model[0], backend="eager")})  # type: ignore[dict-item]
+    assert list(named_parameters(inside)) == ["a.weight", "a.bias"]
+    assert list(named_parameters(dict(model.named_parameters()))) == names
+    assert list(named_parameters(model.named_parameters())) == names
+
+
+def test_frozen_and_shared_parameters_come_once_or_not() -> None:
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+    b.weight = a.weight
+    b.bias.requires_grad_(False)
+    assert list(named_parameters(nn.Sequential(a, b))) == ["0.weight", "0.bias"]
+
+
+def test_nothing_to_train_or_two_of_a_name_are_errors() -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        named_parameters(nn.Sequential())
+    p = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match="twice"):
+        named_parameters([("a", p), ("a", p)])
+
+
+def residuals_of(world: int, rank: int) -> Residuals:
+    kept = Residuals()
+    coder = CodecCoder(BlockQuant(BlockQuantConfig(4)))
+    first, second = kept.of("w", torch.zeros(10_000), coder, rank, world)
+    first += 1
+    second += 2
+    return kept
+
+
+def test_in_another_world_owned_parts_are_dropped() -> None:
+    state = residuals_of(2, 0).state_dict()
+    assert set(state) == {"world", "rank", "first.w", "second.w"}
+    same, other = Residuals(), Residuals()
+    same.load_state_dict(state, rank=0, world=2)
+    other.load_state_dict(state, rank=0, world=3)
+    assert torch.equal(same.second["w"], torch.full_like(same.second["w"], 2.0))
+    assert other.second == {}
+    assert torch.equal(other.first["w"], torch.ones(10_000))
+
+
+def test_residuals_belong_to_one_rank_of_one_world() -> None:
+    kept = residuals_of(2, 0)
+    coder = CodecCoder(BlockQuant(BlockQuantConfig(4)))
+    with pytest.raises(ConfigError, match="rank 0 of 2 cannot serve rank 1 of 2"):
+        kept.of("w", torch.zeros(10_000), coder, 1, 2)
+
+
+def test_a_state_dict_is_plain_and_safetensors_can_hold_it() -> None:
+    model = nn.Linear(80, 80)
+    state = CompressState(model, LowRank(rank=2), error_feedback=True)
+    state.reducer.residuals = residuals_of(2, 0)
+    state.reducer.residuals.first = {"weight": torch.rand(6400)}
+    state.reducer.residuals.second = {}
+    kept = state.state_dict()
+    assert all(type(v) in (int, torch.Tensor) for v in kept.values())
+    tensors = {k: v if isinstance(v, torch.Tensor) else torch.tensor(v) for k, v in kept.items()}
+    back = load(save(tensors))
+    other = CompressState(model, LowRank(rank=2))
+    other.load_state_dict(back)
+    other._rank, other._world = 0, 2
+    other._load(back)
+    assert torch.equal(other.reducer.residuals.first["weight"], kept["first.weight"])  # type: ignore[arg-type]
+    assert torch.equal(
+        other.reducer.followers["weight"].start, state.reducer.followers["weight"].start
+    )
+    assert other.step == state.step
+
+
+def test_states_of_other_models_are_refused() -> None:
+    state = CompressState(nn.Linear(80, 80))
+    with pytest.raises(ConfigError, match="'step' and 'seed'"):
+        state.load_state_dict({})
+    with pytest.raises(ConfigError, match="not of this model"):
+        state.load_state_dict({"step": 1, "seed": 0, "first.other": torch.zeros(3)})
+
+
+def test_auto_measures_both_ways_after_warming_up() -> None:
+    choice = auto.Choice()
+    ways = []
+    for _ in range(auto.WARM + 2 * auto.ROUNDS):
+        assert choice.measuring
+        ways.append(choice.compress)
+        choice._steps += 1
+    assert ways[: auto.WARM] == [False] * auto.WARM
+    assert ways[auto.WARM :] == [False, True] * auto.ROUNDS
+
+
+def test_traffic_adds_up() -> None:
+    total = Traffic(1, 2, 0.5, 0.25, 0.125) + Traffic(10, 20, 1, 2, 3)
+    assert total == Traffic(11, 22, 1.5, 2.25, 3.125)
