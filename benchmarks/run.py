@@ -73,6 +73,21 @@ _ALL = (
         "seconds, bytes and memory of coding a 7B adapter; what TGAP's collection costs",
         "benchmarks.speed:main",
     ),
+    Case(
+        "codecs",
+        "error, bits and speed of every fixed-rate codec and its peers, on recorded gradients",
+        "benchmarks.codecs:main",
+    ),
+    Case(
+        "kernels",
+        "Triton kernels: GB/s against copy on a GPU, else what their binaries cost",
+        "benchmarks.kernels:main",
+    ),
+    Case(
+        "ddp",
+        "data-parallel training over shaped links: loss against steps, seconds and bytes",
+        "benchmarks.ddp:main",
+    ),
 )
 
 CASES = {case.name: case for case in _ALL}
