@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def load(name: str, count: int) -> list[Snapshot]:
         return [{"v": torch.randn(1024, 1024, generator=generator)} for _ in range(count)]
     settings = Settings()
     model, tokenizer = models.load_base(settings.model)
-    examples = data.load_examples(settings.dataset, limit=64 * count)
+    examples = _examples(settings.dataset, 64 * count)
     encoded = [data.encode_example(tokenizer, e, settings.max_length) for e in examples]
     parameters = (
         dict(model.named_parameters())
@@ -60,6 +62,12 @@ def load(name: str, count: int) -> list[Snapshot]:
         local=settings.local,
     )
     return _gradients(task) if name == "gradient" else _updates(task)
+
+
+@functools.cache
+def _examples(dataset: str, limit: int) -> list[data.Example]:
+    """Making them of a library's sources takes longer than anything that is done with them."""
+    return data.load_examples(dataset, limit=limit)
 
 
 def _gradients(task: LanguageTask) -> list[Snapshot]:

@@ -10,7 +10,9 @@ step with the mean. The embedded LLaMA (5.8 million parameters), two CPU cores, 
 """
 
 import argparse
+import sysconfig
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 
 import gradcodec as gc
 from gradcodec.distributed import Residuals, Traffic
-from gradcodec.recipes.corpus import docstring_pairs
+from gradcodec.recipes.corpus import docstring_pairs_in
 from gradcodec.recipes.models import load_base
 from gradcodec.recipes.report import size
 
 BATCH, LENGTH, HELD_OUT = 4, 64, 32  # sequences per rank, tokens in each, sequences kept apart
+PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 
 
 def main() -> None:
@@ -85,7 +88,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def sequences(tokenizer: Any) -> Tensor:
     """Questions and answers of the standard library's docstrings, ``[n, LENGTH]``, shuffled."""
-    pairs = docstring_pairs()
+    library = Path(sysconfig.get_path("stdlib"))
+    pairs = [pair for name in PACKAGES for pair in docstring_pairs_in(library / name, name)]
     ids: list[int] = []
     for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist():
         text = pairs[i].prompt + pairs[i].answer

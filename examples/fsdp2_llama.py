@@ -12,7 +12,9 @@ minute.
 """
 
 import argparse
+import sysconfig
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +24,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradcodec as gc  # (+)
-from gradcodec.recipes.corpus import docstring_pairs
+from gradcodec.recipes.corpus import docstring_pairs_in
 from gradcodec.recipes.models import load_base
 from gradcodec.recipes.report import size
 
 BATCH, LENGTH, HELD_OUT = 4, 64, 32  # sequences per rank, tokens in each, sequences kept apart
+PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 
 
 def main() -> None:
@@ -81,7 +84,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def sequences(tokenizer: Any) -> Tensor:
     """Questions and answers of the standard library's docstrings, ``[n, LENGTH]``, shuffled."""
-    pairs = docstring_pairs()
+    library = Path(sysconfig.get_path("stdlib"))
+    pairs = [pair for name in PACKAGES for pair in docstring_pairs_in(library / name, name)]
     ids: list[int] = []
     for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist():
         text = pairs[i].prompt + pairs[i].answer

@@ -112,8 +112,9 @@ def test_programs_of_the_page_train_with_compressed_gradients(name: str, tmp_pat
     program.write_text(PROGRAMS[name])
     out = launched(program, torchrun=name != "lightning")
     (loss,) = re.findall(r"^loss (\d+\.\d+), .* replicas equal: True", out, re.MULTILINE)
-    # Untrained: 2.3 nats over ten classes, 5.3 on docstrings.
-    assert float(loss) < (3.5 if name == "trainer" else 1.2)
+    # Untrained: 2.3 nats over ten classes, 5.4 on docstrings. The Trainer tells the mean of all
+    # steps.
+    assert float(loss) < (4.2 if name == "trainer" else 1.2)
     # Small tensors pay for a header in every message.
     assert times_less(out) > (7.0 if name == "trainer" else 3.0)
 

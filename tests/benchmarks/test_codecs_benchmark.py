@@ -44,18 +44,20 @@ def test_ours_code_a_snapshot_in_the_bytes_that_they_say(name: str) -> None:
     assert 0 < nmse(x, y) < 2
 
 
+@pytest.mark.slow  # bitsandbytes compiles its CPU code when it is first called
 @pytest.mark.parametrize("name", [s.name for s in PEERS])
-def test_peers_code_a_snapshot_or_say_what_to_install(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peers_code_a_snapshot_or_say_what_to_install(name: str) -> None:
     try:
         coder = SCHEMES[name].make(SNAPSHOT)
     except ImportError as reason:
-        assert "pip install" in str(reason) or "git clone" in str(reason)
-        pytest.skip(f"a machine with the peer's package runs it: {reason}")
+        told = str(reason)
+        if "pip install" not in told and "git clone" not in told:
+            raise
+        pytest.skip(f"a machine with the peer's package runs it: {told}")
     coded = coder.encode(SNAPSHOT)
     y = coder.decode(coded)
-    assert 0 < nmse(flat(SNAPSHOT), y) < 2
+    # Two bits at random between the extremes of the whole vector lose three times what there is.
+    assert 0 < nmse(flat(SNAPSHOT), y) < 5
     assert 0 < coder.nbytes(coded) < 4 * len(y)
 
 
@@ -155,7 +157,7 @@ def results(
     """From bits and NMSE by scheme, and from milliseconds both ways."""
     return codecs_report.Results(
         {
-            name: {"scheme": name, **dict.fromkeys(SETS, {"bits": b, "nmse": e, "cosine": 0.9})}
+            name: {"scheme": name, **{s: {"bits": b, "nmse": e, "cosine": 0.9} for s in SETS}}
             for name, (b, e) in errors.items()
         },
         {"bound": {"bits": 7.4}, "packed": {"bits": 12.0, "encode_ns": 1.0, "decode_ns": 2.0}},
@@ -199,7 +201,7 @@ def test_speeds_are_held_against_their_goals(ms: float, word: str) -> None:
 def test_dither_may_cost_half_as_much_again() -> None:
     for ms, word in ((1.5, "met"), (1.6, "missed")):
         lines = codecs_report.goals(results({}, {"int4": 1.0, "int4 dithered": ms}))
-        assert [line for line in lines if "dithered" in line][0].startswith(word)
+        assert next(line for line in lines if "dithered" in line).startswith(word)
 
 
 def test_a_run_writes_rows_a_page_and_a_plot(
@@ -230,7 +232,7 @@ def test_a_run_writes_rows_a_page_and_a_plot(
 
 def test_the_page_is_of_the_last_measurement(tmp_path: Path) -> None:
     path = tmp_path / "codecs.jsonl"
-    sets = dict.fromkeys(SETS, {"bits": 4.0, "nmse": 0.01, "cosine": 0.9})
+    sets = {s: {"bits": 4.0, "nmse": 0.01, "cosine": 0.9} for s in SETS}
     for snapshots, names in ((1, ("int4", "int8")), (4, ("int4",))):
         for name in names:
             asked = {"part": "error", "snapshots": snapshots, "impl": ""}
