@@ -16,6 +16,7 @@ from gradcodec.errors import ConfigError
 
 _OURS, _TORCH, _PEER = "#d7191c", "#ffb000", "#5b7f95"
 _SHOWN = ("gradient", "update")
+_WORST = 3.0
 
 
 def draw(
@@ -52,7 +53,10 @@ def draw(
 
 
 def _errors(ax: Any, name: str, errors: Mapping[str, Row]) -> None:
-    points = [(row[name]["bits"], row[name]["nmse"], scheme) for scheme, row in errors.items()]
+    points = [
+        (row[name]["bits"], min(row[name]["nmse"], _WORST), scheme)
+        for scheme, row in errors.items()
+    ]
     for ours, colour, marker, label in (
         (True, _OURS, "o", "gradcodec"),
         (False, _PEER, "s", "peers"),
@@ -95,7 +99,7 @@ def _annotate(ax: Any, points: Sequence[tuple[float, float, str]]) -> None:
         placed.append((x, y))
         colour = _OURS if SCHEMES[scheme].kind == "ours" else _PEER
         ax.annotate(
-            scheme,
+            scheme if nmse < _WORST else f"{scheme} (above the chart)",
             (bits, nmse),
             xytext=(bits * 1.06, 10**y),
             fontsize=6.5,

@@ -122,7 +122,7 @@ class Vision:
 
     name = "vision"
     title = "residual network on synthetic glyphs"
-    recipe = Recipe("sgd", lr=0.01, steps=120, batch=32)
+    recipe = Recipe("sgd", lr=0.005, steps=120, batch=32)
     train, held_out = 4096, 512
 
     def data(self, seed: int) -> Data:

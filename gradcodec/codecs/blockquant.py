@@ -75,6 +75,15 @@ class BlockQuantConfig(CodecConfig):
         """Whether the expectation of what is decoded is what was encoded."""
         return self.stochastic and self.placed == "absmax"
 
+    @property
+    def contractive(self) -> bool:
+        """Whether it loses less than it is given, without which error feedback diverges.
+
+        One bit at a block's largest magnitude loses many times what it is given, two bits at random
+        about as much.
+        """
+        return self.placed != "absmax" or self.bits > 2 or (self.bits == 2 and not self.stochastic)
+
 
 @register
 class BlockQuant(Codec):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
+from gradcodec.codecs.blockquant import BlockQuant
 from gradcodec.codecs.cast import Cast
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
@@ -104,6 +105,8 @@ def wants_feedback(codec: Codec) -> bool:
         return False
     if isinstance(codec, RotatedSign):
         return codec.config.kept == codec.config.block
+    if isinstance(codec, BlockQuant) and not codec.config.contractive:
+        return False
     return not getattr(codec.config, "unbiased", False)
 
 

@@ -79,3 +79,9 @@ def test_feedback_is_on_where_something_is_lost_and_comes_back() -> None:
     assert wants_feedback(TopK())
     assert wants_feedback(RotatedSign())
     assert not wants_feedback(RotatedSign(RotatedSignConfig(256, 64)))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_no_feedback_where_more_may_be_lost_than_there_was(stochastic: bool) -> None:
+    one_bit = BlockQuantConfig(1, 64, scale="absmax", stochastic=stochastic)
+    assert not wants_feedback(BlockQuant(one_bit))
