@@ -46,7 +46,7 @@ GRIDS = {
     ("llama", REFERENCE): (2.5e-4, 5e-4, 1e-3),
     ("llama", "demo"): (3e-4, 1e-3, 3e-3),
     ("vision", REFERENCE): (0.0025, 0.005, 0.01, 0.02),
-    ("vision", "demo"): (1e-4, 3e-4, 1e-3, 3e-3),
+    ("vision", "demo"): (3e-4, 1e-3, 3e-3, 1e-2),
 }
 """Plain DDP's rate is everyone's, but for DeMo, which is an optimiser of its own."""
 

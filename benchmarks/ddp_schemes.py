@@ -192,7 +192,7 @@ _ALL = (
         _demo,
         "DeMo, arXiv 2411.19870, by its authors' code",
         DEMO,
-        rates={"llama": 1e-3, "vision": 1e-3},
+        rates={"llama": 1e-3, "vision": 3e-3},
         quick=True,
     ),
     Scheme(

@@ -182,8 +182,12 @@ class BlockQuant(Codec):
         # Through one flat copy: a single row of odd length counts as contiguous as it is, and its
         # stride is then no whole number of scales.
         scales = bodies[:, :cut].reshape(-1).clone().view(torch.bfloat16).view(len(bodies), -1)
-        if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-            raise MalformedBodyError("blockquant: expected finite, non-negative scales")
+        # Of the largest level too: no encoder makes one that is beyond fp32.
+        largest = scales.float() * (1.0 if self._fitted else grid.TOP[self.config.bits])
+        if not bool((torch.isfinite(largest) & (scales >= 0)).all()):
+            raise MalformedBodyError(
+                "blockquant: expected scales that are not negative and levels that are finite"
+            )
         packed = bodies[:, cut:]
         if self._fitted:
             return two_means.decode_mean(packed, scales, numel, self.config.block)

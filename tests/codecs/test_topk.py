@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gradcodec.codecs.topk import TopK, TopKConfig
@@ -188,6 +188,7 @@ def test_elias_fano_with_one_more_or_one_less_is_malformed() -> None:
 
 @BY_VARIANT
 @given(st.dictionaries(st.integers(0, 10_000), st.integers(0, 255), max_size=8))
+@example({1: 124})  # a scale of 5e36, of which 8 bits have levels beyond fp32
 def test_any_bytes_of_the_right_length_decode_or_are_malformed(
     config: TopKConfig, changes: dict[int, int]
 ) -> None:
