@@ -21,5 +21,6 @@ def test_readme_names_every_codec() -> None:
     page = (Path(__file__).parents[1] / "README.md").read_text()
     table = page.partition("## Codecs")[2].partition("## What works where")[0]
     classes = {"Subspace", "Autoencoder", "Chain(a, b)"}
-    named = {n for row in table.splitlines() for n in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert named == set(UNTRAINED) | classes
