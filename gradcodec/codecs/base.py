@@ -222,6 +222,15 @@ class Codec(ABC):
 
     # -- bare vectors: what collectives and hooks exchange ------------------------------------
 
+    @property
+    def grain(self) -> int | None:
+        """Vectors whose lengths are multiples of this are coded in a row as each by itself.
+
+        Decoded values and residuals of ``pack_flat`` are then those of the single vectors, to the
+        bit and whatever the seed. ``None`` if nothing is known.
+        """
+        return None
+
     def residual_numel(self, numel: int) -> int:
         """Length of the error-feedback residual that ``pack_flat`` takes for ``numel`` values."""
         return numel

@@ -120,6 +120,11 @@ class BlockQuant(Codec):
         """Whole chunks where values are rotated: what was lost is kept in rotated coordinates."""
         return ops.padded_numel(numel, self.config.rotate)
 
+    @property
+    def grain(self) -> int | None:
+        """A block; of dithered ones no length, since dither follows the position in the vector."""
+        return None if self.config.stochastic else self.config.block
+
     def packed_nbytes(self, numel: int) -> int:
         """Two bytes per scale and ``bits`` bits per value, rounded up to a byte.
 

@@ -37,6 +37,11 @@ class Identity(Codec):
         """The dtype in which values of ``dtype`` are sent."""
         return dtype
 
+    @property
+    def grain(self) -> int:
+        """Every value by itself."""
+        return 1
+
     def packed_nbytes(self, numel: int) -> int:
         """Size of ``numel`` fp32 code values in their wire dtype."""
         return numel * self.wire_dtype(torch.float32).itemsize

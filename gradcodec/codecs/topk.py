@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,6 +87,14 @@ class TopK(Codec):
 
     def _positions(self, numel: int) -> Positions:
         return Positions(self.config.index, numel, self.config.k, self.config.chunk)
+
+    @property
+    def grain(self) -> int:
+        """A chunk, or as many as share the scale of a block of kept values."""
+        c = self.config
+        if c.structure == "rows":
+            return ops.CHUNK
+        return c.chunk * (c.value_block // math.gcd(c.value_block, c.k))
 
     def packed_nbytes(self, numel: int) -> int:
         """Quantised values, then packed positions, each rounded up to a byte."""

@@ -23,6 +23,14 @@ class Coder(Protocol):
         ...
 
     @property
+    def grain(self) -> int | None:
+        """The code of vectors in a row is that of each, if their lengths are multiples of this.
+
+        ``None`` if it never is.
+        """
+        ...
+
+    @property
     def identity(self) -> int:
         """A number that ranks compare: equal coders have equal ones."""
         ...
@@ -55,6 +63,7 @@ class RawCoder:
     """The values' own bytes: lossless on the way in, one rounding to ``dtype`` of the mean."""
 
     align = 1
+    grain = 1
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -95,6 +104,7 @@ class CodecCoder:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
+        self.grain = codec.grain
         self.identity = int.from_bytes(codec.digest, "little")
         self._passes_infinities = isinstance(codec, Identity)
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
-from gradcodec.distributed.exchange import Piece, TwoShot, mean_of
+from gradcodec.distributed.exchange import TwoShot, mean_of
 from gradcodec.distributed.feedback import Residuals
 from gradcodec.distributed.link import Link
 from gradcodec.distributed.parts import derive_seed, turn
+from gradcodec.distributed.pieces import Piece
 from gradcodec.distributed.routes import Route, flat_route, named_codec, routes
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.errors import ConfigError, UpdateError
@@ -138,7 +139,8 @@ def compressed_reduce_scatter(
     if residual is not None and residual.numel() != expected:
         raise ConfigError(f"expected a residual of {expected} values, got {residual.numel()}")
     flat = input.view(-1)
-    piece = Piece(flat, coder, flat, derive_seed(seed), first=residual)
+    first = None if residual is None else list(torch.split(residual, coder.residual_numel(n)))
+    piece = Piece(flat, coder, flat, derive_seed(seed), first=first)
     cuts = [(r * n, (r + 1) * n) for r in range(link.size)]
     mean = TwoShot([piece], link, seed, [cuts]).reduce()[0]
     if op == "sum":

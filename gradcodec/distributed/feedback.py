@@ -22,15 +22,26 @@ class Residuals:
     """
 
     def __init__(self) -> None:
-        self.first: dict[str, Tensor] = {}
-        self.second: dict[str, Tensor] = {}
+        # Lists, since what shares a lane moves together there (``pieces.together``).
+        self._first: dict[str, list[Tensor]] = {}
+        self._second: dict[str, list[Tensor]] = {}
         self.world: int | None = None
         self.rank: int | None = None
 
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """Residuals of this rank's values by name; copies."""
+        return {name: torch.cat(parts) for name, parts in self._first.items()}
+
+    @property
+    def second(self) -> dict[str, Tensor]:
+        """Residuals of means of owned parts by name; copies."""
+        return {name: torch.cat(parts) for name, parts in self._second.items()}
+
     def of(
         self, name: str, values: Tensor, coder: Coder, rank: int, world: int
-    ) -> tuple[Tensor, Tensor]:
-        """First ``[coder.residual_numel(n)]`` and second residual of a tensor, fp32.
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """First residual of each part of a tensor, in their order, and the second one; fp32.
 
         Raises:
             ConfigError: a residual of that name has another length, or these residuals were made
@@ -44,29 +55,35 @@ class Residuals:
             )
         parts = cut(values.numel(), world, coder.align)
         start, stop = parts[(rank - turn(name, world)) % world]
-        sizes = (
-            sum(coder.residual_numel(b - a) for a, b in parts),
-            coder.residual_numel(stop - start),
-        )
-        found = []
-        for kept, size in zip((self.first, self.second), sizes, strict=True):
-            one = kept.get(name)
-            if one is None or one.device != values.device:
-                one = torch.zeros(size) if one is None else one
-                one = kept[name] = one.to(values.device)
-            if one.numel() != size:
-                raise ConfigError(
-                    f"{name!r}: expected a residual of {size} values, got {one.numel()}; it was "
-                    "made for another codec or another shape"
-                )
-            found.append(one)
-        return found[0], found[1]
+        sizes = [coder.residual_numel(b - a) for a, b in parts]
+        first = self._kept(self._first, name, sizes, values)
+        second = self._kept(self._second, name, [coder.residual_numel(stop - start)], values)
+        return first, second
+
+    def _kept(
+        self, kept: dict[str, list[Tensor]], name: str, sizes: list[int], like: Tensor
+    ) -> list[Tensor]:
+        found = kept.get(name)
+        if found is None:
+            found = [torch.zeros(sum(sizes), device=like.device)]
+        numels = [t.numel() for t in found]
+        if sum(numels) != sum(sizes):
+            raise ConfigError(
+                f"{name!r}: expected a residual of {sum(sizes)} values, got {sum(numels)}; it was "
+                "made for another codec or another shape"
+            )
+        if numels != sizes:  # new, or loaded
+            found = list(torch.split(torch.cat(found), sizes))
+        if any(t.device != like.device for t in found):
+            found = [t.to(like.device) for t in found]
+        kept[name] = found
+        return found
 
     @property
     def nbytes(self) -> int:
         """Memory of all residuals."""
-        both = (*self.first.values(), *self.second.values())
-        return sum(t.numel() * t.element_size() for t in both)
+        both = (*self._first.values(), *self._second.values())
+        return sum(t.numel() * t.element_size() for parts in both for t in parts)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """Flat: ``first.NAME``, ``second.NAME``, ``world``, ``rank``; copies on the CPU."""
@@ -74,7 +91,7 @@ class Residuals:
         if self.world is not None and self.rank is not None:
             out = {_WORLD: self.world, _RANK: self.rank}
         for prefix, kept in ((_FIRST, self.first), (_SECOND, self.second)):
-            out.update({prefix + n: t.detach().cpu().clone() for n, t in kept.items()})
+            out.update({prefix + name: t.cpu() for name, t in kept.items()})
         return out
 
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, rank: int, world: int) -> None:
@@ -84,10 +101,10 @@ class Residuals:
         are other ones at another rank): there they are dropped, the first ones are kept.
         """
         same = (int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))) == (world, rank)
-        self.first, self.second = {}, {}
+        self._first, self._second = {}, {}
         for key, value in state.items():
             if key.startswith(_FIRST) and isinstance(value, Tensor):
-                self.first[key.removeprefix(_FIRST)] = value.detach().float().clone()
+                self._first[key.removeprefix(_FIRST)] = [value.detach().float().clone()]
             elif key.startswith(_SECOND) and isinstance(value, Tensor) and same:
-                self.second[key.removeprefix(_SECOND)] = value.detach().float().clone()
+                self._second[key.removeprefix(_SECOND)] = [value.detach().float().clone()]
         self.world, self.rank = world, rank

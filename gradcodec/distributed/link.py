@@ -1,6 +1,8 @@
-"""Bytes between the ranks of one group: a single uneven all-to-all, and nothing else."""
+"""Bytes between the ranks of one group: an uneven all-to-all, and nothing else."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,10 @@ from gradcodec.errors import ConfigError, TrainingError
 class Link:
     """A group, seen as a thing that swaps bytes. One link is used by one thread.
 
-    Every collective of the package is an ``all_to_all_single`` of uint8 with uneven splits: gloo
-    has no uneven all-gather and no int16, and every backend has this one.
+    Everything that the package exchanges is an all-to-all of uint8 with uneven splits. On gloo it
+    is made of sends and receives, the receives posted first: in its own ``all_to_all_single`` a
+    rank that is already sending tells the other only behind its payload that it may send too, and
+    the two directions of a link take turns (twice the time, at 100 Mbit/s in half of the calls).
 
     Args:
         group: the process group; ``None`` is the default group.
@@ -32,6 +36,7 @@ class Link:
         if self.rank < 0:
             raise ConfigError("expected a group that this process is a member of")
         self.device = carrier(group, device)
+        self._gloo = backends_of(group).get(self.device.type) == "gloo"
         self.meter = Meter()
 
     def swap(self, messages: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
@@ -45,17 +50,25 @@ class Link:
         Raises:
             TrainingError: the collective failed: a rank died, or did not come in time.
         """
-        own = torch.cat(messages[self.rank])
         if self.size == 1:
-            return [own]
-        others = [m for r, m in enumerate(messages) if r != self.rank]
-        gone = [0 if r == self.rank else sum(map(len, m)) for r, m in enumerate(messages)]
+            return [torch.cat(messages[0])]
+        # Often the same message goes to everyone: it is made once.
+        whole = {id(m): torch.cat(m) for m in messages}
+        own = whole[id(messages[self.rank])]
         came = [0 if r == self.rank else n for r, n in enumerate(sizes)]
-        sent = torch.cat([part for m in others for part in m]).to(self.device)
+        sent = [
+            (own[:0] if r == self.rank else whole[id(m)]).to(self.device)
+            for r, m in enumerate(messages)
+        ]
+        gone = [len(part) for part in sent]
         received = torch.empty(sum(came), dtype=torch.uint8, device=self.device)
         try:
             with self.meter.phase("exchange"):
-                dist.all_to_all_single(received, sent, came, gone, group=self.group)
+                if self._gloo:
+                    self._pairwise(torch.split(received, came), sent)
+                else:
+                    everything = torch.cat(sent)
+                    dist.all_to_all_single(received, everything, came, gone, group=self.group)
         except RuntimeError as err:
             raise TrainingError(
                 f"rank {self.rank} of {self.size}: an exchange of compressed gradients failed; "
@@ -66,16 +79,35 @@ class Link:
         parts[self.rank] = own
         return parts
 
+    def _pairwise(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
+        """Every rank with every other at once; the nearest following one first."""
+        others = [(self.rank + k) % self.size for k in range(1, self.size)]
+        works = [
+            dist.irecv(received[r], group=self.group, group_src=r)
+            for r in others
+            if len(received[r])
+        ]
+        works += [
+            dist.isend(sent[r], group=self.group, group_dst=r) for r in others if len(sent[r])
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+
 
 def carrier(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
     """The device that bytes of tensors on ``device`` travel from."""
-    # "cpu:gloo,cuda:nccl", or a bare backend name from older groups.
-    config = str(dist.get_backend_config(group))
-    pairs = [p.split(":") for p in config.split(",")]
-    backends = {p[0]: p[-1] for p in pairs}
+    backends = backends_of(group)
     backend = backends.get(device.type)
     if backend is not None and not (backend == "gloo" and device.type != "cpu"):
         return device
     if "cpu" in backends:
         return torch.device("cpu")
-    raise ConfigError(f"expected a group that can carry {device.type} tensors, got {config}")
+    raise ConfigError(f"expected a group that can carry {device.type} tensors, got {backends}")
+
+
+def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Backend by device type, of a group."""
+    # "cpu:gloo,cuda:nccl", or a bare backend name from older groups.
+    pairs = [p.split(":") for p in str(dist.get_backend_config(group)).split(",")]
+    return {p[0]: p[-1] for p in pairs}

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gradcodec.distributed.adaptive import Follower
 from gradcodec.distributed.coders import RawCoder
-from gradcodec.distributed.exchange import Piece, has_any, mean_of
+from gradcodec.distributed.exchange import mean_of
 from gradcodec.distributed.feedback import Residuals
 from gradcodec.distributed.link import Link
 from gradcodec.distributed.parts import derive_seed, turn
+from gradcodec.distributed.pieces import Piece, has_any
 from gradcodec.distributed.policy import Policy
 from gradcodec.distributed.routes import Projection, Route
 
@@ -73,11 +74,9 @@ class BucketReducer:
     def reduce(self, slots: list[Slot], link: Link, step: int, *, measure: bool = False) -> None:
         """Replace every gradient by its mean, in place.
 
-            1. the gradients of raw parameters are joined to one piece: a mean of elements does not
-               depend on what lies beside them
-            2. low-rank parameters that are due renew their bases: one exchange of power iterations
-            3. all pieces: one two-shot exchange
-            4. where a code's mean is not finite, the gradients themselves are averaged
+            1. low-rank parameters that are due renew their bases: one exchange of power iterations
+            2. all gradients or their codes: one two-shot exchange
+            3. where a code's mean is not finite, the gradients themselves are averaged
 
         Args:
             slots: the bucket's gradients, equal names and order on all ranks.
@@ -86,27 +85,23 @@ class BucketReducer:
             measure: note in ``nmse`` what coding loses of each gradient.
         """
         routes = self.policy.routes
-        raw = [s for s in slots if self._is_raw(s.name)]
-        coded = [s for s in slots if not self._is_raw(s.name)]
-        ready = self._follow(coded, link, step)
-        pieces = [self._piece(s, routes[s.name], link, step, ready.get(s.name)) for s in coded]
+        ready = self._follow(slots, link, step)
+        coded = [self._piece(s, routes[s.name], link, step, ready.get(s.name)) for s in slots]
         if measure:
-            self._measure(coded, ready)
-        joined = _joined(raw)
-        mean_of([*joined, *(c.piece for c in pieces)], link, context=step)
-        _parted(raw, joined)
-        broken = [c.slot for c in pieces if not self._take(c, link.size)]
+            self._measure([s for s in slots if not self._is_raw(s.name)], ready)
+        mean_of([c.piece for c in coded], link, context=step)
+        broken = [c.slot for c in coded if not self._take(c, link.size)]
         if broken:
-            again = _joined(broken)
-            mean_of(again, link, context=step)
-            _parted(broken, again)
+            self.reduce_raw(broken, link, step)
 
     @torch.no_grad()
     def reduce_raw(self, slots: list[Slot], link: Link, step: int) -> None:
         """The exact mean, by the same two shots in the gradients' own dtype."""
-        joined = _joined(slots)
-        mean_of(joined, link, context=step)
-        _parted(slots, joined)
+        pieces = [
+            Piece(s.flat, RawCoder(s.flat.dtype), s.flat, turn=turn(s.name, link.size))
+            for s in slots
+        ]
+        mean_of(pieces, link, context=step)
 
     def _is_raw(self, name: str) -> bool:
         route = self.policy.routes[name]
@@ -118,7 +113,7 @@ class BucketReducer:
     def _seed(self, step: int, name: str) -> int:
         return derive_seed(self.seed, step, zlib.crc32(name.encode()))
 
-    # -- step 2 ---------------------------------------------------------------------------
+    # -- step 1 ---------------------------------------------------------------------------
 
     def _follow(self, slots: list[Slot], link: Link, step: int) -> dict[str, tuple[Tensor, bool]]:
         """``M`` of every low-rank parameter, with new bases where they are due."""
@@ -145,7 +140,7 @@ class BucketReducer:
                     follower.renew(piece.out)
         return ready
 
-    # -- step 3 ---------------------------------------------------------------------------
+    # -- step 2 ---------------------------------------------------------------------------
 
     def _piece(
         self, slot: Slot, route: Route, link: Link, step: int, ready: tuple[Tensor, bool] | None
@@ -227,20 +222,3 @@ class BucketReducer:
                 back = route.projection.values(code) if route.projection else code
             power = float(truth.square().sum())
             self.nmse[slot.name] = float((truth - back).square().sum()) / power if power else 0.0
-
-
-def _joined(slots: list[Slot]) -> list[Piece]:
-    """All gradients as one raw piece; the gradient itself if there is one."""
-    if not slots:
-        return []
-    flats = [s.flat for s in slots]
-    values = flats[0] if len(flats) == 1 else torch.cat(flats)
-    return [Piece(values, RawCoder(values.dtype), values)]
-
-
-def _parted(slots: list[Slot], joined: list[Piece]) -> None:
-    """Write a joined mean back."""
-    if len(slots) > 1:
-        parts = torch.split(joined[0].out, [s.flat.numel() for s in slots])
-        for slot, part in zip(slots, parts, strict=True):
-            slot.flat.copy_(part)
