@@ -54,7 +54,7 @@ QUICK_STEPS = 40
 EVALUATIONS = 12
 TIMED = 10
 """Steps on a slow link after those in which a scheme settles."""
-CONFIRMED = (REFERENCE, "int4", "lowrank", "powersgd")
+CONFIRMED = (REFERENCE, "int4", "sign-rot", "powersgd")
 BESIDE = (REFERENCE, "identity", "auto")
 BESIDE_LINKS = ("unshaped", "1gbit")
 BLOCKS = 10

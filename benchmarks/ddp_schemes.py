@@ -148,6 +148,20 @@ _ALL = (
     Scheme("topk", "top-k 1/64", "ours", ours("topk")),
     Scheme("lowrank", "adaptive low rank 4", "ours", ours("lowrank"), few=True, quick=True),
     Scheme(
+        "lowrank-warm",
+        "adaptive low rank 4 after exact steps",
+        "ours",
+        ours("lowrank", start_step=WARM),
+        settle=WARM + 3,
+        once=True,
+    ),
+    Scheme(
+        "lowrank-12",
+        "adaptive low rank 12, int4",
+        "ours",
+        _low_rank(rank=12, code="int4"),
+    ),
+    Scheme(
         "lowrank-16",
         "adaptive low rank 16, int8",
         "ours",
