@@ -23,7 +23,8 @@ REFERENCE = "ddp"
 KINDS = ("reference", "ours", "peer")
 
 WARM = 10
-"""Steps that both PowerSGDs leave uncompressed; their defaults are longer than these trainings."""
+"""Steps that PowerSGD, either one's, leaves uncompressed; their defaults are longer than these
+trainings. ``lowrank-warm`` leaves as many."""
 
 
 @dataclass(frozen=True)

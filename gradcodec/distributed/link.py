@@ -11,6 +11,9 @@ from torch import Tensor
 from gradcodec.distributed.traffic import Meter
 from gradcodec.errors import ConfigError, TrainingError
 
+_TAG = 0x6763
+"""Of sends and receives, so that those of the caller's own program are not taken for ours."""
+
 
 class Link:
     """A group, seen as a thing that swaps bytes. One link is used by one thread.
@@ -83,12 +86,14 @@ class Link:
         """Every rank with every other at once; the nearest following one first."""
         others = [(self.rank + k) % self.size for k in range(1, self.size)]
         works = [
-            dist.irecv(received[r], group=self.group, group_src=r)
+            dist.irecv(received[r], group=self.group, group_src=r, tag=_TAG)
             for r in others
             if len(received[r])
         ]
         works += [
-            dist.isend(sent[r], group=self.group, group_dst=r) for r in others if len(sent[r])
+            dist.isend(sent[r], group=self.group, group_dst=r, tag=_TAG)
+            for r in others
+            if len(sent[r])
         ]
         for work in works:
             assert work is not None

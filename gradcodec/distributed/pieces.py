@@ -99,7 +99,7 @@ class Lane:
     @cached_property
     def _idle(self) -> list[bool]:
         """Pieces without a gradient."""
-        return [not has_any(piece.values) for piece in self.pieces]
+        return all_zero([piece.values for piece in self.pieces])
 
     @contextmanager
     def first(self, owner: int) -> Iterator[Tensor | None]:
@@ -131,7 +131,7 @@ class Lane:
         lists = [piece.second for piece, _, _ in parts if piece.second is not None]
         split = torch.split(mean, [stop - start for _, start, stop in parts])
         whole = together(lists, [0] * len(lists))
-        with resting([r[0] for r in lists], [not has_any(some) for some in split]):
+        with resting([r[0] for r in lists], all_zero(split)):
             yield whole
 
     def note_lost(self, owner: int, body: Tensor | None) -> None:
@@ -209,6 +209,15 @@ def resting(parts: Sequence[Tensor], idle: Sequence[bool]) -> Iterator[None]:
             part.copy_(before)
 
 
+def all_zero(vectors: Sequence[Tensor]) -> list[bool]:
+    """Which have no element but zeros: by their first few, and by all only where those are zero.
+
+    One look for all heads together: on a GPU each one waits for the stream.
+    """
+    heads = torch.stack([x[:64].any() for x in vectors]).tolist()
+    return [not (head or bool(x.any())) for head, x in zip(heads, vectors, strict=True)]
+
+
 def has_any(x: Tensor) -> bool:
-    """Whether any element is not zero; looks at the first few before it looks at all."""
-    return bool(x[:64].any()) or bool(x.any())
+    """Whether any element is not zero."""
+    return not all_zero([x])[0]

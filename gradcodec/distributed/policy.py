@@ -69,6 +69,12 @@ class Policy:
         else:
             self.routes.update(routes(choice, shapes))
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is coded."""
+        coded = any(r.coder is not None or r.projection is not None for r in self.routes.values())
+        return not coded and not self.lowrank
+
     def labels(self) -> dict[str, str]:
         """How each parameter travels, for people."""
         return {

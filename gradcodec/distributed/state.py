@@ -46,6 +46,7 @@ class CompressState:
         codec: a codec, a name of ``make_codec``, ``LowRank(...)``, ``"lowrank"``, or ``"auto"``
             (also ``"auto:int8"`` and so on; plain ``"auto"`` tries ``"int4"``): measures a few
             steps and does not compress where that would lose time.
+            ``"fp32"`` leaves gradients to the group's own all-reduce, as DDP without a hook does.
         process_group: the group of the data-parallel ranks; by default that of ``model`` if it is
             wrapped, else the default group. Exchanges run on a new group of the same ranks.
         error_feedback: ``True``, ``False``, or ``"auto"``: where it helps (see
@@ -126,6 +127,8 @@ class CompressState:
         feedback = None if error_feedback == AUTO else bool(error_feedback)
         policy = Policy(shapes, codec, min_numel, rules)
         self.reducer = BucketReducer(policy, seed, feedback, shapes)
+        # Nothing is coded anywhere, ``codec="fp32"``: then DDP's own all-reduce is the fastest way.
+        self._exact = policy.exact and self.auto is None
         self.step = 0
         self.traffic = Traffic()
         self._world = self._rank = 0
@@ -150,6 +153,7 @@ class CompressState:
         buffer, last = bucket.buffer(), bool(bucket.is_last())
         compress = step >= self.start_step and (self.auto is None or self.auto.compress)
         plain = self.auto is not None and not compress and step >= self.start_step
+        untouched = self._exact or (plain and self.auto is not None and not self.auto.measuring)
         if last:
             self.step += 1
         slots = []
@@ -160,8 +164,11 @@ class CompressState:
             future = Future()
             future.set_result(buffer)
             return future
-        if plain and not buffer.is_sparse and self.auto is not None and not self.auto.measuring:
-            return self._plain(buffer)
+        if untouched and not buffer.is_sparse:
+            future = self._plain(buffer)
+            if last:
+                self._log(step)
+            return future
 
         def work() -> Tensor:
             if buffer.is_sparse or plain:
@@ -252,6 +259,9 @@ class CompressState:
             assert self._own_group is not None
             if self.auto.step_done(self._own_group, device):
                 logger.info("gradcodec: %s", self.auto.describe())
+        self._log(step)
+
+    def _log(self, step: int) -> None:
         if self.log_every is not None and (step + 1) % self.log_every == 0:
             t = self.traffic
             logger.info(

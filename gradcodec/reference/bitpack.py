@@ -52,7 +52,8 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
         return packed[:numel].to(torch.int32)
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-        lanes = (packed[:, None] >> shifts) & ((1 << bits) - 1)
+        its = packed[: packed_nbytes(numel, bits)]
+        lanes = (its[:, None] >> shifts) & ((1 << bits) - 1)
         return lanes.reshape(-1)[:numel].to(torch.int32)
     per = 8 // math.gcd(bits, 8)
     if per * bits <= 56:

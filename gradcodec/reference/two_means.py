@@ -43,10 +43,14 @@ def decode_mean(packed: Tensor, scales: Tensor, numel: int, block: int) -> Tenso
         levels = of_body.float().view(-1, 2)
         for start in range(0, numel, segment):
             part = out[start : start + segment]
-            codes = unpack_bits(body[start // 4 :], 2, part.numel())
-            index = torch.arange(start, start + part.numel(), device=packed.device) // block
-            sign = 1.0 - 2.0 * (codes & 1).float()
-            part += sign * levels[index, codes >> 1]
+            blocks = -(-part.numel() // block)
+            rows = torch.zeros(blocks * block, dtype=torch.uint8, device=packed.device)
+            rows[: part.numel()] = unpack_bits(body[start // 4 :], 2, part.numel())
+            rows = rows.view(blocks, block)
+            lo, hi = levels[start // block :][:blocks].split(1, dim=1)
+            size = torch.where(rows > 1, hi, lo)
+            signed = torch.where((rows & 1).bool(), -size, size)
+            part += signed.view(-1)[: part.numel()]
     return out.mul_(1.0 / len(packed)) if len(packed) > 1 else out
 
 

@@ -1,0 +1,154 @@
+"""Lanes: coded in a row is coded each by itself, and residuals follow where they are wanted."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.registry import UNTRAINED, make_codec
+from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.distributed.coders import CodecCoder, RawCoder
+from gradcodec.distributed.parts import ALIGN, cut
+from gradcodec.distributed.pieces import Lane, Piece, lanes, resting, together
+from gradcodec.errors import NonFiniteError
+
+OTHERS = {
+    "topk-3": TopK(TopKConfig(k=3, chunk=512)),
+    "topk-rows": TopK(TopKConfig(k=2, chunk=64, structure="rows")),
+    "topk-elias-fano": TopK(TopKConfig(index="elias-fano")),
+    "int4-of-24": BlockQuant(BlockQuantConfig(4, block=24)),
+    "int2-rms": BlockQuant(BlockQuantConfig(2, scale="rms")),
+}
+CODECS = {**{name: make_codec(name) for name in UNTRAINED}, **OTHERS}
+GRAINED = {name: codec for name, codec in CODECS.items() if codec.grain is not None}
+
+
+def vectors(grain: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(grain)
+    out = []
+    for size, count in ((1.0, 1), (1e-3, 3), (40.0, 2), (0.0, 1)):
+        out.append(size * torch.randn(count * grain, generator=generator))
+    return out
+
+
+def coded(codec: Codec, vector: Tensor, residual: Tensor) -> Tensor:
+    for _ in range(2):  # the second time with what the first has lost
+        body = codec.pack_flat(vector, seed=3, residual=residual)
+    return codec.unpack_flat(body, vector.numel())
+
+
+@pytest.mark.parametrize("name", GRAINED)
+def test_coded_in_a_row_is_coded_each_by_itself(name: str) -> None:
+    codec = GRAINED[name]
+    assert codec.grain is not None
+    parts = vectors(codec.grain * (256 if codec.grain < 256 else 1))
+    sizes = [codec.residual_numel(p.numel()) for p in parts]
+    together, alone = torch.zeros(sum(sizes)), [torch.zeros(n) for n in sizes]
+    row = coded(codec, torch.cat(parts), together)
+    assert torch.equal(
+        row, torch.cat([coded(codec, p, r) for p, r in zip(parts, alone, strict=True)])
+    )
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", GRAINED)
+def test_means_in_a_row_are_those_of_each(name: str) -> None:
+    codec = GRAINED[name]
+    assert codec.grain is not None
+    parts = vectors(codec.grain * (256 if codec.grain < 256 else 1))
+
+    def mean(vector: Tensor) -> Tensor:
+        bodies = [codec.pack_flat(sign * vector.roll(1), seed=3) for sign in (1.0, -0.3, 0.7)]
+        return codec.mean_flat(torch.stack(bodies), vector.numel())
+
+    whole = torch.cat(parts)
+    rolled = [
+        codec.pack_flat(s * torch.cat([p.roll(1) for p in parts]), seed=3) for s in (1, -0.3, 0.7)
+    ]
+    assert torch.equal(
+        codec.mean_flat(torch.stack(rolled), whole.numel()), torch.cat([mean(p) for p in parts])
+    )
+
+
+def test_dither_and_random_rotations_have_no_grain() -> None:
+    """They follow the position in the vector: a row would be another one."""
+    assert {name for name in CODECS if CODECS[name].grain is None} == {
+        "int8-unbiased",
+        "int4-unbiased",
+        "int2-unbiased",
+        "rotsign",
+    }
+
+
+def piece(numel: int, coder: CodecCoder | RawCoder, turn: int = 0) -> Piece:
+    values = torch.arange(numel).float() + 1
+    return Piece(values, coder, torch.zeros(numel), turn=turn)
+
+
+INT4 = CodecCoder(make_codec("int4"))
+
+
+def test_pieces_of_whole_blocks_share_a_lane() -> None:
+    other = CodecCoder(make_codec("int8"))
+    pieces = [piece(5 * 256, INT4), piece(100, INT4), piece(512, other), piece(256, INT4, 1)]
+    made = lanes(pieces, [cut(p.values.numel(), 2) for p in pieces])
+    at = {id(p): k for k, p in enumerate(pieces)}
+    assert [[at[id(p)] for p in lane.pieces] for lane in made] == [[0, 3], [1], [2]]
+
+
+def test_blocks_that_parts_would_cut_through_do_not_join() -> None:
+    coder = CodecCoder(BlockQuant(BlockQuantConfig(4, block=3 * ALIGN)))
+    assert not piece(6 * ALIGN, coder).joins
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4)), min_size=1, max_size=5),
+    st.integers(1, 5),
+)
+def test_all_parts_written_are_all_values(sizes: list[tuple[int, int]], world: int) -> None:
+    pieces = [piece(256 * n, INT4, turn) for n, turn in sizes]
+    lane = Lane(pieces, [cut(p.values.numel(), world) for p in pieces])
+    for owner in range(world):
+        if lane.numel(owner):
+            lane.write(owner, lane.values(owner), INT4)
+    assert all(torch.equal(p.out, p.values) for p in pieces)
+
+
+def test_residuals_move_side_by_side_once() -> None:
+    lists = [[torch.full((3,), 1.0)], [torch.zeros(0)], [torch.full((2,), 2.0), torch.ones(4)]]
+    whole = together(lists, [0, 0, 0])
+    assert whole.tolist() == [1, 1, 1, 2, 2]
+    whole.mul_(3)
+    assert lists[2][0].tolist() == [6, 6]
+    assert together(lists, [0, 0, 0]).data_ptr() == whole.data_ptr()
+
+
+def test_residuals_move_again_when_others_are_beside_them() -> None:
+    lists = [[torch.full((3,), 1.0)], [torch.full((2,), 2.0)], [torch.full((1,), 5.0)]]
+    together(lists, [0, 0, 0])
+    assert together([lists[2], lists[0]], [0, 0]).tolist() == [5, 1, 1, 1]
+    assert together(lists, [0, 0, 0]).tolist() == [1, 1, 1, 2, 2, 5]
+
+
+def test_an_idle_part_rests() -> None:
+    whole = torch.arange(6.0)
+    parts = list(whole.split([2, 4]))
+    with resting(parts, [False, True]):
+        assert whole.tolist() == [0, 1, 0, 0, 0, 0]
+        whole += 1
+    assert whole.tolist() == [1, 2, 2, 3, 4, 5]
+
+
+def test_an_idle_part_comes_back_if_coding_is_refused() -> None:
+    whole = torch.arange(6.0)
+
+    def refuse() -> None:
+        with resting([whole], [True]):
+            raise NonFiniteError("as a codec does")
+
+    with pytest.raises(NonFiniteError):
+        refuse()
+    assert whole.tolist() == [0, 1, 2, 3, 4, 5]
