@@ -59,6 +59,7 @@ def _steps(groups: Mapping[str, Group], path: Path) -> Path:
 
 def _seconds(groups: Mapping[str, Group], path: Path) -> Path:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     links = [k for k in reversed(LINKS) if any(k in g[REFERENCE].links for g in groups.values())]
     size = (4.8 * len(links) + 2.5, 4.2 * len(groups))
@@ -74,6 +75,9 @@ def _seconds(groups: Mapping[str, Group], path: Path) -> Path:
                     ax.plot(xs, ys, label=_label(name), **style)
             _frame(ax, group, "seconds of training")
             ax.set(title=f"{WORKS[work].title}, {link}", xscale="log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
     _finish(figure, axes[0][0], path)
     return path
 
@@ -84,7 +88,9 @@ def _styles(group: Group) -> dict[str, dict[str, Any]]:
     markers = itertools.cycle(_MARKERS)
     out: dict[str, dict[str, Any]] = {}
     for name, scheme in SCHEMES.items():
-        # A colour is a scheme's own, drawn or not, so that figures can be compared.
+        if not scheme.plotted:
+            continue
+        # A colour is a scheme's own, in this group or not, so that figures can be compared.
         if scheme.kind == "reference":
             style: dict[str, Any] = {
                 "color": "black",
@@ -101,7 +107,7 @@ def _styles(group: Group) -> dict[str, dict[str, Any]]:
                 "linewidth": 2.2 if thick else 1.1,
                 "zorder": 5 if thick else 3,
             }
-        if name in group and scheme.plotted:
+        if name in group:
             out[name] = style
     return out
 
@@ -111,10 +117,11 @@ def _label(name: str) -> str:
 
 
 def _frame(ax: Any, group: Group, along: str) -> None:
-    """A scheme that fails may not flatten the others."""
+    """The last part of the way, where schemes differ; one that fails may not flatten the others."""
     plain = [point[1] for point in group[REFERENCE].base["evaluations"]]
-    fall = plain[0] - min(plain)
-    ax.set(xlabel=along, ylabel="held-out loss", ylim=(min(plain) - 0.05 * fall, plain[0]))
+    least, first = min(plain), plain[min(1, len(plain) - 1)]
+    span = max(first - least, 1e-3)
+    ax.set(xlabel=along, ylabel="held-out loss", ylim=(least - 0.1 * span, first + 0.1 * span))
     ax.grid(alpha=0.3, linewidth=0.5)
 
 

@@ -139,12 +139,12 @@ _GRACE = "GRACE, ICDCS 2021"
 _ALL = (
     Scheme(REFERENCE, "plain DDP", "reference", _plain, few=True, quick=True),
     Scheme("identity", "identity hook", "ours", ours("fp32"), once=True, plotted=False),
-    Scheme("int8", "int8", "ours", ours("int8"), once=True),
+    Scheme("int8", "int8", "ours", ours("int8"), once=True, plotted=False),
     Scheme("int4", "int4", "ours", ours("int4"), few=True, quick=True),
-    Scheme("int4-rot", "int4, rotated", "ours", ours("int4-rotated")),
-    Scheme("int2", "int2", "ours", ours("int2"), once=True),
+    Scheme("int4-rot", "int4, rotated", "ours", ours("int4-rotated"), plotted=False),
+    Scheme("int2", "int2", "ours", ours("int2"), once=True, plotted=False),
     Scheme("int2-rot", "int2, rotated", "ours", ours("int2-rotated")),
-    Scheme("sign", "sign", "ours", ours("sign"), quick=True),
+    Scheme("sign", "sign", "ours", ours("sign"), quick=True, plotted=False),
     Scheme("sign-rot", "sign, rotated", "ours", ours("sign-rotated"), few=True),
     Scheme("topk", "top-k 1/64", "ours", ours("topk")),
     Scheme("lowrank", "adaptive low rank 4", "ours", ours("lowrank"), few=True, quick=True),
@@ -155,6 +155,7 @@ _ALL = (
         ours("lowrank", start_step=WARM),
         settle=WARM + 3,
         once=True,
+        plotted=False,
     ),
     Scheme(
         "lowrank-12",
@@ -168,6 +169,7 @@ _ALL = (
         "ours",
         _low_rank(rank=16, code="int8"),
         once=True,
+        plotted=False,
     ),
     Scheme("auto", "auto", "ours", ours("auto"), alike=False, few=True, settle=10),
     Scheme("fp16", "torch's fp16 hook", "peer", fp16, "torch.distributed", quick=True),
@@ -226,6 +228,7 @@ _ALL = (
         _grace(compressor="qsgd", quantum_num=127, memory="none", communicator="allgather"),
         f"QSGD, arXiv 1610.02132; {_GRACE}, by its authors' code",
         GRACE,
+        plotted=False,
     ),
 )
 
