@@ -40,7 +40,8 @@ def test_a_rule_that_matches_nothing_is_an_error(pattern: str) -> None:
 
 
 def test_a_rule_behind_another_is_no_error() -> None:
-    Policy(SHAPES, "int4", 4096, [("*", "int8"), ("n", "fp32")])
+    policy = Policy(SHAPES, "int4", 4096, [("*", "int8"), ("n", "fp32")])
+    assert set(policy.labels().values()) == {"int8"}
 
 
 def test_low_rank_is_for_matrices_that_gain() -> None:
@@ -85,3 +86,9 @@ def test_feedback_is_on_where_something_is_lost_and_comes_back() -> None:
 def test_no_feedback_where_more_may_be_lost_than_there_was(stochastic: bool) -> None:
     one_bit = BlockQuantConfig(1, 64, scale="absmax", stochastic=stochastic)
     assert not wants_feedback(BlockQuant(one_bit))
+
+
+def test_only_a_policy_that_codes_nothing_is_exact() -> None:
+    assert Policy(SHAPES, "fp32", 0, []).exact
+    assert not Policy(SHAPES, "fp32", 0, [("n", "int8")]).exact
+    assert not Policy(SHAPES, LowRank(rank=1, code="fp32"), 0, []).exact
