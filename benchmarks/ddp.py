@@ -1,6 +1,6 @@
 """Ways of exchanging gradients under DDP, ours and others', on slow and fast links.
 
-    python -m benchmarks.run ddp            # an hour on 2 cores
+    python -m benchmarks.run ddp            # an hour and a half on 2 cores
     python -m benchmarks.run ddp --quick    # minutes: one work, few schemes, few steps
 
 Two works (``ddp_work``), 2 and 4 gloo ranks of one thread each, links of 100 Mbit/s, 1 Gbit/s and

@@ -143,9 +143,9 @@ _ALL = (
     Scheme("int4", "int4", "ours", ours("int4"), few=True, quick=True),
     Scheme("int4-rot", "int4, rotated", "ours", ours("int4-rotated"), plotted=False),
     Scheme("int2", "int2", "ours", ours("int2"), once=True, plotted=False),
-    Scheme("int2-rot", "int2, rotated", "ours", ours("int2-rotated")),
-    Scheme("sign", "sign", "ours", ours("sign"), quick=True, plotted=False),
-    Scheme("sign-rot", "sign, rotated", "ours", ours("sign-rotated"), few=True),
+    Scheme("int2-rot", "int2, rotated", "ours", ours("int2-rotated"), quick=True),
+    Scheme("sign", "sign", "ours", ours("sign"), plotted=False),
+    Scheme("sign-rot", "sign, rotated", "ours", ours("sign-rotated"), few=True, quick=True),
     Scheme("topk", "top-k 1/64", "ours", ours("topk")),
     Scheme("lowrank", "adaptive low rank 4", "ours", ours("lowrank"), few=True, quick=True),
     Scheme(
