@@ -21,7 +21,7 @@ class Link:
     Everything that the package exchanges is an all-to-all of uint8 with uneven splits. On gloo it
     is made of sends and receives, the receives posted first: in its own ``all_to_all_single`` a
     rank that is already sending tells the other only behind its payload that it may send too, and
-    the two directions of a link take turns (twice the time, in a third of the calls at 100
+    the two directions of a link take turns (twice the time, in a quarter of the calls at 100
     Mbit/s).
 
     Args:
