@@ -121,6 +121,19 @@ def named_parameters(
     return found
 
 
+def named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """A module's persistent buffers, those of its ``state_dict``, by plain name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, part in plain_modules(module):
+        for name, buffer in part._buffers.items():
+            persistent = name not in part._non_persistent_buffers_set
+            if buffer is not None and persistent and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[join(path, name)] = buffer
+    return found
+
+
 def _pairs(source: NamedParameters) -> Iterator[tuple[str, nn.Parameter]]:
     if isinstance(source, nn.Module):
         for path, module in plain_modules(source):

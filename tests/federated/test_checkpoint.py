@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from gradcodec.codecs.base import Codec
 from gradcodec.errors import ConfigError
 from gradcodec.federated import checkpoint
+from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
-from gradcodec.federated.server import Server, ServerConfig
+from gradcodec.federated.server import Server
 
 ROUNDS = 5
 CASES = {
