@@ -90,9 +90,7 @@ class FlatPart:
 
     def value(self) -> Tensor:
         """``[held]``, flat."""
-        # Between a forward and its backward the flat parameter may be whole; this one never is.
-        local = getattr(self._flat, "_local_shard", None)
-        return self._cut(self._flat.detach() if local is None else local.detach())
+        return self._cut(self._flat.detach())
 
     def gradient(self) -> Tensor | None:
         """``[held]``, flat."""

@@ -207,7 +207,7 @@ def updates_and_states_are_whole(rank: int, world: int) -> None:
                     train(model, rank)
                     if "compiled" not in kind:  # torch cannot compile FSDP1 under no_grad
                         with torch.no_grad():
-                            model(batches(rank)[0])  # under SHARD_GRAD_OP parameters stay whole
+                            model(batches(rank)[0])  # as an evaluation does, at the end
                 (found,) = SnapshotStore(folder)
             wanted = {n: end[n] - start[n] for n in end} if representation == "update" else end
             close({n: found[n] for n in NAMES}, wanted, f"{kind}, {representation}")
