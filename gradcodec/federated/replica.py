@@ -5,12 +5,12 @@ the sum of all broadcast codes. Every participant adds the same decoded numbers 
 so all replicas of one round are equal to the bit, and a late client needs one code vector, not a
 model.
 
-A state is pinned by how it came about, its *lineage*: the digest of the initial state, then of each
-increment's bytes in their order. Every increment carries the lineage that it goes on from, every
-broadcast the one that it leads to, every reply that of the state that was trained. So an increment
-that comes twice or out of order, or a server that was restarted from an older checkpoint, is
-noticed at once. It is not a digest of the values, since machines may round a decoded value
-differently in its last bit, which does no harm.
+A state is pinned by how it came about, its *lineage*: the digest of the initial state, then that of
+the last increment's bytes, which hold the lineage before them. Every broadcast carries the lineage
+that it leads to, every reply that of the state that was trained. So an increment that comes twice
+or out of order, or a server that was restarted from an older checkpoint, is noticed at once. It is
+not a digest of the values, since machines may round a decoded value differently in its last bit,
+which does no harm.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Replica:
                 f"this replica is at {self.lineage.hex()} (round {self.version}); {WAY_BACK}"
             )
         self._move(payload)
-        self.lineage = _digest(self.lineage, blob)
+        self.lineage = _digest(blob)  # which holds the lineage before
         self.version += 1
 
     def of_version_1(self, blob: bytes) -> bytes:
