@@ -7,11 +7,13 @@ as how often it logs or measures, is in none of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
+from gradcodec.codecs.registry import UNTRAINED, make_codec
 from gradcodec.distributed.adaptive import Follower, LowRank
 from gradcodec.distributed.coders import CodecCoder
 from gradcodec.distributed.policy import Choice, Policy
@@ -20,13 +22,19 @@ from gradcodec.wire import tensor_digest
 
 
 def choice_text(choice: Choice) -> str:
-    """A codec by its settings and digest, which covers its weights; or low rank's settings."""
+    """A codec's name, or its settings and digest, which covers its weights; low rank's settings."""
     if choice == "lowrank":
         choice = LowRank()
     if isinstance(choice, LowRank):
         return repr(choice)
     codec = named_codec(choice)
-    return f"{codec!r} of digest {codec.digest.hex()}"
+    name = _names().get(codec.digest)
+    return name or f"{codec!r} of digest {codec.digest.hex()}"
+
+
+@lru_cache
+def _names() -> dict[bytes, str]:
+    return {make_codec(name).digest: name for name in UNTRAINED}
 
 
 def rules_text(rules: Iterable[tuple[str, Choice]]) -> str:
