@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gradcodec.distributed.sharded import ShardedState, Unit
+from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,9 +71,15 @@ def sharded_state(model: object, **options: Any) -> ShardedState | None:
                 f"FSDP1 calls no communication hook under {strategy} (module {name!r}): use "
                 "fully_shard on the sharding mesh and compress(model, replicas=mesh['replicate'])"
             )
-    state = ShardedState(scattered=any(map(_is_sharded, units.values())), **options)
-    for name, module in units.items():
-        state.add(name, _parameter_names(name, module))
+    groups = [_private(module, "process_group") for module in units.values()]
+
+    def make() -> ShardedState:
+        made = ShardedState(scattered=any(map(_is_sharded, units.values())), **options)
+        for name, module in units.items():
+            made.add(name, _parameter_names(name, module))
+        return made
+
+    state = agreed_state(make, groups)
 
     def first_forward(root: nn.Module, _: object) -> None:
         # Registration, which hands over one state for all modules, has happened by now.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcodec.distributed.fsdp1 import ROOT, plain_name
-from gradcodec.distributed.sharded import ShardedState, Unit
+from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 
 _SETTERS = (
@@ -200,9 +200,10 @@ def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> 
         there = type(one.group._reduce_scatter_comm).__name__
         if there != "DefaultReduceScatter":
             raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
-    state = ShardedState(scattered=True, **options)
+    shards = [one.group.mesh_info.shard_process_group for one in units]
+    state = agreed_state(lambda: _with_units(units, scattered=True, **options), shards)
     for one in units:
-        unit = state.add(one.name, one.parameters)
+        unit = state.units[one.name]
         one.module.set_custom_reduce_scatter(CompressedReduceScatter(state, unit, one))
         one.module.set_force_sum_reduction_for_comms(True)
     return state
@@ -222,11 +223,18 @@ def compress_replicas(
     for one in units:
         if one.group._all_reduce_hook is not None:
             raise ConfigError(f"{one.name}: it has an all-reduce hook already")
+    state = agreed_state(lambda: _with_units(units, scattered=False, **options), [replicas])
     _check_equal_start(model, replicas)
-    state = ShardedState(scattered=False, **options)
     for one in units:
-        unit = state.add(one.name, one.parameters)
+        unit = state.units[one.name]
         one.module.set_all_reduce_hook(CompressedReplicaReduce(state, unit, one, replicas))
+    return state
+
+
+def _with_units(units: list[Managed], **options: Any) -> ShardedState:
+    state = ShardedState(**options)
+    for one in units:
+        state.add(one.name, one.parameters)
     return state
 
 

@@ -8,7 +8,7 @@ with the parameters that got gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.identity import Identity
-from gradcodec.distributed.collectives import (
-    compressed_all_reduce,
-    compressed_reduce_scatter,
-    scatter_residual_numel,
-)
+from gradcodec.distributed import terms
+from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
+from gradcodec.distributed.collectives import all_reduce, reduce_scatter, scatter_residual_numel
 from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.link import control_link
 from gradcodec.distributed.parts import derive_seed
 from gradcodec.distributed.routes import flat_route, named_codec, wants_feedback
 from gradcodec.distributed.traffic import Traffic
@@ -123,6 +122,7 @@ class ShardedState:
         self.default = self._choice(codec)
         self.rules = [(pattern, self._choice(one)) for pattern, one in rules]
         self.units: dict[str, Unit] = {}
+        self._agreed = Agreed()
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
 
     def _choice(self, codec: Codec | str) -> tuple[Codec, bool]:
@@ -155,6 +155,22 @@ class ShardedState:
         unit = self.units[name] = Unit(name, codec, feedback)
         return unit
 
+    def terms(self) -> dict[str, str]:
+        """What ranks that reduce with each other must have in common: settings and units."""
+        return {
+            "codec": terms.codec_text(*self.default),
+            "error_feedback": str(self.error_feedback),
+            "start_step": str(self.start_step),
+            "min_numel": str(self.min_numel),
+            "rules": ", ".join(f"{p!r}: {terms.codec_text(*c)}" for p, c in self.rules),
+            "seed": str(self.seed),
+            "reduces": "scattered" if self.scattered else "to all",
+            **{
+                f"unit {i}": f"{u.name}: {terms.codec_text(u.codec, u.feedback)}"
+                for i, u in enumerate(self.units.values())
+            },
+        }
+
     # -- the two reductions -------------------------------------------------------------------
 
     def reduce_scatter(
@@ -185,12 +201,20 @@ class ShardedState:
                 residual = self._scatter_residual(unit, output, group.size())
             else:
                 unit.partial += 1
+        asked = self._agree(unit, input, group, op, codec)
         self._measure(unit, input, codec)
-        traffic = compressed_reduce_scatter(
-            output, input, codec, group, op=op, seed=self._seed(unit), residual=residual
+        traffic = reduce_scatter(
+            output,
+            input,
+            codec,
+            group,
+            op=op,
+            seed=self._seed(unit),
+            residual=residual,
+            agreed=True,
         )
         world = group.size()
-        self._count(unit, traffic, (world - 1) * traffic.dense // world)
+        self._count(unit, traffic + asked, (world - 1) * traffic.dense // world)
 
     def all_reduce(
         self, unit: Unit, tensor: Tensor, group: dist.ProcessGroup, *, whole: bool = True
@@ -203,12 +227,35 @@ class ShardedState:
                 residuals = unit.reduce
             else:
                 unit.partial += 1
+        asked = self._agree(unit, tensor, group, "mean", codec)
         self._measure(unit, tensor, codec)
-        traffic = compressed_all_reduce(
-            tensor, codec, group, seed=self._seed(unit), residuals=residuals
+        traffic = all_reduce(
+            tensor, codec, group, seed=self._seed(unit), residuals=residuals, agreed=True
         )
         world = group.size()
-        self._count(unit, traffic, 2 * (world - 1) * traffic.dense // world)
+        self._count(unit, traffic + asked, 2 * (world - 1) * traffic.dense // world)
+
+    def _agree(
+        self, unit: Unit, values: Tensor, group: dist.ProcessGroup, op: str, codec: Codec
+    ) -> Traffic:
+        """Before a reduction of another unit, length or kind than there was; what it moved."""
+        key = (unit.name, id(group), op, codec.digest, values.numel(), values.dtype)
+        if key in self._agreed:
+            return Traffic()
+        link = control_link(group)
+        self._agreed.ensure(
+            key,
+            link,
+            f"the gradients of {unit.name}",
+            lambda: {
+                "gradient": terms.tensor_text(values),
+                "op": op,
+                "codec": terms.choice_text(codec),
+                "step": str(unit.steps),
+                "seed": str(self.seed),
+            },
+        )
+        return link.meter.traffic
 
     def _codec_now(self, unit: Unit, numel: int) -> Codec:
         if unit.steps < self.start_step or numel < self.min_numel:
@@ -324,6 +371,8 @@ class ShardedState:
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Inverse of ``state_dict``; call it after ``compress``, before the first backward.
 
+        All ranks load, and compare what they have loaded, but for residuals, in the next reductions.
+
         Residuals of another rank or world size, which belong to other parts of the model, are
         dropped with a warning: one step's rounding is lost.
 
@@ -335,6 +384,7 @@ class ShardedState:
             raise ConfigError(
                 f"expected the state of units {sorted(self.units)}, got {sorted(theirs)}"
             )
+        self._agreed.forget()
         world, rank = int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))
         known = (self.world, self.rank)
         same = (world, rank) == known
@@ -353,6 +403,26 @@ class ShardedState:
                 # Of the reducing group, which under HSDP is not the whole world.
                 within = {key: int(inner[key]) for key in (_RANK, _WORLD)}
                 unit.reduce.load_state_dict(inner, **within)
+
+
+def agreed_state(
+    make: Callable[[], ShardedState], groups: Sequence[dist.ProcessGroup]
+) -> ShardedState:
+    """A state with its units, compared with those of the ranks that it will reduce with.
+
+    Args:
+        make: the state; a refusal of one rank is told to all.
+        groups: of the units; each is asked once, in their order.
+
+    Raises:
+        AgreementError: ranks came with different settings or units.
+    """
+    state: ShardedState | None = None
+    for group in {id(g): g for g in groups}.values():
+        with alike(LinkChannel(control_link(group)), "compress") as mine:
+            state = state or make()
+            mine.update(state.terms())
+    return state or make()
 
 
 def _residual_nbytes(unit: Unit) -> int:
