@@ -44,7 +44,7 @@ _MAX_SHOWN = 120
 _MAGIC = b"gcagree"
 _RECORD = struct.Struct("<7s?Q32s")
 
-_REFUSED = "refused"
+_CALL, _REFUSED = "call", "refused"
 
 
 class Channel(Protocol):
@@ -136,21 +136,22 @@ def alike(channel: Channel | None, what: str) -> Iterator[Terms]:
         AgreementError: terms differ. The same text at every rank.
         TrainingError: a rank is gone.
     """
-    terms: Terms = {"gradcodec": f"version {__version__}, exchange protocol {PROTOCOL}"}
+    version = f"version {__version__}, exchange protocol {PROTOCOL}"
+    terms: Terms = {_CALL: what, "gradcodec": version}
     try:
         yield terms
     except TrainingError:
         raise  # of another exchange: there is nobody to talk to
     except Exception as err:
-        refusal = {_REFUSED: f"{type(err).__name__}: {err}"}
-        if text := _disagreement(channel, what, refusal):
+        refusal = {_CALL: what, _REFUSED: f"{type(err).__name__}: {err}"}
+        if text := _disagreement(channel, refusal):
             raise AgreementError(text) from err
         raise
-    if text := _disagreement(channel, what, terms):
+    if text := _disagreement(channel, terms):
         raise AgreementError(text)
 
 
-def _disagreement(channel: Channel | None, what: str, terms: Mapping[str, str]) -> str | None:
+def _disagreement(channel: Channel | None, terms: Mapping[str, str]) -> str | None:
     """What differs, in the same words at every rank; ``None`` if nothing, or if all refuse."""
     if channel is None or channel.size == 1:
         return None
@@ -166,8 +167,8 @@ def _disagreement(channel: Channel | None, what: str, terms: Mapping[str, str]) 
         magic, refused, length, _ = _RECORD.unpack(record.ljust(_RECORD.size, b"\0"))
         if magic != _MAGIC or length > MAX_TEXT:
             return (
-                f"{what}: rank {rank} sent something else than its settings: give every rank the "
-                "same version of gradcodec, and let all of them make the same calls in one order"
+                f"rank {rank} sent something else than its settings: give every rank the same "
+                "version of gradcodec, and let all of them make the same calls in one order"
             )
         lengths[rank] = 0 if refused is None else length
     if all(_RECORD.unpack(record)[1] for record in records):
@@ -180,10 +181,11 @@ def _disagreement(channel: Channel | None, what: str, terms: Mapping[str, str]) 
     texts = channel.gather(text if channel.rank in speakers else b"", sizes)
     told = [(_named(ranks), _read(texts[first])) for first, ranks in speakers.items()]
     more = len(kinds) - len(speakers)
-    return _message(what, told, f"; and {more} more kinds of ranks" if more else "")
+    return _message(told, f"; and {more} more kinds of ranks" if more else "")
 
 
-def _message(what: str, told: Sequence[tuple[str, Terms]], end: str) -> str:
+def _message(told: Sequence[tuple[str, Terms]], end: str) -> str:
+    what = told[0][1].get(_CALL, "ranks")
     refusals = [f"{who} refused: {terms[_REFUSED]}" for who, terms in told if _REFUSED in terms]
     if refusals:
         return f"{what}: not every rank can do it; " + "; ".join(refusals) + end

@@ -60,6 +60,12 @@ class Managed:
         found: dist.ProcessGroup = self.group.mesh_info.replicate_process_group
         return found
 
+    @property
+    def shards(self) -> dist.ProcessGroup:
+        """The group of its reduce-scatter, where it is sharded."""
+        found: dist.ProcessGroup = self.group.mesh_info.shard_process_group
+        return found
+
     def shard_numel(self) -> int:
         """Elements of this rank's part of all trainable parameters, padding included.
 
@@ -183,9 +189,8 @@ class CompressedReplicaReduce:
     def __call__(self, reduce_output: Tensor) -> None:
         """Average ``[n]`` in place, or sum where a divide factor stands for the average."""
         whole = reduce_output.numel() == self.of.shard_numel()
-        self.state.all_reduce(self.unit, reduce_output, self.replicas, whole=whole)
-        if self.of.divide_factor() is not None:
-            reduce_output.mul_(self.replicas.size())
+        op = "mean" if self.of.divide_factor() is None else "sum"
+        self.state.all_reduce(self.unit, reduce_output, self.replicas, op=op, whole=whole)
 
 
 def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> ShardedState:
@@ -200,8 +205,9 @@ def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> 
         there = type(one.group._reduce_scatter_comm).__name__
         if there != "DefaultReduceScatter":
             raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
-    shards = [one.group.mesh_info.shard_process_group for one in units]
-    state = agreed_state(lambda: _with_units(units, scattered=True, **options), shards)
+    state = agreed_state(
+        lambda: _with_units(units, scattered=True, **options), [one.shards for one in units]
+    )
     for one in units:
         unit = state.units[one.name]
         one.module.set_custom_reduce_scatter(CompressedReduceScatter(state, unit, one))

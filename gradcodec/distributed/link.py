@@ -41,7 +41,8 @@ class Link:
         self.group = group
         self.rank, self.size = place(group)
         self.device = carrier(group, device)
-        self._gloo = backends_of(group).get(self.device.type) == "gloo"
+        over_gloo = getattr(group, "over_gloo", False)  # as ``backend.CompressedGroup`` is
+        self._gloo = over_gloo or backends_of(group).get(self.device.type) == "gloo"
         self.meter = Meter()
 
     def swap(self, messages: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:

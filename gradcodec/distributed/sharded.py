@@ -217,9 +217,15 @@ class ShardedState:
         self._count(unit, traffic + asked, (world - 1) * traffic.dense // world)
 
     def all_reduce(
-        self, unit: Unit, tensor: Tensor, group: dist.ProcessGroup, *, whole: bool = True
+        self,
+        unit: Unit,
+        tensor: Tensor,
+        group: dist.ProcessGroup,
+        *,
+        op: str = "mean",
+        whole: bool = True,
     ) -> None:
-        """Replace a contiguous tensor by its mean over ``group``; ``whole`` as above."""
+        """Replace a contiguous tensor by its mean (or sum) over ``group``; ``whole`` as above."""
         codec = self._codec_now(unit, tensor.numel())
         residuals = None
         if unit.feedback and codec is not DENSE:
@@ -227,12 +233,14 @@ class ShardedState:
                 residuals = unit.reduce
             else:
                 unit.partial += 1
-        asked = self._agree(unit, tensor, group, "mean", codec)
+        asked = self._agree(unit, tensor, group, op, codec)
         self._measure(unit, tensor, codec)
         traffic = all_reduce(
             tensor, codec, group, seed=self._seed(unit), residuals=residuals, agreed=True
         )
         world = group.size()
+        if op == "sum":
+            tensor.mul_(world)
         self._count(unit, traffic + asked, 2 * (world - 1) * traffic.dense // world)
 
     def _agree(

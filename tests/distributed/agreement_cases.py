@@ -15,14 +15,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.toy import CAP, everywhere, net, sgd, train, wrapped
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.distributed import CompressState, LowRank, compress_hook
+from gradcodec.distributed import (
+    CompressState,
+    LowRank,
+    Residuals,
+    compress,
+    compress_hook,
+    compressed_all_gather,
+    compressed_all_reduce,
+    compressed_reduce_scatter,
+    register_compressed_backend,
+    scatter_residual_numel,
+)
 from gradcodec.errors import AgreementError
 from gradcodec.types import TensorSpec, UpdateSpec
 
@@ -234,3 +245,150 @@ def what_was_agreed_is_not_asked_again(rank: int, world: int) -> None:
         del state._agree
         train(ddp, range(4, 6), optimizer)
         assert state.stats()["wire_bytes"] - before == 3 * once
+
+
+# -- plain collectives ----------------------------------------------------------------------------
+
+#: Of ``compressed_all_reduce``: arguments of rank 0, of the others, and what is said.
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "codec": ({}, {"codec": "int8"}, "codec: 'int4' on rank 0, 'int8' on rank"),
+    "blocks": ({}, {"codec": BlockQuant(BlockQuantConfig(4, 257))}, "block=257"),
+    "length": ({}, {"sizes": [(5001,)]}, r"tensor 0: 'float32\[5000\]' on rank 0"),
+    "shape": ({}, {"sizes": [(50, 100)]}, r"float32\[50, 100\]"),
+    "one more": ({}, {"sizes": [(5000,), (3,)]}, r"tensor 1: 'nothing' on rank 0"),
+    "none": ({}, {"sizes": []}, r"tensor 0: 'float32\[5000\]' on rank 0, 'nothing'"),
+    "dtype": ({}, {"dtype": torch.bfloat16}, r"bfloat16\[5000\]"),
+    "seed": ({}, {"seed": 1}, "seed: '0' on rank 0, '1' on rank"),
+    "residuals": ({}, {"kept": True}, "residuals: 'none' on rank 0, 'kept' on rank"),
+    "integers": ({}, {"dtype": torch.int64}, "refused: UpdateError: expected dense floating"),
+    "no codec": ({}, {"codec": "int3"}, "refused: ConfigError: expected a codec name"),
+}
+
+
+def reduce_all(
+    codec: Any = "int4",
+    sizes: Sequence[tuple[int, ...]] = ((5000,),),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    kept: bool = False,
+) -> None:
+    tensors = [torch.ones(size).to(dtype) for size in sizes]
+    compressed_all_reduce(tensors, codec, seed=seed, residuals=Residuals() if kept else None)
+
+
+def calls_that_differ_are_told(rank: int, world: int) -> None:
+    for mine, others, says in CALLS.values():
+        options = mine if rank == 0 else others
+        all_are_told(lambda o=options: reduce_all(**o), "compressed_all_reduce: .*" + says)  # type: ignore[misc]
+    reduce_all()
+
+
+def learned_codecs_of_a_call_are_told(rank: int, world: int) -> None:
+    model = nn.Linear(96, 96, bias=False)
+    for wrap in (lambda s: s, lambda s: Chain(s, make_codec("int4"))):
+        codec = wrap(subspace(model, seed=min(rank, 1)))
+        all_are_told(lambda c=codec: reduce_all(c, [(96, 96)]), "codec: .*digest")  # type: ignore[misc]
+
+
+def calls_of_other_functions_are_told(rank: int, world: int) -> None:
+    def scatter(n: int = 100, op: str = "mean", residual: bool = False) -> None:
+        numel = scatter_residual_numel("int4", n, world)
+        kept = torch.zeros(numel) if residual else None
+        compressed_reduce_scatter(
+            torch.zeros(n), torch.ones(world * n), "int4", op=op, residual=kept
+        )
+
+    def gather(lengths: Sequence[int]) -> None:
+        outputs = [torch.zeros(n) for n in lengths]
+        compressed_all_gather(outputs, torch.zeros(7 + rank), "int4")
+
+    other = rank > 0
+    all_are_told(lambda: scatter(101 if other else 100), r"output: 'float32\[100\]' on rank 0")
+    all_are_told(lambda: scatter(op="sum" if other else "mean"), "op: 'mean' on rank 0")
+    all_are_told(lambda: scatter(residual=other), "residual: 'none' on rank 0, 'kept'")
+    all_are_told(reduce_all if other else scatter, "call: 'compressed_reduce_scatter' on rank 0")
+    right = [7 + r for r in range(world)]
+    all_are_told(lambda: gather([right[0] + other, *right[1:]]), "elements of each rank")
+    all_are_told(lambda: gather(right[: 1 + rank]), "rank 0 refused: UpdateError")
+    gather(right)
+    scatter()
+
+
+# -- sharded models -------------------------------------------------------------------------------
+
+
+def _sharded(mesh: Any = None) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    for layer in (*[m for m in model if isinstance(m, nn.Linear)], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+#: Options of the ranks but the first.
+UNITS: dict[str, tuple[dict[str, Any], str]] = {
+    "codec": ({"codec": "int8"}, "codec: 'int4-unbiased' on rank 0, 'int8-unbiased' on rank"),
+    "rules": ({"rules": [("2", "fp32")]}, "rules: "),
+    "feedback": ({"error_feedback": True}, "error_feedback"),
+    "min_numel": ({"min_numel": 0}, "min_numel"),
+    "start_step": ({"start_step": 3}, "start_step"),
+    "seed": ({"seed": 3}, "seed"),
+    "refused": ({"codec": "int3"}, "rank 1 refused: ConfigError"),
+}
+
+
+def settings_of_fully_shard_are_told(rank: int, world: int) -> None:
+    model = _sharded()
+    for options, says in UNITS.values():
+        mine = options if rank == 1 else {}
+        all_are_told(lambda o=mine: compress(model, **o), "compress: .*" + says)  # type: ignore[misc]
+    compress(model)  # what was refused has left nothing behind
+
+
+def settings_of_fsdp1_are_told(rank: int, world: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for make in (compress, CompressState):
+        model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+        codec = "int8" if rank == 1 else "int4"
+        all_are_told(lambda f=make, m=model: f(m, codec=codec), "codec: 'int4")  # type: ignore[misc]
+
+
+def settings_of_replicas_are_told(rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
+    model = _sharded(mesh["shard"])
+    codec = "int8" if rank == 1 else "int4"
+    all_are_told(lambda: compress(model, codec, replicas=mesh["replicate"]), "codec: 'int4, with")
+
+
+def units_of_other_steps_are_told(rank: int, world: int) -> None:
+    model = _sharded()
+    state = compress(model, "int4", min_numel=0)
+    kept = state.state_dict()
+    kept["steps.2"] = rank
+    state.load_state_dict(kept)
+    # FSDP2 reduces in the backward pass, whose errors keep their class as well.
+    all_are_told(lambda: train(model, range(1), sgd(model)), "the gradients of 2: .*step: '0'")
+
+
+def settings_of_a_backend_are_told(rank: int, world: int) -> None:
+    for i, (mine, says) in enumerate(
+        [
+            ({"codec": "int8" if rank == 1 else "int4"}, "codec: 'int4' on rank"),
+            ({"codec": "int4", "min_numel": rank}, "min_numel: '0' on rank 0"),
+            ({"codec": "int4", "seed": rank}, "seed: '0' on rank 0"),
+        ]
+    ):
+        register_compressed_backend(f"told{i}", **mine)
+        all_are_told(lambda n=i: dist.new_group(backend=f"told{n}"), "register_compressed.*" + says)  # type: ignore[misc]
+
+
+def reductions_of_a_backend_are_told(rank: int, world: int) -> None:
+    register_compressed_backend("alike", "int4")
+    group = dist.new_group(backend="alike")
+    size = 5000 if rank else 6000
+    all_are_told(lambda: dist.all_reduce(torch.ones(size), group=group), "of 6000 elements' on rank 0")
+    dist.all_reduce(torch.ones(5000), group=group)
