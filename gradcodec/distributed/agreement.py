@@ -1,15 +1,15 @@
 """One handshake of everything that ranks must have in common, before anything depends on it.
 
 A message whose size depends on settings cannot say that settings differ: gloo aborts the process
-that expects fewer bytes than come, and NCCL hangs. So ranks compare settings first, as *terms*: short
-texts by name.
+that expects fewer bytes than come, and NCCL hangs. So ranks compare settings first, as *terms*:
+short texts by name.
 
     1. everyone sends everyone a record of 48 bytes: magic, refusal, length and SHA-256 of its terms
     2. if records differ, the first rank of each kind of record sends its terms to everyone
     3. every rank makes the same message of the same texts, and raises it
 
 A rank that refuses what it was given takes part with its refusal, so that no other waits for it.
-Nothing that comes from a rank is interpreted or run: texts are lines, and at most ``MAX_TEXT`` bytes.
+Nothing that comes from a rank is interpreted or run: texts are lines, at most ``MAX_TEXT`` bytes.
 The record's layout stays as it is for ever; what changes is ``PROTOCOL``, one of the terms.
 """
 
@@ -20,10 +20,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from gradcodec._version import __version__
 from gradcodec.distributed.link import Link
@@ -74,7 +73,7 @@ class LinkChannel:
 class StoreChannel:
     """Over the store with which a group is made, when the group itself carries nothing yet."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self._round = 0
 
@@ -200,9 +199,7 @@ def _message(told: Sequence[tuple[str, Terms]], end: str) -> str:
         lines.append(f"{key}: " + ", ".join(by_rank))
     if len(differ) > _MAX_DIFFERENCES:
         lines.append(f"and {len(differ) - _MAX_DIFFERENCES} more differences")
-    return (
-        f"{what}: ranks differ in what must be equal on all of them; " + "; ".join(lines) + end
-    )
+    return f"{what}: ranks differ in what must be equal on all of them; " + "; ".join(lines) + end
 
 
 def _shown(values: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from gradcodec.codecs.base import Codec
 from gradcodec.distributed import terms
 from gradcodec.distributed.agreement import Agreed, StoreChannel, alike
 from gradcodec.distributed.collectives import all_reduce
+from gradcodec.distributed.handed import check_count, check_seed, check_state
 from gradcodec.distributed.link import control_link
 from gradcodec.distributed.parts import derive_seed
 from gradcodec.distributed.routes import flat_route, named_codec
@@ -71,10 +72,10 @@ def register_compressed_backend(
         ConfigError: the name is taken (also by this function with other settings), the codec needs
             a tensor table, or ``min_numel`` is negative.
     """
-    if not name.isidentifier() or name != name.lower():
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise ConfigError(f"expected a lower-case identifier as a backend's name, got {name!r}")
-    if not isinstance(min_numel, int) or min_numel < 0:
-        raise ConfigError(f"expected min_numel >= 0, got {min_numel!r}")
+    check_count("min_numel", min_numel)
+    check_seed(seed)
     settings = _Settings(named_codec(codec), min_numel, seed)
     flat_route(settings.codec)  # raises for codecs that cannot code bare vectors
     before = _registered.get(name)
@@ -205,6 +206,7 @@ class CompressedGroup(dist.ProcessGroup):
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Inverse of ``state_dict``, on all ranks."""
+        check_state(state, "steps")
         self._agreed.forget()
         self.steps = int(state["steps"])
 

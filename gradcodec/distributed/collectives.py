@@ -19,6 +19,7 @@ from gradcodec.codecs.base import Codec
 from gradcodec.distributed.agreement import LinkChannel, alike
 from gradcodec.distributed.exchange import TwoShot, mean_of
 from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.handed import FLOATS, check_seed, is_dtensor
 from gradcodec.distributed.link import Link, control_link
 from gradcodec.distributed.parts import derive_seed, turn
 from gradcodec.distributed.pieces import Piece
@@ -122,9 +123,9 @@ def compressed_all_gather(
         AgreementError, TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
     """
     control = LinkChannel(control_link(group))
-    given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     with alike(control, "compressed_all_gather") as terms:
-        _check([input, *given])
+        given = _listed(outputs)
+        _check([input, *given], seed)
         coder = flat_route(named_codec(codec)).coder_for(input.dtype)
         link = Link(group, input.device)
         single = isinstance(outputs, Tensor)
@@ -178,10 +179,12 @@ def all_reduce(
     agreed: bool = False,
 ) -> Traffic:
     """``compressed_all_reduce``; ``agreed``: ranks compare nothing."""
-    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     control = None if agreed else LinkChannel(control_link(group))
     with alike(control, "compressed_all_reduce") as terms:
-        _check(given)
+        given = _listed(tensors)
+        _check(given, seed)
+        if residuals is not None and not isinstance(residuals, Residuals):
+            raise ConfigError(f"expected Residuals() or None, got {type(residuals).__name__}")
         ways = _ways(codec, given) if given else []
         link = Link(group, given[0].device) if given else control_link(group)
         link.meter.dense = sum(t.numel() * t.element_size() for t in given)
@@ -234,7 +237,7 @@ def reduce_scatter(
     with alike(control, "compressed_reduce_scatter") as terms:
         if op not in ("mean", "sum"):
             raise ConfigError(f"expected op of ['mean', 'sum'], got {op!r}")
-        _check([output, input])
+        _check([output, input], seed)
         coder = flat_route(named_codec(codec)).coder_for(input.dtype)
         link = Link(group, input.device)
         n = output.numel()
@@ -292,12 +295,30 @@ def _ways(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
     return [ways[n] for n in names]
 
 
-def _check(tensors: list[Tensor]) -> None:
+def _check(tensors: list[Tensor], seed: object) -> None:
+    check_seed(seed)
     for t in tensors:
-        if t.layout is not torch.strided or not t.is_floating_point():
-            raise UpdateError(f"expected dense floating tensors, got {t.dtype} {t.layout}")
+        if not isinstance(t, Tensor):
+            raise UpdateError(f"expected tensors, got {type(t).__name__}")
+        if is_dtensor(t):
+            raise UpdateError("expected plain tensors, got a DTensor: pass its to_local()")
+        if t.layout is not torch.strided or t.dtype not in FLOATS or t.is_meta:
+            raise UpdateError(
+                "expected dense floating tensors of fp32, fp64, fp16 or bf16, got "
+                f"{t.dtype} {t.layout} on {t.device}"
+            )
+        if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+            raise UpdateError("expected tensors that own their elements, got an expanded one")
     if len({t.device for t in tensors}) > 1:
         raise UpdateError(f"expected one device, got {sorted({str(t.device) for t in tensors})}")
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if not isinstance(tensors, Sequence):
+        raise UpdateError(f"expected a tensor or a sequence of them, got {type(tensors).__name__}")
+    return list(tensors)
 
 
 def _check_contiguous(*tensors: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcodec.distributed.fsdp1 import ROOT, plain_name
+from gradcodec.distributed.handed import check_dtype
 from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 
@@ -240,6 +241,9 @@ def compress_replicas(
 def _with_units(units: list[Managed], **options: Any) -> ShardedState:
     state = ShardedState(**options)
     for one in units:
+        for p in one.group.fsdp_params:
+            if p.sharded_param.requires_grad:
+                check_dtype(f"{one.name}: {p._module_info.param_name}", p.sharded_param.dtype)
         state.add(one.name, one.parameters)
     return state
 

@@ -124,7 +124,12 @@ def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """
     if not dist.is_initialized():
         raise ConfigError("torch.distributed is not initialised: call init_process_group first")
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    try:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as err:
+        raise ConfigError(
+            f"expected a process group, got {group!r}: of a mesh, pass mesh.get_group()"
+        ) from err
     if rank < 0:
         raise ConfigError("expected a process_group that this process is a member of")
     return rank, size

@@ -23,6 +23,7 @@ from gradcodec.distributed import terms
 from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
 from gradcodec.distributed.collectives import all_reduce, reduce_scatter, scatter_residual_numel
 from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.handed import check_settings, check_state, rule_pairs
 from gradcodec.distributed.link import control_link
 from gradcodec.distributed.parts import derive_seed
 from gradcodec.distributed.routes import flat_route, named_codec, wants_feedback
@@ -107,30 +108,25 @@ class ShardedState:
         seed: int = 0,
         log_every: int | None = None,
     ) -> None:
-        if error_feedback not in (True, False, "auto"):
-            raise ConfigError(
-                f"expected error_feedback of True, False or 'auto', got {error_feedback!r}"
-            )
-        for name, value in (("start_step", start_step), ("min_numel", min_numel)):
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"expected {name} >= 0, got {value!r}")
-        if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
-            raise ConfigError(f"expected log_every >= 1 or None, got {log_every!r}")
+        check_settings(
+            error_feedback=error_feedback,
+            seed=seed,
+            start_step=start_step,
+            min_numel=min_numel,
+            log_every=log_every,
+        )
         self.scattered, self.error_feedback = scattered, error_feedback
         self.start_step, self.min_numel = start_step, min_numel
         self.seed, self.log_every = seed, log_every
         self.default = self._choice(codec)
-        self.rules = [(pattern, self._choice(one)) for pattern, one in rules]
+        self.rules = [(pattern, self._choice(one)) for pattern, one in rule_pairs(rules)]
+        self._unused = {pattern for pattern, _ in self.rules}
         self.units: dict[str, Unit] = {}
         self._agreed = Agreed()
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
 
     def _choice(self, codec: Codec | str) -> tuple[Codec, bool]:
         """A codec and whether it gets error feedback."""
-        if isinstance(codec, str) and codec.split(":")[0] == "auto":
-            raise ConfigError(
-                "codec='auto' measures DDP buckets; a sharded model needs a codec by name"
-            )
         if self.scattered and self.error_feedback == "auto" and isinstance(codec, str):
             codec = _UNBIASED.get(codec, codec)
         chosen = named_codec(codec)
@@ -147,16 +143,28 @@ class ShardedState:
             parameters: full names of the parameters in the unit; rules are matched with them too.
         """
         codec, feedback = self.default
+        fitting = []
         for pattern, choice in self.rules:
             named = bool(parameters) and all(fnmatchcase(p, pattern) for p in parameters)
             if named or fnmatchcase(name, pattern):
-                codec, feedback = choice
-                break
+                fitting.append(choice)
+                self._unused.discard(pattern)
+        if fitting:
+            codec, feedback = fitting[0]
         unit = self.units[name] = Unit(name, codec, feedback)
         return unit
 
     def terms(self) -> dict[str, str]:
-        """What ranks that reduce with each other must have in common: settings and units."""
+        """What ranks that reduce with each other must have in common: settings and units.
+
+        Raises:
+            ConfigError: a rule fits none of the units.
+        """
+        if self._unused:
+            raise ConfigError(
+                f"rule {min(self._unused)!r} fits no unit, which takes the unit's name or those of "
+                f"all its parameters; there are {', '.join(list(self.units)[:5])}, ..."
+            )
         return {
             "codec": terms.codec_text(*self.default),
             "error_feedback": str(self.error_feedback),
@@ -327,6 +335,11 @@ class ShardedState:
     # -- what is reported and kept ------------------------------------------------------------
 
     @property
+    def step(self) -> int:
+        """Steps so far, of the busiest unit."""
+        return max((u.steps for u in self.units.values()), default=0)
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes and seconds of all units so far."""
         total = Traffic()
@@ -348,7 +361,7 @@ class ShardedState:
         """
         total, units = self.traffic, self.units.values()
         return {
-            "steps": max((u.steps for u in units), default=0),
+            "steps": self.step,
             "dense_bytes": total.dense,
             "dense_wire_bytes": sum(u.dense_wire for u in units),
             "wire_bytes": total.wire,
@@ -379,14 +392,14 @@ class ShardedState:
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Inverse of ``state_dict``; call it after ``compress``, before the first backward.
 
-        All ranks load, and compare what they have loaded, but for residuals, in the next reductions.
-
+        All ranks load, and compare in the next reductions what they have loaded but for residuals.
         Residuals of another rank or world size, which belong to other parts of the model, are
         dropped with a warning: one step's rounding is lost.
 
         Raises:
             ConfigError: the units of the state are not those of this model.
         """
+        check_state(state)
         theirs = {k.removeprefix(_STEPS) for k in state if k.startswith(_STEPS)}
         if theirs != set(self.units):
             raise ConfigError(

@@ -16,10 +16,19 @@ from gradcodec.distributed import shims, terms
 from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
 from gradcodec.distributed.auto import Choice as AutoChoice
 from gradcodec.distributed.fsdp1 import sharded_state
+from gradcodec.distributed.handed import (
+    check_count,
+    check_settings,
+    check_state,
+    real_shape,
+    rule_pairs,
+    trainable,
+)
 from gradcodec.distributed.link import Link, control_link, place
-from gradcodec.distributed.named import NamedParameters, named_parameters
+from gradcodec.distributed.named import NamedParameters
 from gradcodec.distributed.policy import Choice, Policy, Rules
-from gradcodec.distributed.reducer import BucketReducer, Slot
+from gradcodec.distributed.reducer import BucketReducer
+from gradcodec.distributed.slots import Named, Slot
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.distributed.worker import Worker
 from gradcodec.errors import ConfigError, TrainingError
@@ -31,6 +40,7 @@ Future = torch.futures.Future
 AUTO = "auto"
 _AUTO_CODEC = "int4"
 _WHAT = "CompressState"
+_KEYS = ("step", "seed", "auto", "world", "rank")
 
 
 class CompressState:
@@ -97,6 +107,7 @@ class CompressState:
         #: there, without buckets or a thread.
         self.sharded = sharded_state(
             model,
+            {"process_group": process_group, "nmse_every": nmse_every},
             codec=codec,
             error_feedback=error_feedback,
             start_step=start_step,
@@ -105,28 +116,29 @@ class CompressState:
             seed=seed,
             log_every=log_every,
         )
+        self._worker: Worker | None = None
+        self._closed = False
         if self.sharded is not None:
             return
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         self.process_group = process_group
         with alike(self._channel(), _WHAT) as mine:
-            for name, every in (("log_every", log_every), ("nmse_every", nmse_every)):
-                if every is not None and (type(every) is not int or every < 1):
-                    raise ConfigError(f"expected {name} of 1 or more or None, got {every!r}")
-            if error_feedback not in (True, False, AUTO):
-                raise ConfigError(
-                    f"expected error_feedback of True, False or 'auto', got {error_feedback!r}"
-                )
-            if type(start_step) is not int or start_step < 0:
-                raise ConfigError(f"expected start_step of 0 or more, got {start_step!r}")
-            parameters = named_parameters(model)
-            shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+            check_settings(
+                error_feedback=error_feedback,
+                seed=seed,
+                start_step=start_step,
+                log_every=log_every,
+                nmse_every=nmse_every,
+            )
+            rules = rule_pairs(rules)
+            parameters = trainable(model)
+            shapes = {n: real_shape(p) for n, p in parameters.items()}
             self.codec = codec
             self.auto: AutoChoice | None = None
             if isinstance(codec, str) and codec.split(":")[0] == AUTO:
                 self.auto = AutoChoice()
-                codec = codec.partition(":")[2] or _AUTO_CODEC
+                codec = _AUTO_CODEC if codec == AUTO else codec.partition(":")[2]
             feedback = None if error_feedback == AUTO else bool(error_feedback)
             policy = Policy(shapes, codec, min_numel, rules)
             self._terms = {
@@ -139,20 +151,17 @@ class CompressState:
                 **terms.parameter_terms(parameters, policy, feedback),
             }
             mine.update(self._terms)
-        self._names = {id(p): n for n, p in parameters.items()}
-        self._parameters = list(parameters.values())  # an id is only good while its object lives
+        self._named = Named(parameters)
         self.start_step = start_step
         self.log_every, self.nmse_every = log_every, nmse_every
         self.reducer = BucketReducer(policy, seed, feedback, shapes)
         # Nothing is coded anywhere, ``codec="fp32"``: then DDP's own all-reduce is the fastest way.
         self._exact = policy.exact and self.auto is None
-        self.step = 0
-        self.traffic = Traffic()
+        self._step = 0
+        self._traffic = Traffic()
         self._world = self._rank = 0
         self._pending: Mapping[str, Tensor | int] | None = None
         self._own_group: dist.ProcessGroup | None = None
-        self._worker: Worker | None = None
-        self._closed = False
         self._streams: dict[torch.device, Any] = {}
         self._buckets = Agreed()
         if dist.is_initialized():
@@ -167,8 +176,10 @@ class CompressState:
         it keeps the message alone, in a ``RuntimeError``, where one that is raised here reaches the
         caller of ``backward()`` as it is.
         """
+        if self.sharded is not None:
+            raise ConfigError("the state of an FSDP1 model has no buckets; use compress(model)")
         self._start()
-        worker, step = self._worker, self.step
+        worker, step = self._worker, self._step
         if self._closed:
             raise TrainingError("the state was closed")
         if worker is not None:
@@ -178,16 +189,16 @@ class CompressState:
         plain = self.auto is not None and not compress and step >= self.start_step
         untouched = self._exact or (plain and self.auto is not None and not self.auto.measuring)
         if last:
-            self.step += 1
+            self._step += 1
         slots = []
         if not buffer.is_sparse:
-            slots = self._slots(buffer, bucket.parameters(), bucket.gradients())
+            slots = self._named.slots(bucket)
         future: Future[Tensor]
         if worker is None:  # a world of one
             future = Future()
             future.set_result(buffer)
             return future
-        names = tuple(self._name(p) for p in bucket.parameters())
+        names = self._named.names(bucket)
         key = (names, buffer.dtype, buffer.is_sparse)
         if untouched and not buffer.is_sparse and key in self._buckets:
             future = self._plain(buffer)
@@ -233,29 +244,10 @@ class CompressState:
             worker.finish()
         return future
 
-    def _slots(self, buffer: Tensor, parameters: list[Tensor], views: list[Tensor]) -> list[Slot]:
-        slots, base = [], buffer.storage_offset()
-        for parameter, view in zip(parameters, views, strict=True):
-            name = self._name(parameter)
-            at = view.storage_offset() - base
-            slots.append(Slot(name, buffer[at : at + view.numel()], view))
-        if sum(s.flat.numel() for s in slots) != buffer.numel():
-            raise ConfigError(f"expected a bucket of its parameters, got {buffer.numel()} elements")
-        return slots
-
-    def _name(self, parameter: Tensor) -> str:
-        name = self._names.get(id(parameter))
-        if name is None:
-            raise ConfigError(
-                f"a parameter of shape {tuple(parameter.shape)} is not one that this state was "
-                "made for; make it from the model that is trained, after changing the model"
-            )
-        return name
-
     def _plain(self, buffer: Tensor) -> Future[Tensor]:
         """What ``DistributedDataParallel`` does without a hook; its seconds are not counted."""
         dense = buffer.numel() * buffer.element_size()
-        self.traffic += Traffic(dense, 2 * (self._world - 1) * dense // self._world)
+        self._traffic += Traffic(dense, 2 * (self._world - 1) * dense // self._world)
         buffer.div_(self._world)
         work = dist.all_reduce(buffer, group=self.process_group, async_op=True)
         assert work is not None
@@ -283,7 +275,7 @@ class CompressState:
                 **terms.follower_terms(self.reducer.followers, names),
             },
         )
-        self.traffic += link.meter.traffic
+        self._traffic += link.meter.traffic
 
     def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, compress: bool) -> Tensor:
         link = Link(self._own_group, buffer.device)
@@ -293,7 +285,7 @@ class CompressState:
             self.reducer.reduce(slots, link, step, measure=measure)
         else:
             self.reducer.reduce_raw(slots, link, step)
-        self.traffic += link.meter.traffic
+        self._traffic += link.meter.traffic
         return buffer
 
     def _dense(self, buffer: Tensor) -> Tensor:
@@ -307,7 +299,7 @@ class CompressState:
             else:
                 buffer.div_(self._world)
             dist.all_reduce(buffer, group=self._own_group)
-        self.traffic += link.meter.traffic
+        self._traffic += link.meter.traffic
         return buffer
 
     def _step_done(self, step: int, device: torch.device) -> None:
@@ -360,12 +352,22 @@ class CompressState:
         return None if self._early else LinkChannel(control_link(self.process_group))
 
     def close(self) -> None:
-        """End the thread. The hook of a closed state raises."""
+        """End the thread. The hook of a closed state raises; FSDP1 has neither."""
         self._closed = True
         if self._worker is not None:
             self._worker.stop()
 
     # -- what it knows --------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps so far."""
+        return self._step if self.sharded is None else self.sharded.step
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes and seconds so far, of this rank."""
+        return self._traffic if self.sharded is None else self.sharded.traffic
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction, of this rank; plain numbers and strings.
@@ -429,11 +431,10 @@ class CompressState:
         if self.sharded is not None:
             self.sharded.load_state_dict(state)
             return
-        missing = [k for k in ("step", "seed") if k not in state]
-        if missing:
-            raise ConfigError(f"expected the keys 'step' and 'seed', {missing} are missing")
-        known = set(self._names.values())
-        strangers = [k for k in state if "." in k and k.partition(".")[2] not in known]
+        check_state(state, "step", "seed")
+        check_count("step", int(state["step"]))
+        known = self.reducer.shapes
+        strangers = [k for k in state if k not in _KEYS and k.partition(".")[2] not in known]
         if strangers:
             raise ConfigError(f"a state of other parameters: {strangers[0]!r} is not of this model")
         if self._world:
@@ -442,8 +443,9 @@ class CompressState:
             self._pending = dict(state)
 
     def _load(self, state: Mapping[str, Tensor | int]) -> None:
+        self.reducer.check_residuals(state, self._world)
         self._buckets.forget()
-        self.step = int(state["step"])
+        self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
         self.reducer.residuals.load_state_dict(state, rank=self._rank, world=self._world)
         for name, follower in self.reducer.followers.items():

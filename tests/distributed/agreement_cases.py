@@ -352,7 +352,7 @@ def settings_of_fsdp1_are_told(rank: int, world: int) -> None:
     for make in (compress, CompressState):
         model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
         codec = "int8" if rank == 1 else "int4"
-        all_are_told(lambda f=make, m=model: f(m, codec=codec), "codec: 'int4")  # type: ignore[misc]
+        all_are_told(lambda f=make, m=model, c=codec: f(m, codec=c), "codec: 'int4")  # type: ignore[misc]
 
 
 def settings_of_replicas_are_told(rank: int, world: int) -> None:
@@ -390,5 +390,7 @@ def reductions_of_a_backend_are_told(rank: int, world: int) -> None:
     register_compressed_backend("alike", "int4")
     group = dist.new_group(backend="alike")
     size = 5000 if rank else 6000
-    all_are_told(lambda: dist.all_reduce(torch.ones(size), group=group), "of 6000 elements' on rank 0")
+    all_are_told(
+        lambda: dist.all_reduce(torch.ones(size), group=group), "of 6000 elements' on rank 0"
+    )
     dist.all_reduce(torch.ones(5000), group=group)
