@@ -168,9 +168,12 @@ class CompressedGroup(dist.ProcessGroup):
 
     def _agree(self, values: Tensor, op: str) -> None:
         """Before an all-reduce of another length or kind than there was."""
+        key = (values.numel(), values.dtype, op)
+        if key in self._agreed:
+            return
         link = control_link(self)
         self._agreed.ensure(
-            (values.numel(), values.dtype, op),
+            key,
             link,
             f"all_reduce over {self.name!r}",
             lambda: {

@@ -11,9 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcodec.codecs.base import Codec
 from gradcodec.distributed import fsdp1, fsdp2
+from gradcodec.distributed.agreement import LinkChannel, alike
 from gradcodec.distributed.backend import CompressedGroup
 from gradcodec.distributed.handed import check_options
 from gradcodec.distributed.hook import compress_hook
+from gradcodec.distributed.link import control_link
 from gradcodec.distributed.sharded import ShardedState
 from gradcodec.distributed.state import CompressState
 from gradcodec.errors import ConfigError
@@ -78,6 +80,16 @@ def compress(
 def _ddp(
     model: DistributedDataParallel, codec: Codec | str, options: dict[str, Any]
 ) -> CompressState:
+    # Compared as well: where one rank refuses, the others must not wait for it.
+    with alike(LinkChannel(control_link(model.process_group)), "compress"):
+        _check_ddp(model, options)
+    state = CompressState(model, codec=codec, process_group=model.process_group, **options)
+    model.register_comm_hook(state, compress_hook)
+    return state
+
+
+def _check_ddp(model: DistributedDataParallel, options: dict[str, Any]) -> None:
+    check_options("compress of DistributedDataParallel", CompressState, options)
     if getattr(model, "_use_python_reducer", False):
         raise ConfigError(
             "torch._dynamo.config.optimize_ddp is 'python_reducer': DDP then reduces parameter by "
@@ -91,10 +103,6 @@ def _ddp(
             f"DDP has one slot for a communication hook and no way to empty it; {who} has taken "
             "it: wrap anew without it (for mixed precision use torch.autocast)"
         )
-    check_options("compress of DistributedDataParallel", CompressState, options)
-    state = CompressState(model, codec=codec, process_group=model.process_group, **options)
-    model.register_comm_hook(state, compress_hook)
-    return state
 
 
 def _fsdp1(model: nn.Module, codec: Codec | str, options: dict[str, Any]) -> ShardedState:

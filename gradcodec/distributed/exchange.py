@@ -11,9 +11,10 @@ what becomes of a piece does not depend on which others share its message, as lo
 finite.
 
 A message is ``tag (4) | flags | bodies``, one body for each lane, each rounded up to 8 bytes. The
-tag is a checksum of what the sender believes is exchanged, and in which shot; flags mark parts of lanes that the codec
-refused because of NaN or Inf. If any rank flagged any part (all see all flags) one more swap of the
-same kind sends those parts as they are, fp32; their residuals stay as they were.
+tag is a checksum of what the sender believes is exchanged, and in which shot; flags mark parts of
+lanes that the codec refused because of NaN or Inf. If any rank flagged any part (all see all flags)
+one more swap of the same kind sends those parts as they are, fp32; their residuals stay as they
+were.
 """
 
 from __future__ import annotations

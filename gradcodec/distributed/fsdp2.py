@@ -202,13 +202,15 @@ def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> 
     Raises:
         ConfigError: a module has a custom reduce-scatter already, or a setting is wrong.
     """
-    for one in units:
-        there = type(one.group._reduce_scatter_comm).__name__
-        if there != "DefaultReduceScatter":
-            raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
-    state = agreed_state(
-        lambda: _with_units(units, scattered=True, **options), [one.shards for one in units]
-    )
+
+    def make() -> ShardedState:
+        for one in units:
+            there = type(one.group._reduce_scatter_comm).__name__
+            if there != "DefaultReduceScatter":
+                raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
+        return _with_units(units, scattered=True, **options)
+
+    state = agreed_state(make, [one.shards for one in units])
     for one in units:
         unit = state.units[one.name]
         one.module.set_custom_reduce_scatter(CompressedReduceScatter(state, unit, one))
@@ -227,10 +229,14 @@ def compress_replicas(
         ConfigError: a module has an all-reduce hook already, the replicas differ, or a setting is
             wrong.
     """
-    for one in units:
-        if one.group._all_reduce_hook is not None:
-            raise ConfigError(f"{one.name}: it has an all-reduce hook already")
-    state = agreed_state(lambda: _with_units(units, scattered=False, **options), [replicas])
+
+    def make() -> ShardedState:
+        for one in units:
+            if one.group._all_reduce_hook is not None:
+                raise ConfigError(f"{one.name}: it has an all-reduce hook already")
+        return _with_units(units, scattered=False, **options)
+
+    state = agreed_state(make, [replicas])
     _check_equal_start(model, replicas)
     for one in units:
         unit = state.units[one.name]

@@ -260,6 +260,8 @@ class CompressState:
         self, key: object, names: Sequence[str], buffer: Tensor, step: int, compress: bool
     ) -> None:
         """Before a bucket that was not there before: DDP's first, rebuilt and resumed ones."""
+        if key in self._buckets:
+            return
         link = control_link(self._own_group)
         self._buckets.ensure(
             key,

@@ -18,6 +18,7 @@ from distributed.toy import CAP, everywhere, net, sgd, train, wrapped
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gradcodec.distributed.agreement as agreement
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.registry import make_codec
@@ -155,6 +156,15 @@ def a_refusal_of_one_rank_reaches_all(rank: int, world: int) -> None:
     )
 
 
+def a_model_that_one_rank_has_compressed_already_is_told(rank: int, world: int) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    ddp = DistributedDataParallel(net())
+    if rank == 0:
+        ddp.register_comm_hook(None, allreduce_hook)
+    all_are_told(lambda: compress(ddp), "compress: .*rank 0 refused: ConfigError: DDP has one slot")
+
+
 def a_state_made_before_the_group_compares_in_the_first_step(rank: int, world: int) -> None:
     """As in Lightning; inside the hook, and still the same class and text."""
     ready, dist.is_initialized = dist.is_initialized, lambda: False
@@ -166,6 +176,15 @@ def a_state_made_before_the_group_compares_in_the_first_step(rank: int, world: i
     ddp = DistributedDataParallel(model, bucket_cap_mb=CAP)
     ddp.register_comm_hook(early, compress_hook)
     all_are_told(lambda: train(ddp, range(1), sgd(ddp)), "CompressState: .*codec: 'int8' on rank 0")
+
+
+def other_versions_are_told(rank: int, world: int) -> None:
+    agreement.PROTOCOL += rank
+    try:
+        all_are_told(reduce_all, r"exchange protocol 2' on rank 0, '.* exchange protocol 3' on")
+        all_are_told(lambda: CompressState(net()), "exchange protocol 3")
+    finally:
+        agreement.PROTOCOL -= rank
 
 
 # -- DDP, what is loaded and what is trained ------------------------------------------------------

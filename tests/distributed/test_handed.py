@@ -32,6 +32,12 @@ from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import TensorSpec, UpdateSpec
 
 
+def test_without_a_group_the_call_to_make_is_named() -> None:
+    """First in this file: from the next test on there is a group."""
+    with pytest.raises(ConfigError, match="init_process_group"):
+        compressed_all_reduce(torch.ones(5), "int4")
+
+
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("store") / "store"
@@ -229,13 +235,6 @@ def test_arguments_of_a_call_are_looked_at(group: None) -> None:
     compressed_all_reduce(torch.ones(5), "int4", residuals=Residuals())
 
 
-def test_without_a_group_the_call_to_make_is_named() -> None:
-    if dist.is_initialized():
-        pytest.skip("another test of this process has a group")
-    with pytest.raises(ConfigError, match="init_process_group"):
-        compressed_all_reduce(torch.ones(5), "int4")
-
-
 def test_compressing_twice_is_refused(group: None) -> None:
     for model in (DistributedDataParallel(net()), sharded(1), sharded(2)):
         compress(model)
@@ -254,9 +253,6 @@ def test_a_state_of_fsdp1_is_a_whole_one(group: None) -> None:
     with pytest.raises(ConfigError, match=r"use compress\(model\)"):
         state.submit(None)
     state.close()
-
-
-BIASES = 5 * 96
 
 
 @pytest.mark.parametrize(
