@@ -30,7 +30,7 @@ def compress(
     replicas: DeviceMesh | dist.ProcessGroup | None = None,
     **options: Any,
 ) -> CompressState | ShardedState | CompressedGroup:
-    """Compress the gradients of a wrapped model; call it once, after wrapping, before training.
+    """Compress the gradients of a wrapped model; all ranks call it once, after wrapping.
 
     ========================================  ===================================================
     what the model is                          what is compressed
@@ -58,6 +58,7 @@ def compress(
 
     Raises:
         ConfigError: the model cannot be compressed; the message says why and what can.
+        AgreementError: ranks came with different models or settings, or one of them refused.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError("expected an initialised process group: call init_process_group first")

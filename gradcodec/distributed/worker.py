@@ -106,7 +106,7 @@ class Worker:
             # Whatever it is, the thread that waits for the future has to hear of it.
             except BaseException as err:
                 if self.failure is None:
-                    # DDP keeps only the message of an exception in a future.
+                    # With the traceback, which no future keeps.
                     logger.exception("gradcodec: an exchange of gradients failed")
                     self.failure = err
                 future.set_exception(err)  # type: ignore[arg-type]

@@ -347,7 +347,10 @@ def _sharded(mesh: Any = None) -> nn.Module:
 
 #: Options of the ranks but the first.
 UNITS: dict[str, tuple[dict[str, Any], str]] = {
-    "codec": ({"codec": "int8"}, "codec: 'int4-unbiased' on rank 0, 'int8-unbiased' on rank"),
+    "codec": (
+        {"codec": "int8"},
+        r"codec: 'int4-unbiased' on ranks? 0.*, 'int8-unbiased' on rank 1",
+    ),
     "rules": ({"rules": [("2", "fp32")]}, "rules: "),
     "feedback": ({"error_feedback": True}, "error_feedback"),
     "min_numel": ({"min_numel": 0}, "min_numel"),

@@ -33,7 +33,7 @@ from gradcodec.errors import AgreementError, GradcodecError, MalformedBodyError,
 from gradcodec.types import TensorSpec, UpdateSpec
 
 LONG = os.environ.get("GRADCODEC_HOSTILE") == "long"
-ROUNDS = 20_000 if LONG else 60
+ROUNDS = 20_000 if LONG else 25
 WAIT = 20.0
 
 Mutator = Callable[[random.Random, bytearray], bytearray]
