@@ -13,6 +13,10 @@ class ConfigError(GradcodecError, ValueError):
     """A setting is unknown, out of range, or does not fit the model or the machine."""
 
 
+class AgreementError(ConfigError):
+    """Ranks were given different things where all must have the same; equal text on every rank."""
+
+
 class UpdateError(GradcodecError, ValueError):
     """An update's names, shapes or dtypes are not the ones the codec was made for."""
 

@@ -19,7 +19,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
 from gradcodec.codecs.base import Codec
-from gradcodec.distributed.collectives import compressed_all_reduce
+from gradcodec.distributed import terms
+from gradcodec.distributed.agreement import Agreed, StoreChannel, alike
+from gradcodec.distributed.collectives import all_reduce
+from gradcodec.distributed.handed import check_count, check_seed, check_state
+from gradcodec.distributed.link import control_link
 from gradcodec.distributed.parts import derive_seed
 from gradcodec.distributed.routes import flat_route, named_codec
 from gradcodec.distributed.traffic import Traffic
@@ -68,10 +72,10 @@ def register_compressed_backend(
         ConfigError: the name is taken (also by this function with other settings), the codec needs
             a tensor table, or ``min_numel`` is negative.
     """
-    if not name.isidentifier() or name != name.lower():
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise ConfigError(f"expected a lower-case identifier as a backend's name, got {name!r}")
-    if not isinstance(min_numel, int) or min_numel < 0:
-        raise ConfigError(f"expected min_numel >= 0, got {min_numel!r}")
+    check_count("min_numel", min_numel)
+    check_seed(seed)
     settings = _Settings(named_codec(codec), min_numel, seed)
     flat_route(settings.codec)  # raises for codecs that cannot code bare vectors
     before = _registered.get(name)
@@ -94,13 +98,24 @@ class CompressedGroup(dist.ProcessGroup):
     The same gloo backend carries the compressed bytes: ranks issue collectives of one group in
     equal order, so they cannot be mixed up. A compressed all-reduce is done when the call returns,
     also with ``async_op=True``.
+
+    Raises:
+        AgreementError: ranks registered the backend with different settings.
     """
+
+    over_gloo = True
 
     def __init__(self, options: Any, name: str, settings: _Settings) -> None:
         super().__init__(options.group_rank, options.group_size)
         self.name, self.settings = name, settings
         self.steps = 0
         self.traffic = Traffic()
+        self._agreed = Agreed()
+        here = (options.group_rank, options.group_size)
+        channel = StoreChannel(options.store, *here, options.timeout)
+        with alike(channel, f"register_compressed_backend({name!r})") as mine:
+            mine["codec"] = terms.choice_text(settings.codec)
+            mine["min_numel"], mine["seed"] = str(settings.min_numel), str(settings.seed)
         gloo = dist.ProcessGroupGloo(
             options.store, options.group_rank, options.group_size, options.timeout
         )
@@ -121,6 +136,7 @@ class CompressedGroup(dist.ProcessGroup):
 
         Raises:
             ConfigError: PREMUL_SUM of a large tensor: gloo has none and its factor cannot be read.
+            AgreementError: ranks came with other tensors, or another count of steps.
         """
         options = dist.AllreduceOptions() if options is None else options
         if not self._compresses(tensors):
@@ -137,16 +153,36 @@ class CompressedGroup(dist.ProcessGroup):
             return self._plain.allreduce(tensors, options)
         # Values are replaced in place under autograd's eyes.
         values = tensor.detach()
-        self.traffic += compressed_all_reduce(
+        self._agree(values, "sum" if summed else "mean")
+        self.traffic += all_reduce(
             values,
             self.settings.codec,
             self,
             seed=derive_seed(self.settings.seed, self.steps),
+            agreed=True,
         )
         self.steps += 1
         if summed:
             values.mul_(self.size())
         return _Done(tensors)
+
+    def _agree(self, values: Tensor, op: str) -> None:
+        """Before an all-reduce of another length or kind than there was."""
+        key = (values.numel(), values.dtype, op)
+        if key in self._agreed:
+            return
+        link = control_link(self)
+        self._agreed.ensure(
+            key,
+            link,
+            f"all_reduce over {self.name!r}",
+            lambda: {
+                "tensor": f"{values.dtype} of {values.numel()} elements",
+                "op": op,
+                "step": str(self.steps),
+            },
+        )
+        self.traffic += link.meter.traffic
 
     def _compresses(self, tensors: Sequence[Tensor]) -> bool:
         if len(tensors) != 1 or self.size() == 1:
@@ -172,7 +208,9 @@ class CompressedGroup(dist.ProcessGroup):
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Inverse of ``state_dict``."""
+        """Inverse of ``state_dict``, on all ranks."""
+        check_state(state, "steps")
+        self._agreed.forget()
         self.steps = int(state["steps"])
 
 

@@ -1,8 +1,10 @@
 """All-reduce, reduce-scatter and all-gather of compressed tensors, as plain functions.
 
 For pseudogradients (DiLoCo, LocalSGD), sharded training and everything that has no hook. They
-block; all ranks of the group must call them with equal shapes, codecs and seeds. On CUDA they work
-on the current stream and wait for it. In a world of one nothing is exchanged, nor lost.
+block; all ranks of the group must call them with equal shapes, codecs and seeds. Each call first
+compares these, in one exchange of 48 bytes: where they differ, or a rank refuses what it was given,
+all raise the same ``AgreementError``. On CUDA they work on the current stream and wait for it. In a
+world of one nothing is exchanged, nor lost.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
+from gradcodec.distributed.agreement import LinkChannel, alike
 from gradcodec.distributed.exchange import TwoShot, mean_of
 from gradcodec.distributed.feedback import Residuals
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.handed import FLOATS, check_seed, is_dtensor
+from gradcodec.distributed.link import Link, control_link
 from gradcodec.distributed.parts import derive_seed, turn
 from gradcodec.distributed.pieces import Piece
 from gradcodec.distributed.routes import Route, flat_route, named_codec, routes
+from gradcodec.distributed.terms import choice_text, tensor_text
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.errors import ConfigError, UpdateError
 
 
-@torch.no_grad()
 def compressed_all_reduce(
     tensors: Tensor | Sequence[Tensor],
     codec: Codec | str,
@@ -54,44 +58,14 @@ def compressed_all_reduce(
     Raises:
         ConfigError: the codec cannot code these tensors, or the residuals are of another codec.
         UpdateError: a tensor is sparse or not floating.
+        AgreementError: ranks called this with different tensors, codecs or seeds, or one of them
+            refused.
         TrainingError: the exchange failed, for example because a rank has died.
-        MalformedBodyError: ranks called this with different tensors or codecs.
+        MalformedBodyError: bytes came that no encoder makes.
     """
-    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    _check(given)
-    if not given:
-        return Traffic()
-    ways = _ways(codec, given)
-    link = Link(group, given[0].device)
-    link.meter.dense = sum(t.numel() * t.element_size() for t in given)
-    if link.size == 1:
-        return link.meter.traffic
-    pieces = []
-    for i, (tensor, way) in enumerate(zip(given, ways, strict=True)):
-        values = tensor.reshape(-1).contiguous()
-        if way.projection is not None:
-            values = way.projection.code(values)
-        piece = Piece(
-            values,
-            way.coder_for(values.dtype),
-            out=values,
-            seed=derive_seed(seed, i),
-            turn=turn(str(i), link.size),
-        )
-        if residuals is not None:
-            piece.first, piece.second = residuals.of(
-                str(i), values, piece.coder, link.rank, link.size
-            )
-        pieces.append(piece)
-    mean_of(pieces, link, context=seed)
-    for piece, tensor, way in zip(pieces, given, ways, strict=True):
-        mean = piece.out if way.projection is None else way.projection.values(piece.out)
-        if mean.data_ptr() != tensor.data_ptr():
-            tensor.copy_(mean.view(tensor.shape))
-    return link.meter.traffic
+    return all_reduce(tensors, codec, group, seed=seed, residuals=residuals)
 
 
-@torch.no_grad()
 def compressed_reduce_scatter(
     output: Tensor,
     input: Tensor,
@@ -117,36 +91,9 @@ def compressed_reduce_scatter(
     Raises:
         ConfigError: an unknown ``op``, a codec that needs a tensor table, a wrong residual.
         UpdateError: dtypes or lengths that do not fit.
-        TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
+        AgreementError, TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
     """
-    if op not in ("mean", "sum"):
-        raise ConfigError(f"expected op of ['mean', 'sum'], got {op!r}")
-    _check([output, input])
-    coder = flat_route(named_codec(codec)).coder_for(input.dtype)
-    link = Link(group, input.device)
-    n = output.numel()
-    if input.numel() != n * link.size or input.dtype != output.dtype:
-        raise UpdateError(
-            f"expected an input of {link.size} x {n} elements of {output.dtype}, got "
-            f"{input.numel()} of {input.dtype}"
-        )
-    _check_contiguous(output, input)
-    link.meter.dense = input.numel() * input.element_size()
-    if link.size == 1:
-        output.copy_(input.view(output.shape))
-        return link.meter.traffic
-    expected = link.size * coder.residual_numel(n)
-    if residual is not None and residual.numel() != expected:
-        raise ConfigError(f"expected a residual of {expected} values, got {residual.numel()}")
-    flat = input.view(-1)
-    first = None if residual is None else list(torch.split(residual, coder.residual_numel(n)))
-    piece = Piece(flat, coder, flat, derive_seed(seed), first=first)
-    cuts = [(r * n, (r + 1) * n) for r in range(link.size)]
-    mean = TwoShot([piece], link, seed, [cuts]).reduce()[0]
-    if op == "sum":
-        mean *= link.size
-    output.view(-1).copy_(coder.narrow(mean, output.dtype))
-    return link.meter.traffic
+    return reduce_scatter(output, input, codec, group, op=op, seed=seed, residual=residual)
 
 
 @torch.no_grad()
@@ -173,24 +120,29 @@ def compressed_all_gather(
     Raises:
         ConfigError: a codec that needs a tensor table.
         UpdateError: dtypes or lengths that do not fit.
-        TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
+        AgreementError, TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
     """
-    single = isinstance(outputs, Tensor)
-    given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    _check([input, *given])
-    coder = flat_route(named_codec(codec)).coder_for(input.dtype)
-    link = Link(group, input.device)
-    sizes = [input.numel()] * link.size if single else [t.numel() for t in given]
-    fits = len(sizes) == link.size and sizes[link.rank] == input.numel()
-    if not fits or sum(t.numel() for t in given) != sum(sizes):
-        raise UpdateError(
-            f"expected outputs for {link.size} ranks with {input.numel()} elements at rank "
-            f"{link.rank}, got {[t.numel() for t in given]}"
-        )
-    if any(t.dtype != input.dtype for t in given):
-        raise UpdateError(f"expected outputs of {input.dtype}, got {[t.dtype for t in given]}")
-    if single:
-        _check_contiguous(given[0])
+    control = LinkChannel(control_link(group))
+    with alike(control, "compressed_all_gather") as terms:
+        given = _listed(outputs)
+        _check([input, *given], seed)
+        coder = flat_route(named_codec(codec)).coder_for(input.dtype)
+        link = Link(group, input.device)
+        single = isinstance(outputs, Tensor)
+        sizes = [input.numel()] * link.size if single else [t.numel() for t in given]
+        fits = len(sizes) == link.size and sizes[link.rank] == input.numel()
+        if not fits or sum(t.numel() for t in given) != sum(sizes):
+            raise UpdateError(
+                f"expected outputs for {link.size} ranks with {input.numel()} elements at rank "
+                f"{link.rank}, got {[t.numel() for t in given]}"
+            )
+        if any(t.dtype != input.dtype for t in given):
+            raise UpdateError(f"expected outputs of {input.dtype}, got {[t.dtype for t in given]}")
+        if single:
+            _check_contiguous(given[0])
+        terms["codec"] = choice_text(codec)
+        terms["elements of each rank"] = ", ".join(map(str, sizes))
+        terms["dtype"], terms["seed"] = str(input.dtype), str(seed)
     link.meter.dense = input.numel() * input.element_size()
     out = given[0].view(-1) if single else torch.empty(sum(sizes), dtype=input.dtype)
     out = out.to(input.device)
@@ -205,12 +157,128 @@ def compressed_all_gather(
     if not single:
         for part, tensor in zip(torch.split(out, sizes), given, strict=True):
             tensor.copy_(part.view(tensor.shape))
-    return link.meter.traffic
+    return link.meter.traffic + control.link.meter.traffic
 
 
 def scatter_residual_numel(codec: Codec | str, numel: int, world: int) -> int:
     """Length of ``compressed_reduce_scatter``'s residual for outputs of ``numel`` elements."""
     return world * flat_route(named_codec(codec)).coder_for(torch.float32).residual_numel(numel)
+
+
+# -- for callers that know already that ranks agree -------------------------------------------
+
+
+@torch.no_grad()
+def all_reduce(
+    tensors: Tensor | Sequence[Tensor],
+    codec: Codec | str,
+    group: dist.ProcessGroup | None,
+    *,
+    seed: int,
+    residuals: Residuals | None = None,
+    agreed: bool = False,
+) -> Traffic:
+    """``compressed_all_reduce``; ``agreed``: ranks compare nothing."""
+    control = None if agreed else LinkChannel(control_link(group))
+    with alike(control, "compressed_all_reduce") as terms:
+        given = _listed(tensors)
+        _check(given, seed)
+        if residuals is not None and not isinstance(residuals, Residuals):
+            raise ConfigError(f"expected Residuals() or None, got {type(residuals).__name__}")
+        ways = _ways(codec, given) if given else []
+        link = Link(group, given[0].device) if given else control_link(group)
+        link.meter.dense = sum(t.numel() * t.element_size() for t in given)
+        pieces = []
+        for i, (tensor, way) in enumerate(zip(given, ways, strict=True)):
+            if link.size == 1:
+                break
+            values = tensor.reshape(-1).contiguous()
+            if way.projection is not None:
+                values = way.projection.code(values)
+            piece = Piece(
+                values,
+                way.coder_for(values.dtype),
+                out=values,
+                seed=derive_seed(seed, i),
+                turn=turn(str(i), link.size),
+            )
+            if residuals is not None:
+                piece.first, piece.second = residuals.of(
+                    str(i), values, piece.coder, link.rank, link.size
+                )
+            pieces.append(piece)
+        if control is not None:
+            terms["codec"] = choice_text(codec)
+            terms.update({f"tensor {i}": tensor_text(t) for i, t in enumerate(given)})
+            terms["seed"], terms["residuals"] = str(seed), _kept(residuals)
+    if pieces:
+        mean_of(pieces, link, context=seed)
+    for piece, tensor, way in zip(pieces, given, ways, strict=bool(pieces)):
+        mean = piece.out if way.projection is None else way.projection.values(piece.out)
+        if mean.data_ptr() != tensor.data_ptr():
+            tensor.copy_(mean.view(tensor.shape))
+    return link.meter.traffic + _spent(control)
+
+
+@torch.no_grad()
+def reduce_scatter(
+    output: Tensor,
+    input: Tensor,
+    codec: Codec | str,
+    group: dist.ProcessGroup | None,
+    *,
+    op: str,
+    seed: int,
+    residual: Tensor | None = None,
+    agreed: bool = False,
+) -> Traffic:
+    """``compressed_reduce_scatter``; ``agreed``: ranks compare nothing."""
+    control = None if agreed else LinkChannel(control_link(group))
+    with alike(control, "compressed_reduce_scatter") as terms:
+        if op not in ("mean", "sum"):
+            raise ConfigError(f"expected op of ['mean', 'sum'], got {op!r}")
+        _check([output, input], seed)
+        coder = flat_route(named_codec(codec)).coder_for(input.dtype)
+        link = Link(group, input.device)
+        n = output.numel()
+        if input.numel() != n * link.size or input.dtype != output.dtype:
+            raise UpdateError(
+                f"expected an input of {link.size} x {n} elements of {output.dtype}, got "
+                f"{input.numel()} of {input.dtype}"
+            )
+        _check_contiguous(output, input)
+        expected = link.size * coder.residual_numel(n)
+        if residual is not None and link.size > 1:
+            if residual.numel() != expected:
+                raise ConfigError(
+                    f"expected a residual of {expected} values, got {residual.numel()}"
+                )
+            if residual.dtype is not torch.float32:
+                raise ConfigError(f"expected a residual of float32, got {residual.dtype}")
+        if control is not None:
+            terms["codec"], terms["output"] = choice_text(codec), tensor_text(output)
+            terms["op"], terms["seed"], terms["residual"] = op, str(seed), _kept(residual)
+    link.meter.dense = input.numel() * input.element_size()
+    if link.size == 1:
+        output.copy_(input.view(output.shape))
+        return link.meter.traffic
+    flat = input.view(-1)
+    first = None if residual is None else list(torch.split(residual, coder.residual_numel(n)))
+    piece = Piece(flat, coder, flat, derive_seed(seed), first=first)
+    cuts = [(r * n, (r + 1) * n) for r in range(link.size)]
+    mean = TwoShot([piece], link, seed, [cuts]).reduce()[0]
+    if op == "sum":
+        mean *= link.size
+    output.view(-1).copy_(coder.narrow(mean, output.dtype))
+    return link.meter.traffic + _spent(control)
+
+
+def _kept(residuals: object) -> str:
+    return "none" if residuals is None else "kept"
+
+
+def _spent(control: LinkChannel | None) -> Traffic:
+    return Traffic() if control is None else control.link.meter.traffic
 
 
 def _ways(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
@@ -227,12 +295,30 @@ def _ways(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
     return [ways[n] for n in names]
 
 
-def _check(tensors: list[Tensor]) -> None:
+def _check(tensors: list[Tensor], seed: object) -> None:
+    check_seed(seed)
     for t in tensors:
-        if t.layout is not torch.strided or not t.is_floating_point():
-            raise UpdateError(f"expected dense floating tensors, got {t.dtype} {t.layout}")
+        if not isinstance(t, Tensor):
+            raise UpdateError(f"expected tensors, got {type(t).__name__}")
+        if is_dtensor(t):
+            raise UpdateError("expected plain tensors, got a DTensor: pass its to_local()")
+        if t.layout is not torch.strided or t.dtype not in FLOATS or t.is_meta:
+            raise UpdateError(
+                "expected dense floating tensors of fp32, fp64, fp16 or bf16, got "
+                f"{t.dtype} {t.layout} on {t.device}"
+            )
+        if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+            raise UpdateError("expected tensors that own their elements, got an expanded one")
     if len({t.device for t in tensors}) > 1:
         raise UpdateError(f"expected one device, got {sorted({str(t.device) for t in tensors})}")
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if not isinstance(tensors, Sequence):
+        raise UpdateError(f"expected a tensor or a sequence of them, got {type(tensors).__name__}")
+    return list(tensors)
 
 
 def _check_contiguous(*tensors: Tensor) -> None:

@@ -11,8 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcodec.codecs.base import Codec
 from gradcodec.distributed import fsdp1, fsdp2
+from gradcodec.distributed.agreement import LinkChannel, alike
 from gradcodec.distributed.backend import CompressedGroup
+from gradcodec.distributed.handed import check_options
 from gradcodec.distributed.hook import compress_hook
+from gradcodec.distributed.link import control_link
 from gradcodec.distributed.sharded import ShardedState
 from gradcodec.distributed.state import CompressState
 from gradcodec.errors import ConfigError
@@ -27,7 +30,7 @@ def compress(
     replicas: DeviceMesh | dist.ProcessGroup | None = None,
     **options: Any,
 ) -> CompressState | ShardedState | CompressedGroup:
-    """Compress the gradients of a wrapped model; call it once, after wrapping, before training.
+    """Compress the gradients of a wrapped model; all ranks call it once, after wrapping.
 
     ========================================  ===================================================
     what the model is                          what is compressed
@@ -55,18 +58,21 @@ def compress(
 
     Raises:
         ConfigError: the model cannot be compressed; the message says why and what can.
+        AgreementError: ranks came with different models or settings, or one of them refused.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError("expected an initialised process group: call init_process_group first")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected the wrapped model, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)
     if replicas is not None and not fsdp2.is_fsdp2(model):
         raise ConfigError(
             f"replicas= is for models that fully_shard shards, got {type(model).__name__}"
         )
     if isinstance(model, DistributedDataParallel):
-        return _ddp(model, codec or DEFAULT_CODEC, options)
+        return _ddp(model, DEFAULT_CODEC if codec is None else codec, options)
     if fsdp1.is_fsdp1(model):
-        return _fsdp1(model, codec or DEFAULT_CODEC, options)
+        return _fsdp1(model, DEFAULT_CODEC if codec is None else codec, options)
     if fsdp2.is_fsdp2(model):
         return _fsdp2(model, codec, replicas, options)
     raise ConfigError(_why_not(model))
@@ -75,6 +81,16 @@ def compress(
 def _ddp(
     model: DistributedDataParallel, codec: Codec | str, options: dict[str, Any]
 ) -> CompressState:
+    # Compared as well: where one rank refuses, the others must not wait for it.
+    with alike(LinkChannel(control_link(model.process_group)), "compress"):
+        _check_ddp(model, options)
+    state = CompressState(model, codec=codec, process_group=model.process_group, **options)
+    model.register_comm_hook(state, compress_hook)
+    return state
+
+
+def _check_ddp(model: DistributedDataParallel, options: dict[str, Any]) -> None:
+    check_options("compress of DistributedDataParallel", CompressState, options)
     if getattr(model, "_use_python_reducer", False):
         raise ConfigError(
             "torch._dynamo.config.optimize_ddp is 'python_reducer': DDP then reduces parameter by "
@@ -88,14 +104,12 @@ def _ddp(
             f"DDP has one slot for a communication hook and no way to empty it; {who} has taken "
             "it: wrap anew without it (for mixed precision use torch.autocast)"
         )
-    state = CompressState(model, codec=codec, process_group=model.process_group, **options)
-    model.register_comm_hook(state, compress_hook)
-    return state
 
 
 def _fsdp1(model: nn.Module, codec: Codec | str, options: dict[str, Any]) -> ShardedState:
     if fsdp1.hook_taken(model):
         raise ConfigError("FSDP1 has one slot for a communication hook, and it is taken: wrap anew")
+    check_options("compress of FSDP1", ShardedState, options)
     state = fsdp1.sharded_state(model, codec=codec, **options)
     assert state is not None
     try:
@@ -121,10 +135,12 @@ def _fsdp2(
                 "shard on one dimension only: fully_shard(module, mesh=mesh['shard'])"
             )
         return _replicated_by_torch(replicated, codec, options)
+    codec = DEFAULT_CODEC if codec is None else codec
+    check_options("compress of a fully_shard model", ShardedState, options)
     if replicas is None:
-        return fsdp2.compress_sharded(model, units, codec=codec or DEFAULT_CODEC, **options)
+        return fsdp2.compress_sharded(model, units, codec=codec, **options)
     group = replicas.get_group() if isinstance(replicas, DeviceMesh) else replicas
-    return fsdp2.compress_replicas(model, units, group, codec=codec or DEFAULT_CODEC, **options)
+    return fsdp2.compress_replicas(model, units, group, codec=codec, **options)
 
 
 def _replicated_by_torch(

@@ -11,9 +11,10 @@ what becomes of a piece does not depend on which others share its message, as lo
 finite.
 
 A message is ``tag (4) | flags | bodies``, one body for each lane, each rounded up to 8 bytes. The
-tag is a checksum of what the sender believes is exchanged; flags mark parts of lanes that the codec
-refused because of NaN or Inf. If any rank flagged any part (all see all flags) one more swap of the
-same kind sends those parts as they are, fp32; their residuals stay as they were.
+tag is a checksum of what the sender believes is exchanged, and in which shot; flags mark parts of
+lanes that the codec refused because of NaN or Inf. If any rank flagged any part (all see all flags)
+one more swap of the same kind sends those parts as they are, fp32; their residuals stay as they
+were.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class TwoShot:
             pieces, cuts or [cut(p.values.numel(), link.size, p.coder.align) for p in pieces]
         )
         plan = [(p.values.numel(), p.coder.identity, p.turn) for p in pieces]
-        self.tag = zlib.crc32(repr((context, plan)).encode())
+        self.tags = [zlib.crc32(repr((context, plan, shot)).encode()) for shot in (1, 2)]
 
     # -- steps 1 and 2 --------------------------------------------------------------------
 
@@ -102,10 +103,10 @@ class TwoShot:
                     if lane.echo:
                         lane.note_lost(to, body)
                 messages.append(bodies)
-            sent = [message(self.tag, flags, bodies) for bodies in messages]
+            sent = [message(self.tags[0], flags, bodies) for bodies in messages]
         sizes = [lane.nbytes(link.rank) for lane in lanes]
         came = link.swap(sent, [message_nbytes(flags.numel(), sizes)] * link.size)
-        parcels = [opened(m, self.tag, flags.numel(), sizes) for m in came]
+        parcels = [opened(m, self.tags[0], flags.numel(), sizes) for m in came]
         their_flags = torch.stack([f.view(flags.shape) for f, _ in parcels])
         raw = self._swap_raw_parts(their_flags) if bool(their_flags.any()) else {}
         with meter.phase("decode"):
@@ -165,10 +166,12 @@ class TwoShot:
                 bodies.append(_blank(lane, link.rank) if body is None else body)
                 if lane.echo:
                     lane.note_lost_of_mean(link.rank, mean, body)
-            mine = message(self.tag, flags, bodies)
+            mine = message(self.tags[1], flags, bodies)
         sizes = [[lane.nbytes(source) for lane in lanes] for source in range(link.size)]
         came = link.swap([mine] * link.size, [message_nbytes(flags.numel(), s) for s in sizes])
-        parcels = [opened(m, self.tag, flags.numel(), s) for m, s in zip(came, sizes, strict=True)]
+        parcels = [
+            opened(m, self.tags[1], flags.numel(), s) for m, s in zip(came, sizes, strict=True)
+        ]
         their_flags = torch.stack([f for f, _ in parcels])
         raw = self._swap_raw_means(means, their_flags) if bool(their_flags.any()) else {}
         with meter.phase("decode"):
@@ -248,8 +251,11 @@ def opened(received: Tensor, tag: int, flags: int, sizes: list[int]) -> tuple[Te
     """Flags ``[flags]`` and bodies of a message.
 
     Raises:
-        MalformedBodyError: another tag: the sender exchanges something else.
+        MalformedBodyError: another length or tag: the sender exchanges something else.
     """
+    expected = message_nbytes(flags, sizes)
+    if received.numel() != expected:
+        raise MalformedBodyError(f"expected a message of {expected} bytes, got {received.numel()}")
     at = padded(4 + -(-flags // 8))
     head = received[:at].cpu().numpy().tobytes()
     theirs = int.from_bytes(head[:4], "little")

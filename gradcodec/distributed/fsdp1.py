@@ -8,13 +8,14 @@ all touched in this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gradcodec.distributed.sharded import ShardedState, Unit
+from gradcodec.distributed.handed import check_dtype
+from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 
@@ -39,7 +40,9 @@ class UnitState:
         self.owner, self.unit, self.group = owner, unit, group
 
 
-def sharded_state(model: object, **options: Any) -> ShardedState | None:
+def sharded_state(
+    model: object, of_ddp: Mapping[str, object] | None = None, **options: Any
+) -> ShardedState | None:
     """The state of an FSDP1 model, or ``None`` of any other.
 
     Its units are the FSDP modules in the model, by their names. Whoever registers the state binds
@@ -47,6 +50,7 @@ def sharded_state(model: object, **options: Any) -> ShardedState | None:
 
     Args:
         model: perhaps a root ``FullyShardedDataParallel`` module.
+        of_ddp: what only DDP has, all ``None`` for such a module.
         options: those of ``ShardedState``.
 
     Raises:
@@ -55,6 +59,9 @@ def sharded_state(model: object, **options: Any) -> ShardedState | None:
     if not is_fsdp1(model):
         return None
     assert isinstance(model, nn.Module)
+    for option, value in (of_ddp or {}).items():
+        if value is not None:
+            raise ConfigError(f"{option}= is for DistributedDataParallel, got an FSDP1 model")
     units = dict(_fsdp_modules(model))
     for name, module in units.items():
         strategy = _private(module, "sharding_strategy").name
@@ -63,9 +70,16 @@ def sharded_state(model: object, **options: Any) -> ShardedState | None:
                 f"FSDP1 calls no communication hook under {strategy} (module {name!r}): use "
                 "fully_shard on the sharding mesh and compress(model, replicas=mesh['replicate'])"
             )
-    state = ShardedState(scattered=any(map(_is_sharded, units.values())), **options)
-    for name, module in units.items():
-        state.add(name, _parameter_names(name, module))
+    groups = [_private(module, "process_group") for module in units.values()]
+
+    def make() -> ShardedState:
+        made = ShardedState(scattered=any(map(_is_sharded, units.values())), **options)
+        for name, module in units.items():
+            check_dtype(name, _private(_private(module, "_handle"), "flat_param").dtype)
+            made.add(name, _parameter_names(name, module))
+        return made
+
+    state = agreed_state(make, groups)
 
     def first_forward(root: nn.Module, _: object) -> None:
         # Registration, which hands over one state for all modules, has happened by now.

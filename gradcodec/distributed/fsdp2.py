@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradcodec.distributed.fsdp1 import ROOT
-from gradcodec.distributed.sharded import ShardedState, Unit
+from gradcodec.distributed.handed import check_dtype
+from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 
@@ -59,6 +60,12 @@ class Managed:
     def replicas(self) -> dist.ProcessGroup:
         """The group of torch's own all-reduce."""
         found: dist.ProcessGroup = self.group.mesh_info.replicate_process_group
+        return found
+
+    @property
+    def shards(self) -> dist.ProcessGroup:
+        """The group of its reduce-scatter, where it is sharded."""
+        found: dist.ProcessGroup = self.group.mesh_info.shard_process_group
         return found
 
     def shard_numel(self) -> int:
@@ -184,9 +191,8 @@ class CompressedReplicaReduce:
     def __call__(self, reduce_output: Tensor) -> None:
         """Average ``[n]`` in place, or sum where a divide factor stands for the average."""
         whole = reduce_output.numel() == self.of.shard_numel()
-        self.state.all_reduce(self.unit, reduce_output, self.replicas, whole=whole)
-        if self.of.divide_factor() is not None:
-            reduce_output.mul_(self.replicas.size())
+        op = "mean" if self.of.divide_factor() is None else "sum"
+        self.state.all_reduce(self.unit, reduce_output, self.replicas, op=op, whole=whole)
 
 
 def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> ShardedState:
@@ -197,13 +203,17 @@ def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> 
     Raises:
         ConfigError: a module has a custom reduce-scatter already, or a setting is wrong.
     """
+
+    def make() -> ShardedState:
+        for one in units:
+            there = type(one.group._reduce_scatter_comm).__name__
+            if there != "DefaultReduceScatter":
+                raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
+        return _with_units(units, scattered=True, **options)
+
+    state = agreed_state(make, [one.shards for one in units])
     for one in units:
-        there = type(one.group._reduce_scatter_comm).__name__
-        if there != "DefaultReduceScatter":
-            raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
-    state = ShardedState(scattered=True, **options)
-    for one in units:
-        unit = state.add(one.name, one.parameters)
+        unit = state.units[one.name]
         one.module.set_custom_reduce_scatter(CompressedReduceScatter(state, unit, one))
         one.module.set_force_sum_reduction_for_comms(True)
     return state
@@ -220,14 +230,28 @@ def compress_replicas(
         ConfigError: a module has an all-reduce hook already, the replicas differ, or a setting is
             wrong.
     """
-    for one in units:
-        if one.group._all_reduce_hook is not None:
-            raise ConfigError(f"{one.name}: it has an all-reduce hook already")
+
+    def make() -> ShardedState:
+        for one in units:
+            if one.group._all_reduce_hook is not None:
+                raise ConfigError(f"{one.name}: it has an all-reduce hook already")
+        return _with_units(units, scattered=False, **options)
+
+    state = agreed_state(make, [replicas])
     _check_equal_start(model, replicas)
-    state = ShardedState(scattered=False, **options)
     for one in units:
-        unit = state.add(one.name, one.parameters)
+        unit = state.units[one.name]
         one.module.set_all_reduce_hook(CompressedReplicaReduce(state, unit, one, replicas))
+    return state
+
+
+def _with_units(units: list[Managed], **options: Any) -> ShardedState:
+    state = ShardedState(**options)
+    for one in units:
+        for p in one.group.fsdp_params:
+            if p.sharded_param.requires_grad:
+                check_dtype(f"{one.name}: {p._module_info.param_name}", p.sharded_param.dtype)
+        state.add(one.name, one.parameters)
     return state
 
 

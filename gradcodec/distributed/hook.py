@@ -31,7 +31,8 @@ def compress_hook(
     Raises:
         ConfigError: ``state`` is not a ``CompressState`` of this model, or the bucket comes from
             compiled autograd's ``python_reducer``, which hands over single gradients.
-        TrainingError: an earlier exchange failed.
+        AgreementError: ranks differ in what must be equal.
+        TrainingError: a rank is gone, or an earlier exchange failed.
     """
     if isinstance(bucket, Tensor):
         reduce_fsdp1(state, bucket, output)

@@ -11,8 +11,12 @@ from torch import Tensor
 from gradcodec.distributed.traffic import Meter
 from gradcodec.errors import ConfigError, TrainingError
 
-_TAG = 0x6763
-"""Of sends and receives, so that those of the caller's own program are not taken for ours."""
+_TAG = 1 << 30
+"""Of sends and receives, so that those of the caller's own program are not taken for ours.
+
+The length is added: gloo aborts a process to which more comes than it expects, but a message of
+another tag is just not the one it waits for, which ends with the group's timeout, as an error.
+"""
 
 
 class Link:
@@ -35,12 +39,10 @@ class Link:
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        if self.rank < 0:
-            raise ConfigError("expected a group that this process is a member of")
+        self.rank, self.size = place(group)
         self.device = carrier(group, device)
-        self._gloo = backends_of(group).get(self.device.type) == "gloo"
+        over_gloo = getattr(group, "over_gloo", False)  # as ``backend.CompressedGroup`` is
+        self._gloo = over_gloo or backends_of(group).get(self.device.type) == "gloo"
         self.meter = Meter()
 
     def swap(self, messages: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
@@ -76,7 +78,8 @@ class Link:
         except RuntimeError as err:
             raise TrainingError(
                 f"rank {self.rank} of {self.size}: an exchange of compressed gradients failed; "
-                f"another rank has died or did not come within the group's timeout ({err})"
+                "another rank has died, did not come within the group's timeout, or came with "
+                f"another call or another version of gradcodec ({err})"
             ) from err
         self.meter.wire += sum(gone)
         parts = list(torch.split(received.to(own.device), came))
@@ -87,18 +90,49 @@ class Link:
         """Every rank with every other at once; the nearest following one first."""
         others = [(self.rank + k) % self.size for k in range(1, self.size)]
         works = [
-            dist.irecv(received[r], group=self.group, group_src=r, tag=_TAG)
+            dist.irecv(received[r], group=self.group, group_src=r, tag=_tag(received[r]))
             for r in others
             if len(received[r])
         ]
         works += [
-            dist.isend(sent[r], group=self.group, group_dst=r, tag=_TAG)
+            dist.isend(sent[r], group=self.group, group_dst=r, tag=_tag(sent[r]))
             for r in others
             if len(sent[r])
         ]
         for work in works:
             assert work is not None
             work.wait()
+
+
+def _tag(message: Tensor) -> int:
+    return _TAG + len(message) % _TAG
+
+
+def control_link(group: dist.ProcessGroup | None) -> Link:
+    """A link for a few bytes about what follows, the same whatever tensors a rank was given."""
+    place(group)
+    backends = backends_of(group)
+    device = "cpu" if "cpu" in backends else next(iter(backends))
+    return Link(group, torch.device(device))
+
+
+def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Rank in the group and its size.
+
+    Raises:
+        ConfigError: there is no group yet, or this process is not in it.
+    """
+    if not dist.is_initialized():
+        raise ConfigError("torch.distributed is not initialised: call init_process_group first")
+    try:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as err:
+        raise ConfigError(
+            f"expected a process group, got {group!r}: of a mesh, pass mesh.get_group()"
+        ) from err
+    if rank < 0:
+        raise ConfigError("expected a process_group that this process is a member of")
+    return rank, size
 
 
 def carrier(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from gradcodec.codecs.base import Codec
 from gradcodec.distributed.adaptive import LowRank
+from gradcodec.distributed.handed import check_count
 from gradcodec.distributed.routes import RAW, Route, flat_route, named_codec, routes
 from gradcodec.errors import ConfigError
 
@@ -37,8 +38,10 @@ class Policy:
         min_numel: int,
         rules: Rules,
     ) -> None:
-        if type(min_numel) is not int or min_numel < 0:
-            raise ConfigError(f"expected min_numel of 0 or more, got {min_numel!r}")
+        check_count("min_numel", min_numel)
+        for choice in (codec, *(choice for _, choice in rules)):
+            if not isinstance(choice, LowRank) and choice != "lowrank":
+                named_codec(choice)  # raises for what is neither a codec nor its name
         for pattern, _ in rules:
             if not fnmatch.filter(shapes, pattern):
                 some = ", ".join(list(shapes)[:5])
@@ -50,9 +53,9 @@ class Policy:
             chosen[name] = named[0] if named else (None if small else codec)
         self.routes: dict[str, Route] = {}
         self.lowrank: dict[str, LowRank] = {}
-        for choice in {id(c): c for c in chosen.values()}.values():
-            mine = {n: shapes[n] for n, c in chosen.items() if c is choice}
-            self._assign(choice, mine)
+        for one in {id(c): c for c in chosen.values()}.values():
+            mine = {n: shapes[n] for n, c in chosen.items() if c is one}
+            self._assign(one, mine)
 
     def _assign(self, choice: Choice | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if choice == "lowrank":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,23 +14,16 @@ from gradcodec.distributed.adaptive import Follower
 from gradcodec.distributed.coders import RawCoder
 from gradcodec.distributed.exchange import mean_of
 from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.handed import check_tensor
 from gradcodec.distributed.link import Link
-from gradcodec.distributed.parts import derive_seed, turn
+from gradcodec.distributed.parts import cut, derive_seed, turn
 from gradcodec.distributed.pieces import Piece, has_any
 from gradcodec.distributed.policy import Policy
 from gradcodec.distributed.routes import Projection, Route
+from gradcodec.distributed.slots import Slot
 
 _BASIS = RawCoder(torch.bfloat16)
 """Of power iterations: rounding them changes which basis is taken, not what is lost."""
-
-
-@dataclass
-class Slot:
-    """A parameter's gradient in a bucket: its values in memory order and its view."""
-
-    name: str
-    flat: Tensor
-    view: Tensor
 
 
 @dataclass
@@ -102,6 +96,21 @@ class BucketReducer:
             for s in slots
         ]
         mean_of(pieces, link, context=step)
+
+    def check_residuals(self, state: Mapping[str, object], world: int) -> None:
+        """That the residuals of a loaded state are as long as those of its parameters are here.
+
+        Raises:
+            ConfigError: names one that is not.
+        """
+        for name, route in self.policy.routes.items():
+            key = f"first.{name}"
+            if key not in state or route.coder is None or name in self.followers:
+                continue
+            projection, coder = route.projection, route.coder
+            numel = math.prod(self.shapes[name]) if projection is None else projection.code_numel
+            parts = cut(numel, world, coder.align)
+            check_tensor(key, state[key], sum(coder.residual_numel(b - a) for a, b in parts))
 
     def _is_raw(self, name: str) -> bool:
         route = self.policy.routes[name]

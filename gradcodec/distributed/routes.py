@@ -17,6 +17,7 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Axis, Subspace
+from gradcodec.distributed.adaptive import LowRank
 from gradcodec.distributed.coders import CodecCoder, Coder, RawCoder
 from gradcodec.errors import ConfigError
 
@@ -32,6 +33,11 @@ class Projection:
     def _shape(self) -> tuple[int, int]:
         axis = self.axis
         return (axis.size, axis.other) if axis.left else (axis.other, axis.size)
+
+    @property
+    def code_numel(self) -> int:
+        """Length of a code."""
+        return self.basis.shape[1] * self.axis.other
 
     def code(self, values: Tensor) -> Tensor:
         """Flat gradient ``[n]`` -> flat code, fp32."""
@@ -74,8 +80,22 @@ RAW = Route()
 
 
 def named_codec(codec: Codec | str) -> Codec:
-    """A codec itself, or the one that ``make_codec`` knows under a name."""
-    return codec if isinstance(codec, Codec) else make_codec(codec)
+    """A codec itself, or the one that ``make_codec`` knows under a name.
+
+    Raises:
+        ConfigError: it is neither, or a scheme that is no codec.
+    """
+    if isinstance(codec, Codec):
+        return codec
+    if isinstance(codec, LowRank) or codec == "lowrank" or str(codec).split(":")[0] == "auto":
+        raise ConfigError(
+            f"expected a codec or its name, such as 'int4', got {codec!r}: low rank and 'auto' are "
+            "for DistributedDataParallel, as its codec=; low rank also in its rules"
+        )
+    if not isinstance(codec, str):
+        came = f"the class {codec.__name__}" if isinstance(codec, type) else repr(codec)
+        raise ConfigError(f"expected a codec object or a codec's name, such as 'int4', got {came}")
+    return make_codec(codec)
 
 
 def flat_route(codec: Codec, label: str | None = None) -> Route:

@@ -8,7 +8,7 @@ with the parameters that got gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.identity import Identity
-from gradcodec.distributed.collectives import (
-    compressed_all_reduce,
-    compressed_reduce_scatter,
-    scatter_residual_numel,
-)
+from gradcodec.distributed import terms
+from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
+from gradcodec.distributed.collectives import all_reduce, reduce_scatter, scatter_residual_numel
 from gradcodec.distributed.feedback import Residuals
+from gradcodec.distributed.handed import check_settings, check_state, rule_pairs
+from gradcodec.distributed.link import control_link
 from gradcodec.distributed.parts import derive_seed
 from gradcodec.distributed.routes import flat_route, named_codec, wants_feedback
 from gradcodec.distributed.traffic import Traffic
@@ -108,29 +108,25 @@ class ShardedState:
         seed: int = 0,
         log_every: int | None = None,
     ) -> None:
-        if error_feedback not in (True, False, "auto"):
-            raise ConfigError(
-                f"expected error_feedback of True, False or 'auto', got {error_feedback!r}"
-            )
-        for name, value in (("start_step", start_step), ("min_numel", min_numel)):
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"expected {name} >= 0, got {value!r}")
-        if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
-            raise ConfigError(f"expected log_every >= 1 or None, got {log_every!r}")
+        check_settings(
+            error_feedback=error_feedback,
+            seed=seed,
+            start_step=start_step,
+            min_numel=min_numel,
+            log_every=log_every,
+        )
         self.scattered, self.error_feedback = scattered, error_feedback
         self.start_step, self.min_numel = start_step, min_numel
         self.seed, self.log_every = seed, log_every
         self.default = self._choice(codec)
-        self.rules = [(pattern, self._choice(one)) for pattern, one in rules]
+        self.rules = [(pattern, self._choice(one)) for pattern, one in rule_pairs(rules)]
+        self._unused = {pattern for pattern, _ in self.rules}
         self.units: dict[str, Unit] = {}
+        self._agreed = Agreed()
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
 
     def _choice(self, codec: Codec | str) -> tuple[Codec, bool]:
         """A codec and whether it gets error feedback."""
-        if isinstance(codec, str) and codec.split(":")[0] == "auto":
-            raise ConfigError(
-                "codec='auto' measures DDP buckets; a sharded model needs a codec by name"
-            )
         if self.scattered and self.error_feedback == "auto" and isinstance(codec, str):
             codec = _UNBIASED.get(codec, codec)
         chosen = named_codec(codec)
@@ -147,13 +143,41 @@ class ShardedState:
             parameters: full names of the parameters in the unit; rules are matched with them too.
         """
         codec, feedback = self.default
+        fitting = []
         for pattern, choice in self.rules:
             named = bool(parameters) and all(fnmatchcase(p, pattern) for p in parameters)
             if named or fnmatchcase(name, pattern):
-                codec, feedback = choice
-                break
+                fitting.append(choice)
+                self._unused.discard(pattern)
+        if fitting:
+            codec, feedback = fitting[0]
         unit = self.units[name] = Unit(name, codec, feedback)
         return unit
+
+    def terms(self) -> dict[str, str]:
+        """What ranks that reduce with each other must have in common: settings and units.
+
+        Raises:
+            ConfigError: a rule fits none of the units.
+        """
+        if self._unused:
+            raise ConfigError(
+                f"rule {min(self._unused)!r} fits no unit, which takes the unit's name or those of "
+                f"all its parameters; there are {', '.join(list(self.units)[:5])}, ..."
+            )
+        return {
+            "codec": terms.codec_text(*self.default),
+            "error_feedback": str(self.error_feedback),
+            "start_step": str(self.start_step),
+            "min_numel": str(self.min_numel),
+            "rules": ", ".join(f"{p!r}: {terms.codec_text(*c)}" for p, c in self.rules),
+            "seed": str(self.seed),
+            "reduces": "scattered" if self.scattered else "to all",
+            **{
+                f"unit {i}": f"{u.name}: {terms.codec_text(u.codec, u.feedback)}"
+                for i, u in enumerate(self.units.values())
+            },
+        }
 
     # -- the two reductions -------------------------------------------------------------------
 
@@ -185,17 +209,31 @@ class ShardedState:
                 residual = self._scatter_residual(unit, output, group.size())
             else:
                 unit.partial += 1
+        asked = self._agree(unit, input, group, op, codec)
         self._measure(unit, input, codec)
-        traffic = compressed_reduce_scatter(
-            output, input, codec, group, op=op, seed=self._seed(unit), residual=residual
+        traffic = reduce_scatter(
+            output,
+            input,
+            codec,
+            group,
+            op=op,
+            seed=self._seed(unit),
+            residual=residual,
+            agreed=True,
         )
         world = group.size()
-        self._count(unit, traffic, (world - 1) * traffic.dense // world)
+        self._count(unit, traffic + asked, (world - 1) * traffic.dense // world)
 
     def all_reduce(
-        self, unit: Unit, tensor: Tensor, group: dist.ProcessGroup, *, whole: bool = True
+        self,
+        unit: Unit,
+        tensor: Tensor,
+        group: dist.ProcessGroup,
+        *,
+        op: str = "mean",
+        whole: bool = True,
     ) -> None:
-        """Replace a contiguous tensor by its mean over ``group``; ``whole`` as above."""
+        """Replace a contiguous tensor by its mean (or sum) over ``group``; ``whole`` as above."""
         codec = self._codec_now(unit, tensor.numel())
         residuals = None
         if unit.feedback and codec is not DENSE:
@@ -203,12 +241,37 @@ class ShardedState:
                 residuals = unit.reduce
             else:
                 unit.partial += 1
+        asked = self._agree(unit, tensor, group, op, codec)
         self._measure(unit, tensor, codec)
-        traffic = compressed_all_reduce(
-            tensor, codec, group, seed=self._seed(unit), residuals=residuals
+        traffic = all_reduce(
+            tensor, codec, group, seed=self._seed(unit), residuals=residuals, agreed=True
         )
         world = group.size()
-        self._count(unit, traffic, 2 * (world - 1) * traffic.dense // world)
+        if op == "sum":
+            tensor.mul_(world)
+        self._count(unit, traffic + asked, 2 * (world - 1) * traffic.dense // world)
+
+    def _agree(
+        self, unit: Unit, values: Tensor, group: dist.ProcessGroup, op: str, codec: Codec
+    ) -> Traffic:
+        """Before a reduction of another unit, length or kind than there was; what it moved."""
+        key = (unit.name, id(group), op, codec.digest, values.numel(), values.dtype)
+        if key in self._agreed:
+            return Traffic()
+        link = control_link(group)
+        self._agreed.ensure(
+            key,
+            link,
+            f"the gradients of {unit.name}",
+            lambda: {
+                "gradient": terms.tensor_text(values),
+                "op": op,
+                "codec": terms.choice_text(codec),
+                "step": str(unit.steps),
+                "seed": str(self.seed),
+            },
+        )
+        return link.meter.traffic
 
     def _codec_now(self, unit: Unit, numel: int) -> Codec:
         if unit.steps < self.start_step or numel < self.min_numel:
@@ -272,6 +335,11 @@ class ShardedState:
     # -- what is reported and kept ------------------------------------------------------------
 
     @property
+    def step(self) -> int:
+        """Steps so far, of the busiest unit."""
+        return max((u.steps for u in self.units.values()), default=0)
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes and seconds of all units so far."""
         total = Traffic()
@@ -293,7 +361,7 @@ class ShardedState:
         """
         total, units = self.traffic, self.units.values()
         return {
-            "steps": max((u.steps for u in units), default=0),
+            "steps": self.step,
             "dense_bytes": total.dense,
             "dense_wire_bytes": sum(u.dense_wire for u in units),
             "wire_bytes": total.wire,
@@ -324,17 +392,20 @@ class ShardedState:
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Inverse of ``state_dict``; call it after ``compress``, before the first backward.
 
+        All ranks load, and compare in the next reductions what they have loaded but for residuals.
         Residuals of another rank or world size, which belong to other parts of the model, are
         dropped with a warning: one step's rounding is lost.
 
         Raises:
             ConfigError: the units of the state are not those of this model.
         """
+        check_state(state)
         theirs = {k.removeprefix(_STEPS) for k in state if k.startswith(_STEPS)}
         if theirs != set(self.units):
             raise ConfigError(
                 f"expected the state of units {sorted(self.units)}, got {sorted(theirs)}"
             )
+        self._agreed.forget()
         world, rank = int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))
         known = (self.world, self.rank)
         same = (world, rank) == known
@@ -353,6 +424,26 @@ class ShardedState:
                 # Of the reducing group, which under HSDP is not the whole world.
                 within = {key: int(inner[key]) for key in (_RANK, _WORLD)}
                 unit.reduce.load_state_dict(inner, **within)
+
+
+def agreed_state(
+    make: Callable[[], ShardedState], groups: Sequence[dist.ProcessGroup]
+) -> ShardedState:
+    """A state with its units, compared with those of the ranks that it will reduce with.
+
+    Args:
+        make: the state; a refusal of one rank is told to all.
+        groups: of the units; each is asked once, in their order.
+
+    Raises:
+        AgreementError: ranks came with different settings or units.
+    """
+    state: ShardedState | None = None
+    for group in {id(g): g for g in groups}.values():
+        with alike(LinkChannel(control_link(group)), "compress") as mine:
+            state = state or make()
+            mine.update(state.terms())
+    return state or make()
 
 
 def _residual_nbytes(unit: Unit) -> int:

@@ -12,16 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcodec.distributed import shims
+from gradcodec.distributed import shims, terms
+from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
 from gradcodec.distributed.auto import Choice as AutoChoice
 from gradcodec.distributed.fsdp1 import sharded_state
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.handed import (
+    check_count,
+    check_settings,
+    check_state,
+    real_shape,
+    rule_pairs,
+    trainable,
+)
+from gradcodec.distributed.link import Link, control_link, place
 from gradcodec.distributed.policy import Choice, Policy, Rules
-from gradcodec.distributed.reducer import BucketReducer, Slot
+from gradcodec.distributed.reducer import BucketReducer
+from gradcodec.distributed.slots import Named, Slot
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.distributed.worker import Worker
 from gradcodec.errors import ConfigError, TrainingError
-from gradcodec.parameters import NamedParameters, named_parameters
+from gradcodec.parameters import NamedParameters
 
 logger = logging.getLogger("gradcodec.distributed")
 
@@ -29,6 +39,8 @@ Future = torch.futures.Future
 
 AUTO = "auto"
 _AUTO_CODEC = "int4"
+_WHAT = "CompressState"
+_KEYS = ("step", "seed", "auto", "world", "rank")
 
 
 class CompressState:
@@ -38,8 +50,11 @@ class CompressState:
         ddp.register_comm_hook(state, compress_hook)
 
     Every parameter is coded by itself and cut among the ranks by its name, so that results do not
-    depend on buckets; residuals belong to names. All ranks construct it with equal arguments and
-    get gradients with equal bits.
+    depend on buckets; residuals belong to names. All ranks construct it together, with equal
+    arguments (``log_every`` and ``nmse_every`` may differ), and get gradients with equal bits.
+    Where something differs that must not, all of them raise the same ``AgreementError``: when the
+    state is made, or in the first step if there is no process group before; and wherever a bucket
+    comes that was not there before, so that models that go different ways are found out as well.
 
     Args:
         model: the model (plain, compiled or in ``DistributedDataParallel``), or named parameters.
@@ -61,6 +76,7 @@ class CompressState:
 
     Raises:
         ConfigError: a setting is wrong, or a rule matches nothing.
+        AgreementError: ranks came with different models or settings.
 
     What to know:
 
@@ -91,6 +107,7 @@ class CompressState:
         #: there, without buckets or a thread.
         self.sharded = sharded_state(
             model,
+            {"process_group": process_group, "nmse_every": nmse_every},
             codec=codec,
             error_feedback=error_feedback,
             start_step=start_step,
@@ -99,79 +116,100 @@ class CompressState:
             seed=seed,
             log_every=log_every,
         )
+        self._worker: Worker | None = None
+        self._closed = False
         if self.sharded is not None:
             return
-        if error_feedback not in (True, False, AUTO):
-            raise ConfigError(
-                f"expected error_feedback of True, False or 'auto', got {error_feedback!r}"
-            )
-        if type(start_step) is not int or start_step < 0:
-            raise ConfigError(f"expected start_step of 0 or more, got {start_step!r}")
-        for name, every in (("log_every", log_every), ("nmse_every", nmse_every)):
-            if every is not None and (type(every) is not int or every < 1):
-                raise ConfigError(f"expected {name} of 1 or more or None, got {every!r}")
-        parameters = named_parameters(model)
-        self._names = {id(p): n for n, p in parameters.items()}
-        self._parameters = list(parameters.values())  # an id is only good while its object lives
-        shapes = {n: tuple(p.shape) for n, p in parameters.items()}
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         self.process_group = process_group
-        self.auto: AutoChoice | None = None
-        self.codec = codec
-        if isinstance(codec, str) and codec.split(":")[0] == AUTO:
-            self.auto = AutoChoice()
-            codec = codec.partition(":")[2] or _AUTO_CODEC
+        with alike(self._channel(), _WHAT) as mine:
+            check_settings(
+                error_feedback=error_feedback,
+                seed=seed,
+                start_step=start_step,
+                log_every=log_every,
+                nmse_every=nmse_every,
+            )
+            rules = rule_pairs(rules)
+            parameters = trainable(model)
+            shapes = {n: real_shape(p) for n, p in parameters.items()}
+            self.codec = codec
+            self.auto: AutoChoice | None = None
+            if isinstance(codec, str) and codec.split(":")[0] == AUTO:
+                self.auto = AutoChoice()
+                codec = _AUTO_CODEC if codec == AUTO else codec.partition(":")[2]
+            feedback = None if error_feedback == AUTO else bool(error_feedback)
+            policy = Policy(shapes, codec, min_numel, rules)
+            self._terms = {
+                "codec": (f"{AUTO}, " if self.auto else "") + terms.choice_text(codec),
+                "error_feedback": str(error_feedback),
+                "start_step": str(start_step),
+                "min_numel": str(min_numel),
+                "rules": terms.rules_text(rules),
+                "seed": str(seed),
+                **terms.parameter_terms(parameters, policy, feedback),
+            }
+            mine.update(self._terms)
+        self._named = Named(parameters)
         self.start_step = start_step
         self.log_every, self.nmse_every = log_every, nmse_every
-        feedback = None if error_feedback == AUTO else bool(error_feedback)
-        policy = Policy(shapes, codec, min_numel, rules)
         self.reducer = BucketReducer(policy, seed, feedback, shapes)
         # Nothing is coded anywhere, ``codec="fp32"``: then DDP's own all-reduce is the fastest way.
         self._exact = policy.exact and self.auto is None
-        self.step = 0
-        self.traffic = Traffic()
+        self._step = 0
+        self._traffic = Traffic()
         self._world = self._rank = 0
         self._pending: Mapping[str, Tensor | int] | None = None
         self._own_group: dist.ProcessGroup | None = None
-        self._worker: Worker | None = None
-        self._closed = False
         self._streams: dict[torch.device, Any] = {}
+        self._buckets = Agreed()
         if dist.is_initialized():
             self._start()
 
     # -- the hook's side: called by autograd, in bucket order ---------------------------------
 
     def submit(self, bucket: Any) -> Future[Tensor]:
-        """Enqueue a bucket; its future holds the bucket's buffer with the mean in it."""
+        """Enqueue a bucket; its future holds the bucket's buffer with the mean in it.
+
+        With the last one, wait for all: DDP does that next in any case, but of an error in a future
+        it keeps the message alone, in a ``RuntimeError``, where one that is raised here reaches the
+        caller of ``backward()`` as it is.
+        """
+        if self.sharded is not None:
+            raise ConfigError("the state of an FSDP1 model has no buckets; use compress(model)")
         self._start()
-        worker, step = self._worker, self.step
+        worker, step = self._worker, self._step
         if self._closed:
             raise TrainingError("the state was closed")
-        if worker is not None and worker.failure is not None:
-            raise TrainingError(f"an earlier exchange failed: {worker.failure}") from worker.failure
+        if worker is not None:
+            worker.check()
         buffer, last = bucket.buffer(), bool(bucket.is_last())
         compress = step >= self.start_step and (self.auto is None or self.auto.compress)
         plain = self.auto is not None and not compress and step >= self.start_step
         untouched = self._exact or (plain and self.auto is not None and not self.auto.measuring)
         if last:
-            self.step += 1
+            self._step += 1
         slots = []
         if not buffer.is_sparse:
-            slots = self._slots(buffer, bucket.parameters(), bucket.gradients())
+            slots = self._named.slots(bucket)
         future: Future[Tensor]
         if worker is None:  # a world of one
             future = Future()
             future.set_result(buffer)
             return future
-        if untouched and not buffer.is_sparse:
+        names = self._named.names(bucket)
+        key = (names, buffer.dtype, buffer.is_sparse)
+        if untouched and not buffer.is_sparse and key in self._buckets:
             future = self._plain(buffer)
             if last:
+                worker.finish()
                 self._log(step)
             return future
 
         def work() -> Tensor:
-            if buffer.is_sparse or plain:
+            self._agree(key, names, buffer, step, compress)
+            if buffer.is_sparse or plain or untouched:
                 mean = self._dense(buffer)
             else:
                 mean = self._reduce(buffer, slots, step, compress)
@@ -182,6 +220,8 @@ class CompressState:
         if buffer.device.type != "cuda":
             future = Future()
             worker.submit(work, future)
+            if last:
+                worker.finish()
             return future
         # The gradients are ready where autograd's stream is now. A future that knows its device
         # records an event on the stream that is current where it is completed, which is the
@@ -200,27 +240,14 @@ class CompressState:
             return work()
 
         worker.submit(work_on_stream, future)
+        if last:
+            worker.finish()
         return future
-
-    def _slots(self, buffer: Tensor, parameters: list[Tensor], views: list[Tensor]) -> list[Slot]:
-        slots, base = [], buffer.storage_offset()
-        for parameter, view in zip(parameters, views, strict=True):
-            name = self._names.get(id(parameter))
-            if name is None:
-                raise ConfigError(
-                    f"a parameter of shape {tuple(parameter.shape)} is not one that this state was "
-                    "made for; make it from the model that is trained, after changing the model"
-                )
-            at = view.storage_offset() - base
-            slots.append(Slot(name, buffer[at : at + view.numel()], view))
-        if sum(s.flat.numel() for s in slots) != buffer.numel():
-            raise ConfigError(f"expected a bucket of its parameters, got {buffer.numel()} elements")
-        return slots
 
     def _plain(self, buffer: Tensor) -> Future[Tensor]:
         """What ``DistributedDataParallel`` does without a hook; its seconds are not counted."""
         dense = buffer.numel() * buffer.element_size()
-        self.traffic += Traffic(dense, 2 * (self._world - 1) * dense // self._world)
+        self._traffic += Traffic(dense, 2 * (self._world - 1) * dense // self._world)
         buffer.div_(self._world)
         work = dist.all_reduce(buffer, group=self.process_group, async_op=True)
         assert work is not None
@@ -228,6 +255,29 @@ class CompressState:
         return future
 
     # -- the worker's side ------------------------------------------------------------------
+
+    def _agree(
+        self, key: object, names: Sequence[str], buffer: Tensor, step: int, compress: bool
+    ) -> None:
+        """Before a bucket that was not there before: DDP's first, rebuilt and resumed ones."""
+        if key in self._buckets:
+            return
+        link = control_link(self._own_group)
+        self._buckets.ensure(
+            key,
+            link,
+            "a bucket of gradients",
+            lambda: {
+                "parameters": ", ".join(names),
+                "gradients": terms.tensor_text(buffer),
+                "step": str(step),
+                "compressed": str(compress),
+                "decision of auto": str(self.auto and self.auto.decision),
+                "seed": str(self.reducer.seed),
+                **terms.follower_terms(self.reducer.followers, names),
+            },
+        )
+        self._traffic += link.meter.traffic
 
     def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, compress: bool) -> Tensor:
         link = Link(self._own_group, buffer.device)
@@ -237,7 +287,7 @@ class CompressState:
             self.reducer.reduce(slots, link, step, measure=measure)
         else:
             self.reducer.reduce_raw(slots, link, step)
-        self.traffic += link.meter.traffic
+        self._traffic += link.meter.traffic
         return buffer
 
     def _dense(self, buffer: Tensor) -> Tensor:
@@ -251,7 +301,7 @@ class CompressState:
             else:
                 buffer.div_(self._world)
             dist.all_reduce(buffer, group=self._own_group)
-        self.traffic += link.meter.traffic
+        self._traffic += link.meter.traffic
         return buffer
 
     def _step_done(self, step: int, device: torch.device) -> None:
@@ -281,14 +331,11 @@ class CompressState:
         """Make group and thread: at once, or at the first bucket if there is no group yet."""
         if self._world:
             return
-        if not dist.is_initialized():
-            raise ConfigError("torch.distributed is not initialised")
-        rank, self._world = (
-            dist.get_rank(self.process_group),
-            dist.get_world_size(self.process_group),
-        )
-        if rank < 0:
-            raise ConfigError("expected a process_group that this process is a member of")
+        rank, world = place(self.process_group)
+        if self._early:
+            with alike(self._channel(), _WHAT) as mine:
+                mine.update(self._terms)
+        self._world = world
         if self._world > 1:
             self._own_group = shims.sister_group(self.process_group)
             rank = dist.get_rank(self._own_group)
@@ -301,13 +348,28 @@ class CompressState:
             self._load(self._pending)
             self._pending = None
 
+    def _channel(self) -> LinkChannel | None:
+        """To the other ranks, by the group they share already; ``None`` before there is one."""
+        self._early = not dist.is_initialized()
+        return None if self._early else LinkChannel(control_link(self.process_group))
+
     def close(self) -> None:
-        """End the thread. The hook of a closed state raises."""
+        """End the thread. The hook of a closed state raises; FSDP1 has neither."""
         self._closed = True
         if self._worker is not None:
             self._worker.stop()
 
     # -- what it knows --------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps so far."""
+        return self._step if self.sharded is None else self.sharded.step
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes and seconds so far, of this rank."""
+        return self._traffic if self.sharded is None else self.sharded.traffic
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction, of this rank; plain numbers and strings.
@@ -358,6 +420,10 @@ class CompressState:
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Go on where ``state_dict`` was taken; buckets may be others.
 
+        All ranks load, between the same two steps. In the next one they compare what they have
+        loaded but for residuals, which belong to each rank, and raise ``AgreementError`` where it
+        differs.
+
         With another number of ranks, residuals of the first shot and of low-rank parameters are
         kept and those of owned parts dropped: training goes on, not to the bit.
 
@@ -367,11 +433,10 @@ class CompressState:
         if self.sharded is not None:
             self.sharded.load_state_dict(state)
             return
-        missing = [k for k in ("step", "seed") if k not in state]
-        if missing:
-            raise ConfigError(f"expected the keys 'step' and 'seed', {missing} are missing")
-        known = set(self._names.values())
-        strangers = [k for k in state if "." in k and k.partition(".")[2] not in known]
+        check_state(state, "step", "seed")
+        check_count("step", int(state["step"]))
+        known = self.reducer.shapes
+        strangers = [k for k in state if k not in _KEYS and k.partition(".")[2] not in known]
         if strangers:
             raise ConfigError(f"a state of other parameters: {strangers[0]!r} is not of this model")
         if self._world:
@@ -380,7 +445,9 @@ class CompressState:
             self._pending = dict(state)
 
     def _load(self, state: Mapping[str, Tensor | int]) -> None:
-        self.step = int(state["step"])
+        self.reducer.check_residuals(state, self._world)
+        self._buckets.forget()
+        self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
         self.reducer.residuals.load_state_dict(state, rank=self._rank, world=self._world)
         for name, follower in self.reducer.followers.items():

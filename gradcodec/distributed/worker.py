@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradcodec.errors import TrainingError
+
 logger = logging.getLogger("gradcodec.distributed")
 
 _POLL_SECONDS = 1.0
@@ -34,6 +36,9 @@ class Worker:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None]
         self._jobs = queue.SimpleQueue()
         self.failure: BaseException | None = None
+        self._told = False
+        self._waiting = 0
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="gradcodec-exchange", daemon=True)
         self._thread.start()
 
@@ -44,7 +49,33 @@ class Worker:
 
     def submit(self, job: Callable[[], Tensor], future: Future[Tensor]) -> None:
         """Do ``job`` after all earlier ones and complete ``future`` with its result or error."""
+        with self._changed:
+            self._waiting += 1
         self._jobs.put((job, future))
+
+    def check(self) -> None:
+        """Raise what went wrong, if something did: the error itself, once.
+
+        Raises:
+            TrainingError: it was raised before; what was exchanged since cannot be trusted.
+        """
+        if self.failure is None:
+            return
+        if not self._told:
+            self._told = True
+            raise self.failure
+        raise TrainingError(f"an earlier exchange failed: {self.failure}") from self.failure
+
+    def finish(self) -> None:
+        """Wait until every job is done, then ``check``."""
+        with self._changed:
+            while self._waiting:
+                if not self._changed.wait(_POLL_SECONDS) and not self.alive:
+                    raise TrainingError(
+                        "the thread that exchanges gradients has ended before they were exchanged: "
+                        "its state was closed, or the process group destroyed"
+                    )
+        self.check()
 
     def stop(self, timeout: float = 5.0) -> None:
         """End the thread after the jobs that are queued; gives up waiting after ``timeout``.
@@ -75,10 +106,13 @@ class Worker:
             # Whatever it is, the thread that waits for the future has to hear of it.
             except BaseException as err:
                 if self.failure is None:
-                    # DDP keeps only the message of an exception in a future.
+                    # With the traceback, which no future keeps.
                     logger.exception("gradcodec: an exchange of gradients failed")
                     self.failure = err
                 future.set_exception(err)  # type: ignore[arg-type]
             else:
                 future.set_result(result)
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
             del job, future

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from distributed.toy import sgd, train, wrapped
 
-from gradcodec.distributed import compressed_all_reduce
+from gradcodec.distributed import CompressState, compressed_all_reduce
+from gradcodec.distributed.link import Link
 from gradcodec.errors import TrainingError
 
 TIMEOUT = 12.0
@@ -41,6 +42,24 @@ def a_rank_that_hangs_is_an_error_within_the_timeout(rank: int, world: int) -> N
     with pytest.raises(TrainingError, match="timeout"):
         compressed_all_reduce(torch.ones(5000), "int4")
     assert TIMEOUT - 2 < time.monotonic() - start < TIMEOUT + 15
+
+
+def a_rank_that_dies_before_the_handshake_is_an_error(rank: int, world: int) -> None:
+    from distributed.toy import net
+
+    if rank == world - 1:
+        os._exit(0)
+    for act in (lambda: CompressState(net()), lambda: compressed_all_reduce(torch.ones(5), "int4")):
+        with pytest.raises(TrainingError, match="another rank has died"):
+            act()
+
+
+def messages_of_other_lengths_end_with_the_timeout(rank: int, world: int) -> None:
+    """And not with an aborted process: whoever gets past the handshake, as an old version does."""
+    link = Link(None, torch.device("cpu"))
+    sent = torch.zeros(100 + rank, dtype=torch.uint8)
+    with pytest.raises(TrainingError, match="another version of gradcodec"):
+        link.swap([[sent]] * world, [100 + rank] * world)
 
 
 def a_process_may_end_without_closing(rank: int, world: int) -> None:

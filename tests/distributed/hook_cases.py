@@ -441,6 +441,75 @@ def dtypes_may_be_mixed(rank: int, world: int) -> None:
             assert relative(came, exact[name]) < 2e-3, name
 
 
+class Waves(nn.Module):
+    """Complex parameters, also one in the same bucket that is smaller than ``min_numel``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.complex64) / WIDTH)
+        self.small = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex64) / WIDTH)
+        self.full = nn.Linear(WIDTH, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.full((x.to(self.wide.dtype) @ self.wide + self.small).abs())
+        return out
+
+
+def complex_parameters_train_as_pairs_of_real_numbers(rank: int, world: int) -> None:
+    def trained(codec: str | None, **options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        with wrapped(codec, model=Waves(), hook=codec is not None, **options) as (ddp, state):
+            train(ddp, range(3), torch.optim.SGD(ddp.parameters(), 0.05))
+            if state is not None and codec != "fp32":
+                assert "wide" in errors(state)
+            return [torch.view_as_real(p) if p.is_complex() else p for p in ddp.parameters()]
+
+    exact = trained(None)
+    for codec in ("fp32", "int8", "lowrank"):
+        came = trained(codec)
+        for mine, plain in zip(came, exact, strict=True):
+            assert all(torch.equal(mine, other) for other in everywhere(mine))
+            lost = relative(mine, plain)
+            assert lost < (1e-3 if codec == "int8" else 1.0)
+            if codec == "fp32" and world == 2:
+                assert torch.equal(mine, plain)
+    assert relative(trained("int8")[0], exact[0]) > 0
+
+
+class Others(nn.Module):
+    """A parameter without elements, one with one, a shared one, a frozen one of integers, fp64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.again = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.again.weight = self.first.weight
+        self.head = nn.Linear(WIDTH, 7, dtype=torch.float64)
+        self.none = nn.Parameter(torch.zeros(0, 5))
+        self.one = nn.Parameter(torch.ones(()))
+        self.counts = nn.Parameter(torch.arange(5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.again(torch.tanh(self.first(x))) * self.one + self.none.sum()
+        out: Tensor = self.head(y.double())
+        return out
+
+
+def parameters_may_be_of_any_size_or_shared(rank: int, world: int) -> None:
+    def trained(codec: Any, **options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        with wrapped(codec, model=Others(), hook=codec is not None, **options) as (ddp, _):
+            train(ddp, range(3), torch.optim.SGD(ddp.parameters(), 0.05))
+            return [p.detach().clone() for p in ddp.parameters()]
+
+    exact = trained(None)
+    for codec in ("fp32", "int8", LowRank(rank=1)):
+        for mine, plain in zip(trained(codec, min_numel=0), exact, strict=True):
+            assert all(torch.equal(mine, other) for other in everywhere(mine))
+            if isinstance(codec, str):
+                torch.testing.assert_close(mine, plain, rtol=0.02, atol=2e-3)
+
+
 # -- ways to wrap ------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ CASES = [
 
 #: Laws about more than one rank.
 NOT_ALONE = (
-    "ranks_that_disagree_are_told",
     "sub_groups_work_alone",
     "residuals_of_other_codecs_are_refused",
     "reduce_scatter_feeds_errors_back",

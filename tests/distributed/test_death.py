@@ -28,6 +28,18 @@ def test_a_rank_that_hangs_is_an_error_within_the_timeout() -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_before_the_handshake_is_an_error() -> None:
+    outcomes = others_of("a_rank_that_dies_before_the_handshake_is_an_error", 2, 60)
+    assert outcomes == [PASSED], "\n".join(outcomes)
+
+
+@pytest.mark.slow
+def test_messages_of_other_lengths_end_with_the_timeout() -> None:
+    outcome = others_of("messages_of_other_lengths_end_with_the_timeout", 2, 60)
+    assert outcome == [PASSED], "\n".join(outcome)
+
+
+@pytest.mark.slow
 def test_a_process_may_end_without_closing() -> None:
     case = "a_process_may_end_without_closing"
     outcome = run_world(death_cases.__name__, [case], 2, 80)[case]

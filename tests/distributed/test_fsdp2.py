@@ -169,7 +169,7 @@ def test_nan_is_seen_by_all_and_kept_out_of_residuals(quick: Results) -> None:
     [
         ("taken", "already"),
         ("codec", "int5"),
-        ("auto", "by name"),
+        ("auto", "for DistributedDataParallel"),
         ("feedback", "'yes'"),
         ("start", "-1"),
     ],
