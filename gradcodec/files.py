@@ -186,6 +186,8 @@ def _keep(path: Path) -> None:
     with suppress(OSError):
         os.link(path, beside)
         os.replace(beside, previous(path))
+        # Renaming one name of a file to another of the same file does nothing (POSIX).
+        beside.unlink(missing_ok=True)
 
 
 def previous(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ D2: for each scheme: federated LoRA from the same start, coded both ways --> los
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -263,10 +264,21 @@ class Experiment:
     # -- FAF ------------------------------------------------------------------------------------
 
     def run(self) -> list[Result]:
-        """Every scheme, or what is missing of them."""
+        """Every scheme, or what is missing of them.
+
+        Raises:
+            TrainingError: the base model itself has no finite loss.
+            ConfigError: a file of the run is damaged.
+            OSError: a file cannot be written; what was finished before is whole.
+        """
         trained = self.trained
         self._reset()
         start = self._task(self.d2, self.settings.rounds).evaluate()
+        if not math.isfinite(start):
+            raise TrainingError(
+                f"the held-out loss of {self.settings.model} before any training is {start}; where "
+                "its values leave the range of --dtype, choose float32"
+            )
         self.folder.log("start", loss=start)
         return [self._scheme(scheme, trained, start) for scheme in self.schemes]
 

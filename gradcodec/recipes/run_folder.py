@@ -123,8 +123,8 @@ class RunFolder:
                 if _line(row).encode() == line + b"\n":
                     rows.append(row)
                     continue
-            except (ValueError, TypeError, KeyError):  # UnicodeDecodeError is a ValueError
-                pass
+            except (ValueError, TypeError, KeyError, RecursionError):
+                pass  # UnicodeDecodeError is a ValueError
             if number < len(lines):  # the last one is empty, or was cut off
                 bad.append(number)
         if bad:
