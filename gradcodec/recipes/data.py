@@ -212,7 +212,7 @@ def dirichlet_partition(
     raise ConfigError(
         f"no Dirichlet draw out of {_PARTITION_ATTEMPTS} gave each of {clients} clients "
         f"{min_size} examples; the best one reached sizes {best}. "
-        "Use a larger alpha, fewer clients or a smaller min_size"
+        "Use a larger alpha (--dirichlet), fewer clients or a smaller min_size (--min-client)"
     )
 
 

@@ -186,7 +186,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return None
-        return files.load_json(path, f"delete it and resume, which makes it again, or {_ANEW}")
+        return files.load_json(path, f"delete it and resume, or {_ANEW}")
 
 
 _ANEW = "start anew in another folder (--out)"
