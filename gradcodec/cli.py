@@ -19,6 +19,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for what a user can put right (an error of this library, a file that
         cannot be read or written), 130 for Ctrl-C. Those are one line on stderr.
     """
+    options = argparse.Namespace(command=None)
+    try:
+        options = _parser().parse_args(arguments)
+        status = _run(options)
+        sys.stdout.flush()  # here, where a reader that has gone away can be reported
+    except GradcodecError as err:
+        return _fail(f"{type(err).__name__}: {err}", 2)
+    except BrokenPipeError:
+        _drop_output()
+        return _fail("nobody reads the output any more", 2)
+    except OSError as err:
+        _drop_output()
+        return _fail(f"{type(err).__name__}: {err}{_how_to_go_on(options)}", 2)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted{_how_to_go_on(options)}", 130)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gradcodec", description="Gradient-compression codecs for PyTorch."
     )
@@ -51,22 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(federated)
     tgap = commands.add_parser("tgap", help="gather gradients of a model and fit a codec")
     command.add_tgap_arguments(tgap)
-
-    options = parser.parse_args(arguments)
-    try:
-        status = _run(options)
-        sys.stdout.flush()  # here, where a reader that has gone away can be reported
-    except GradcodecError as err:
-        return _fail(f"{type(err).__name__}: {err}", 2)
-    except BrokenPipeError:
-        _drop_output()
-        return _fail("nobody reads the output any more", 2)
-    except OSError as err:
-        _drop_output()
-        return _fail(f"{type(err).__name__}: {err}{_how_to_go_on(options)}", 2)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted{_how_to_go_on(options)}", 130)
-    return status
+    return parser
 
 
 def _run(options: argparse.Namespace) -> int:

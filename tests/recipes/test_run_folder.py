@@ -248,6 +248,12 @@ def test_what_cannot_be_a_folder_is_named(what: str, said: str, tmp_path: Path) 
         RunFolder(path / "x" if what == "below a file" else path, CONFIG)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has a place closed to root")
+def test_a_place_where_nobody_may_write_is_named() -> None:
+    with pytest.raises(ConfigError, match="can be written to, got /proc/run"):
+        RunFolder("/proc/run", CONFIG)
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_folder_that_cannot_be_written_is_named(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
