@@ -80,9 +80,9 @@ class RunFolder:
             files.remove_temporaries(self.path)
         files.save_json(self.path / CONFIG, config)
         self._events = self.path / EVENTS
-        rows = self._read_events()
-        self._logged = {_key(row) for row in rows}
-        files.write_text(self._events, "".join(map(_line, rows)))
+        rows = {_key(row): row for row in reversed(self._read_events())}  # the first of each
+        self._logged = set(rows)
+        files.write_text(self._events, "".join(map(_line, reversed(rows.values()))))
 
     def _holds_results(self) -> bool:
         there = {p.name for p in self.path.iterdir() if not files.is_temporary(p.name)}
