@@ -118,7 +118,9 @@ def is_sealed(blob: bytes) -> bool:
 def damage(blob: bytes) -> str | None:
     """What is wrong with a sealed file's bytes, or ``None`` if they are as they were written."""
     found = list(_SEALED.finditer(blob))
-    if len(found) != 1:
+    if not found:
+        return f"no SHA-256 in its {len(blob)} bytes: cut short, or of an earlier version"
+    if len(found) > 1:
         return f"expected one SHA-256 in its {len(blob)} bytes, found {len(found)}"
     start, end = found[0].span(1)
     actual = hashlib.sha256(blob[:start])
