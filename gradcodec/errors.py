@@ -79,3 +79,7 @@ class MalformedBodyError(WireError):
 
 class CodecMismatchError(WireError):
     """The payload belongs to another codec, other weights, another update or another base."""
+
+
+class UnexpectedReplyError(CodecMismatchError):
+    """A well-formed reply that this round does not expect: not invited, late, or a second one."""

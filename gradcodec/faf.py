@@ -14,15 +14,19 @@ project's own reading of "AutoEncoder-involved", not the paper's algorithm.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from gradcodec.anchor import Anchor
 from gradcodec.codecs.base import Codec
-from gradcodec.errors import ConfigError
-from gradcodec.types import UpdateSpec
+from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.parameters import NamedParameters, all_parameters, gradient_of, sharded_by
+from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
 
@@ -41,17 +45,32 @@ class LatentOptimizer(torch.optim.Optimizer):
     norm of a step what it would be without a codec (``Codec.step_scales``), so a learning rate can
     be kept. Weight decay acts on ``w``, which pulls the update (not the parameters) to zero.
 
+    **What is found in the parameters is what training goes on from.** Values that somebody else
+    wrote since the last step (``load_state_dict``, ``clamp_``, an average of weights) are the new
+    anchor of their parameters, and later steps move on from there. The code is only what was
+    *learned*, so it does not hold such a change: from then on ``payload()`` does not lead from the
+    old anchor to the parameters, and ``anchored_at`` says so. In a federation call ``rebase()``
+    after loading a round's state, or make a new optimiser for the round.
+
+    Memory, beside the inner optimiser's for the code: the anchor in fp32 or wider and the values
+    written last in the parameters' dtype, together 8 bytes for a float32 parameter and 6 for a
+    bfloat16 one. Sparse gradients are made dense. The copy of an optimiser by ``copy.deepcopy`` or
+    pickling, alone or along with its model, trains on as that of any torch optimiser does.
+
     Args:
-        model: a module (its trainable parameters), or parameters by name; the names, shapes and
-            dtypes must be the codec's.
+        model: a module (its trainable parameters; DDP and ``torch.compile`` may wrap it), or
+            parameters by name; the names, shapes and dtypes must be the codec's.
         codec: a bound codec.
-        optimizer: a torch optimiser class.
+        optimizer: a torch optimiser class that can optimise one vector of dense gradients and
+            whose ``step`` needs no closure.
         scale: ``"auto"`` (``step_scales`` for all but plain SGD, whose step is already the
             projected gradient), or a number for all code values.
         defaults: the optimiser's own settings, ``lr`` and so on.
 
     Raises:
         UpdateError: the parameters are not the ones that the codec is bound to.
+        ConfigError: the codec is not bound, parameters are sharded or on several devices, or the
+            optimiser or a setting of it does not work here.
     """
 
     def __init__(
@@ -63,41 +82,54 @@ class LatentOptimizer(torch.optim.Optimizer):
         scale: str | float = "auto",
         **defaults: Any,
     ) -> None:
-        items = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-        self.named = {n: p for n, p in items if p.requires_grad}
+        if not isinstance(codec, Codec):
+            came = codec.__name__ if isinstance(codec, type) else repr(codec)
+            raise ConfigError(
+                f"expected a codec bound to the parameters, got {came}: "
+                "make_codec(name).bind(UpdateSpec.of(parameters)), or one that was fitted"
+            )
         self.codec = codec
         spec = codec._known_spec(None)
-        spec.check(self.named)
-        self.named = {t.name: self.named[t.name] for t in spec}
-        device = next(iter(self.named.values())).device
+        self.named = _trainable(model, spec)
+        self._anchor = Anchor(self.named)
+        device = self._anchor.device
         self.codec_on_device = codec.to(device)
         m = codec.code_numel(spec)
-        if scale == "auto":
-            plain = optimizer is torch.optim.SGD
-            self._scale = torch.ones(m) if plain else codec.step_scales()
-        elif isinstance(scale, int | float) and scale > 0:
-            self._scale = torch.full((m,), float(scale))
-        else:
-            raise ConfigError(f"expected scale 'auto' or a positive number, got {scale!r}")
-        self._scale = self._scale.to(device)
         self._w = torch.zeros(m, device=device)
-        self.inner = optimizer([self._w], **defaults)
+        self.inner = _made(optimizer, self._w, defaults)
+        self._scale = _scales(scale, codec, m, type(self.inner)).to(device)
+        #: The code at the anchor: zero until somebody else writes into the parameters.
+        self._since = torch.zeros(m, device=device)
+        self._offset = None if codec.linear else self._decode(self._since)
+        self._complete = False
         super().__init__(list(self.named.values()), dict(self.inner.defaults))
-        self._anchor = self._wide()
-        self._offset = self._decode(torch.zeros(m, device=device)) if not codec.linear else None
+        self._complete = True
 
     @property
     def code(self) -> Tensor:
-        """The code ``z`` ``[m]`` of everything learned since the anchor, fp32."""
+        """The code ``z`` ``[m]`` of everything learned since the start or ``rebase()``, fp32."""
         return self._scale * self._w
 
     def payload(self, *, seed: int = 0) -> Payload:
-        """The quantised code, ready to send.
+        """The quantised code, ready to send: what was learned, no change by others.
 
         Raises:
             NonFiniteError: training diverged to NaN or Inf.
         """
         return self.codec.write_code(self.code.cpu(), seed=seed)
+
+    def anchored_at(self, state: Update) -> bool:
+        """Whether ``state`` and the payload together are the parameters.
+
+        True if training started from exactly this state, at construction or ``rebase()``, and
+        nobody else has written into the parameters since the first step. It compares every value
+        once and needs no decoding as long as nothing was changed.
+
+        Args:
+            state: tensors by plain name, on any device; tensors of other names are not looked at.
+        """
+        self._take_in()
+        return not bool(self._since.any()) and self._anchor.equals(state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -105,64 +137,199 @@ class LatentOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Pull the gradients back to the code, step there, and write the parameters."""
+        """Pull the gradients back to the code, step there, and write the parameters.
+
+        Raises:
+            UpdateError: the parameters have another dtype or device since construction.
+            ConfigError: ``param_groups`` hold other parameters.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = {
-            n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in self.named.items()
-        }
+        self._take_in()
+        gradients = {}
+        for name, p in self.named.items():
+            gradient = gradient_of(p)
+            gradients[name] = torch.zeros_like(p) if gradient is None else gradient
         self._w.grad = self._scale * self.codec_on_device.pullback(self.code, gradients)
-        inner = self.inner.param_groups[0]
-        inner.update({k: v for k, v in self.param_groups[0].items() if k != "params"})
+        outer, inner = self.param_groups[0], self.inner.param_groups[0]
+        inner.update({k: v for k, v in outer.items() if k != "params"})
         self.inner.step()
-        self._write()
+        # And back: some optimisers count, or estimate their step, in the group.
+        outer.update({k: v for k, v in inner.items() if k != "params"})
+        self._anchor.write(self._moved())
         return loss
 
     @torch.no_grad()
     def rebase(self) -> None:
         """Make the current parameters the new anchor: the code starts at zero again.
 
-        The inner optimiser keeps its moments, which are in code space and so stay meaningful.
+        The inner optimiser keeps its moments, which are in code space and so stay meaningful. This
+        is how one optimiser serves many rounds of a federation: load the round's state, call this,
+        train, reply.
         """
-        self._anchor = self._wide()
+        self._check_parameters()
+        self._anchor.restart()
         self._w.zero_()
+        self._leave_from(torch.zeros_like(self._since))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the codec knows the parameters of the only group, and no others.
+
+        Raises:
+            ConfigError: always, once the optimiser is made.
+        """
+        if self._complete:
+            raise ConfigError(
+                f"the codec is of these {len(self.named)} parameters and no others: fit a codec "
+                "for all that are to be trained, and make a new LatentOptimizer"
+            )
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: the code, the anchor and the inner optimiser's state."""
+        self._take_in()
         return {
             "w": self._w.clone(),
-            "anchor": {n: t.clone() for n, t in self._anchor.items()},
+            "anchor": self._anchor.state_dict(),
+            "since": self._since.clone(),
             "inner": copy.deepcopy(self.inner.state_dict()),
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; also writes the parameters back to where they were."""
-        UpdateSpec.of(self._anchor).check(state_dict["anchor"])
-        self._w.copy_(state_dict["w"])
-        self._anchor = {n: state_dict["anchor"][n].to(t) for n, t in self._anchor.items()}
-        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
-        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
-            group.update(saved)
-        self._write()
+        """Inverse of ``state_dict``; also writes the parameters back to where they were.
 
-    def _wide(self) -> dict[str, Tensor]:
-        # At least fp32: in bf16 the small steps of an update would be rounded away one by one.
-        return {
-            n: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone()
-            for n, p in self.named.items()
-        }
+        Raises:
+            ConfigError: not the state of a ``LatentOptimizer`` with such a code.
+            UpdateError: it is of other parameters.
+        """
+        wanted = {"w", "anchor", "inner", "groups"}
+        if not wanted <= set(state_dict):
+            raise ConfigError(
+                f"expected the state of a LatentOptimizer with {sorted(wanted)}, "
+                f"got {sorted(state_dict)}"
+            )
+        w = state_dict["w"]
+        since = state_dict.get("since", torch.zeros_like(w))  # states of earlier versions have none
+        if w.shape != self._w.shape or since.shape != w.shape or len(state_dict["groups"]) != 1:
+            raise ConfigError(
+                f"expected a code of {self._w.numel()} values and one group, got "
+                f"{list(w.shape)} and {len(state_dict['groups'])}"
+            )
+        self._check_parameters()
+        start = self._anchor.checked(state_dict["anchor"])
+        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
+        self.param_groups[0].update(copy.deepcopy(state_dict["groups"][0]))
+        self._anchor.start = start
+        self._w.copy_(w)
+        self._leave_from(since.to(self._since))
+        self._anchor.write(self._moved())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class leaves out what is not its own, and so do copies and pickles.
+        mine = {k: v for k, v in self.__dict__.items() if k in _OWN}
+        return {**super().__getstate__(), **mine}
 
     def _decode(self, z: Tensor) -> dict[str, Tensor]:
         return self.codec_on_device.from_code(z)
 
-    def _write(self) -> None:
+    def _moved(self) -> dict[str, Tensor]:
+        """How far the code has moved the parameters from the anchor."""
+        if self._offset is None:
+            return {n: t.float() for n, t in self._decode(self.code - self._since).items()}
         dense = self._decode(self.code)
-        for name, p in self.named.items():
-            moved = dense[name].float()
-            if self._offset is not None:
-                moved = moved - self._offset[name].float()
-            p.copy_(self._anchor[name] + moved)
+        return {n: t.float() - self._offset[n].float() for n, t in dense.items()}
+
+    @torch.no_grad()
+    def _take_in(self) -> None:
+        """Go on from what others wrote into the parameters."""
+        self._check_parameters()
+        if self._anchor.touched():
+            self._anchor.settle(self._moved())
+            self._leave_from(self.code)
+
+    def _leave_from(self, z: Tensor) -> None:
+        """The parameters are at the anchor when the code is ``z``."""
+        self._since = z
+        self._offset = None if self.codec.linear else self._decode(z)
+
+    def _check_parameters(self) -> None:
+        held = [id(p) for group in self.param_groups for p in group["params"]]
+        if held != [id(p) for p in self.named.values()]:
+            raise ConfigError(
+                f"param_groups hold other parameters than the {len(self.named)} that the codec is "
+                "of: make the LatentOptimizer after wrapping, sharding or replacing parameters"
+            )
+        self._anchor.check()
+
+
+_OWN = (
+    "named",
+    "codec",
+    "codec_on_device",
+    "inner",
+    "_anchor",
+    "_complete",
+    "_offset",
+    "_scale",
+    "_since",
+    "_w",
+)
+
+
+def _trainable(source: NamedParameters, spec: UpdateSpec) -> dict[str, nn.Parameter]:
+    """The parameters of a spec, in its order."""
+    known = [t.name for t in spec]
+    found = all_parameters(source, known)
+    frozen = [n for n in known if n in found and not found[n].requires_grad]
+    if frozen:
+        raise UpdateError(
+            f"expected trainable parameters, {len(frozen)} of the codec's are frozen: {frozen[:3]}"
+        )
+    trainable = {n: p for n, p in found.items() if p.requires_grad}
+    for name, p in trainable.items():
+        if (kind := sharded_by(p)) is not None:
+            raise ConfigError(
+                f"expected whole parameters, {name!r} is sharded by {kind}: wrap the model by "
+                "DistributedDataParallel instead, or train it with an ordinary optimiser and "
+                "encode the difference of the gathered states"
+            )
+    spec.check(trainable)
+    return {n: trainable[n] for n in known}
+
+
+def _made(
+    optimizer: type[torch.optim.Optimizer], w: Tensor, defaults: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """The inner optimiser of one vector."""
+    wanted = "expected an optimiser class such as torch.optim.AdamW"
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        came = type(optimizer).__name__
+        raise ConfigError(f"{wanted} and its settings by name, got an instance of {came}")
+    name = getattr(optimizer, "__name__", repr(optimizer))
+    try:
+        inner = optimizer([w], **defaults)
+    except ValueError as err:
+        raise ConfigError(f"{name} does not take one vector of {w.numel()} values: {err}") from err
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ConfigError(f"{wanted}, got {name}, which makes a {type(inner).__name__}")
+    closure = inspect.signature(inner.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{name} evaluates the loss at points of its own, by a closure; {wanted}, which steps "
+            "by gradients alone"
+        )
+    if isinstance(inner, torch.optim.SparseAdam):
+        raise ConfigError(f"{name} takes sparse gradients only, a code's are dense; {wanted}")
+    return inner
+
+
+def _scales(scale: str | float, codec: Codec, m: int, kind: type) -> Tensor:
+    if scale == "auto":
+        return torch.ones(m) if kind is torch.optim.SGD else codec.step_scales()
+    if isinstance(scale, int | float) and scale is not True and 0 < scale < math.inf:
+        return torch.full((m,), float(scale))
+    raise ConfigError(f"expected scale 'auto' or a positive number, got {scale!r}")

@@ -45,6 +45,7 @@ CODEC_IDS: Final[dict[str, int]] = {
     "autoencoder": 6,
     "chain": 7,
     "rotsign": 8,
+    "per_tensor": 9,
 }
 
 FLAG_SPEC: Final = 1  # the tensor table is inside the payload

@@ -25,6 +25,7 @@ from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.cast import Cast, CastConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.per_tensor import PerTensor
 from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
 from gradcodec.codecs.subspace_groups import group_names
@@ -186,6 +187,12 @@ def autoencoder(
     return lambda spec: Autoencoder.initialised(config, spec, seed=2)
 
 
+def per_tensor(spec: UpdateSpec) -> Codec:
+    """Every other tensor in a codec of its own."""
+    names = [t.name for t in spec]
+    return PerTensor.of(spec, [(blockquant(4), names[::2]), (RotatedSign(), names[1::2])])
+
+
 def blockquant(bits: int, block: int = 256, **settings: Any) -> BlockQuant:
     return BlockQuant(BlockQuantConfig(bits, block, **settings))
 
@@ -287,6 +294,8 @@ CASES = [
         low=1.8,
         high=2.5,
     ),
+    # 3,841 values in 4 bits, 0.016; 1,117 in one, 0.57: together 0.141.
+    Case("per-tensor", per_tensor, low=0.11, high=0.17, needs_spec=True),
     # A random half of the dimensions holds half of the energy.
     Case("subspace-long", subspace("long"), low=0.4, high=0.6, needs_spec=True),
     Case("subspace-short", subspace("short", dtype="float32"), 0.4, 0.6, needs_spec=True),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("gradcodec._version", "gradcodec.errors", "gradcodec.files", "gradcodec.types"),
     1: (
+        "gradcodec.parameters",
         "gradcodec.layout",
         "gradcodec.wire",
         "gradcodec.reference",
@@ -26,7 +27,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "gradcodec.hub",
     ),
     2: ("gradcodec.codecs", "gradcodec.metrics"),
-    3: ("gradcodec.representation", "gradcodec.tgap", "gradcodec.faf", "gradcodec.describe"),
+    3: (
+        "gradcodec.representation",
+        "gradcodec.tgap",
+        "gradcodec.anchor",
+        "gradcodec.faf",
+        "gradcodec.describe",
+    ),
     4: ("gradcodec.federated", "gradcodec.distributed"),
     5: ("gradcodec",),  # the roof: public names only
     6: ("gradcodec.recipes", "gradcodec.cli"),

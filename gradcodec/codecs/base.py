@@ -159,6 +159,9 @@ class Codec(ABC):
         def decode(z: Tensor) -> Tensor:
             return layout.flatten_any(self.from_code(z), spec)
 
+        # What a codec caches on its first call must not be made inside the transform: such tensors
+        # can be neither copied nor pickled afterwards.
+        decode(torch.zeros(m))
         moved = torch.func.jvp(decode, (torch.zeros(m),), (signs,))[1]
         norm = float(moved.norm())
         return torch.full((m,), math.sqrt(spec.numel) / norm if norm else 1.0)

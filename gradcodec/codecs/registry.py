@@ -10,6 +10,7 @@ from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.cast import Cast, CastConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.per_tensor import PerTensor
 from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Subspace
 from gradcodec.codecs.topk import TopK, TopKConfig
@@ -19,7 +20,10 @@ from gradcodec.wire import CODEC_IDS
 
 _CLASSES = {
     c.Config.kind: c
-    for c in (Identity, Cast, BlockQuant, TopK, Subspace, Autoencoder, Chain, RotatedSign)
+    for c in (
+        *(Identity, Cast, BlockQuant, TopK, Subspace, Autoencoder, Chain, RotatedSign),
+        PerTensor,
+    )
 }
 
 if not set(_CLASSES) == set(_KINDS) == set(CODEC_IDS):

@@ -79,7 +79,11 @@ class RotatedSign(Codec):
         sent = y[:, : self.config.kept]
         total = sent.abs().sum(1, keepdim=True)
         energy = y.square().sum(1, keepdim=True)
-        scales = torch.where(total > 0, peak * energy / total.clamp_min(1e-30), 0.0)
+        some = total.clamp_min(1e-30)
+        scales = peak * energy / some
+        # The product of large values may leave fp32 where the scale does not.
+        scales = torch.where(torch.isfinite(scales), scales, peak * (energy / some))
+        scales = torch.where(total > 0, scales, 0.0)
         layout.check_finite(scales.to(torch.bfloat16), "rotsign scales")
         body = seed.to_bytes(_SEED_BYTES, "little") + wire.raw_bytes(scales.to(torch.bfloat16))
         return body + wire.raw_bytes(pack_bits((sent < 0).reshape(-1), 1))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from gradcodec.distributed.sharded import ShardedState, Unit
 from gradcodec.errors import ConfigError
+from gradcodec.parameters import plain_name
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 _HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 ROOT = "(root)"
 
 
@@ -30,14 +30,6 @@ def is_fsdp1(model: object) -> bool:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(model, FullyShardedDataParallel)
-
-
-def plain_name(name: str) -> str:
-    """A module or parameter name without what wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-        name = name.removesuffix(wrapper.rstrip("."))
-    return name.removesuffix(".")
 
 
 class UnitState:

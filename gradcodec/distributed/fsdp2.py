@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradcodec.distributed.fsdp1 import ROOT, plain_name
+from gradcodec.distributed.fsdp1 import ROOT
 from gradcodec.distributed.sharded import ShardedState, Unit
 from gradcodec.errors import ConfigError
+from gradcodec.parameters import plain_name
 
 _SETTERS = (
     "set_custom_reduce_scatter",

@@ -16,12 +16,12 @@ from gradcodec.distributed import shims
 from gradcodec.distributed.auto import Choice as AutoChoice
 from gradcodec.distributed.fsdp1 import sharded_state
 from gradcodec.distributed.link import Link
-from gradcodec.distributed.named import NamedParameters, named_parameters
 from gradcodec.distributed.policy import Choice, Policy, Rules
 from gradcodec.distributed.reducer import BucketReducer, Slot
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.distributed.worker import Worker
 from gradcodec.errors import ConfigError, TrainingError
+from gradcodec.parameters import NamedParameters, named_parameters
 
 logger = logging.getLogger("gradcodec.distributed")
 

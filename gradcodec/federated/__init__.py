@@ -9,8 +9,9 @@ encodes what was trained; ``loop`` is the plain loop around them; ``checkpoint``
 
 from gradcodec.federated.auto import AutoClient, AutoConfig, AutoServer, server_for
 from gradcodec.federated.client import Client
+from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.loop import Federation, LocalResult, LoopConfig, RoundReport, Task
-from gradcodec.federated.server import Server, ServerConfig
+from gradcodec.federated.server import Server
 
 __all__ = [
     "AutoClient",

@@ -15,8 +15,8 @@ from the stream alone; clients need to know the first one only.
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,17 +30,27 @@ from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.client import Client
-from gradcodec.federated.envelope import CODEC, INCREMENT, KINDS, SNAPSHOT, Broadcast, Reply
+from gradcodec.federated.config import ServerConfig, space_of
+from gradcodec.federated.envelope import (
+    CODEC,
+    INCREMENT,
+    KINDS,
+    SNAPSHOT,
+    Broadcast,
+    Part,
+    part_nbytes,
+)
+from gradcodec.federated.participants import ClientId, in_order
 from gradcodec.federated.replica import Replica
-from gradcodec.federated.server import Server, ServerConfig, space_of
+from gradcodec.federated.server import Server, as_tensor
 from gradcodec.federated.switch import Switch
+from gradcodec.federated.tensors import Split, State
 from gradcodec.tgap import SignalMoments, fit_subspace
 from gradcodec.types import Update
 from gradcodec.wire import Payload
 
-Parts = list[tuple[int, bytes]]
+Parts = list[Part]
 
-_PART_BYTES = 9  # kind and length of a part
 _LOUDEST = 1e15  # sums of squares beyond this may leave fp32; no fit looks at such a reply
 
 
@@ -149,17 +159,16 @@ class AutoServer(Server):
         ConfigError: the subspace's settings cannot be met by these tensors.
     """
 
-    def __init__(self, initial: Update, config: AutoConfig | None = None) -> None:
+    def __init__(self, initial: State, config: AutoConfig | None = None) -> None:
         self.auto = config or AutoConfig()
         uplink, downlink = self.auto.codecs()
         super().__init__(initial, uplink, downlink, self.auto.server("post"))
-        self.initial = self.replica.initial
+        self.initial, self._first = self.replica.initial, self.replica
         spec = self.replica.spec
         self._axes = {t.name: Axis.choose(t, self.auto.subspace) for t in spec if t.numel}
         # Now rather than after the first rounds: what fits depends on the shapes alone.
         allocate(spec, {n: torch.ones(a.size) for n, a in self._axes.items()}, self.auto.subspace)
         self._phases = [_Phase(0, None, self.increments)]
-        self._heard: dict[int, bytes] = {}
         self._rounds: list[tuple[int, list[bytes]]] = []  # fits before it, payloads of its replies
 
     @property
@@ -167,22 +176,14 @@ class AutoServer(Server):
         """How often a subspace was fitted and sent."""
         return sum(p.switch is not None and p.switch.mode == "latent" for p in self._phases)
 
-    def client(self, number: int, version: int = 0) -> AutoClient:
+    def client(self, number: ClientId, version: int = 0) -> AutoClient:
         """A client of this federation in this process, at the state of round ``version``."""
-        client = AutoClient(number, self.initial, self.auto)
-        client.replica.initial = self.initial
-        client.receive(Broadcast(version, tuple(self._history(version))).to_bytes())
+        client = AutoClient(number, self._first.first, self.auto)
+        client.replica.share(self._first)
+        client.move(self._history(version), version, None)
+        if version >= self.kept_since:
+            client.replica.kept = self.replica.kept
         return client
-
-    def receive(self, blob: bytes) -> Reply:
-        """Take a reply of this round; see ``Server.receive``."""
-        reply = super().receive(blob)
-        if (
-            self.config.mode == "post"
-            and float(self._replies[reply.client][1].abs().max()) < _LOUDEST
-        ):
-            self._heard[reply.client] = reply.payload.to_bytes()
-        return reply
 
     def close_round(self) -> bytes:
         """Aggregate; then, if the next round has another codec, switch to it.
@@ -193,11 +194,16 @@ class AutoServer(Server):
         Raises:
             TrainingError: no reply was accepted, or the state would not be finite.
         """
+        post, replies = self.config.mode == "post", self._replies
         blob = super().close_round()
-        if len(self._heard) >= 2:
-            # In the order of client ids, so that arrival order does not matter.
-            self._rounds.append((self.fits, [self._heard[c] for c in sorted(self._heard)]))
-        self._heard = {}
+        # In the order of client ids, so that arrival order does not matter.
+        heard = [
+            replies[c].payload
+            for c in sorted(replies, key=in_order)
+            if post and c not in self.dropped and self._fits_squared(replies[c].payload)
+        ]
+        if len(heard) >= 2:
+            self._rounds.append((self.fits, [payload.to_bytes() for payload in heard]))
         untrained = self.auto.untrained(self.round)
         if untrained and self.config.mode == "latent":
             self._enter(self._switch(None))
@@ -215,8 +221,7 @@ class AutoServer(Server):
         For each codec that it has missed rounds of, the increments or a snapshot, and the next
         codec; or else the current codec with the state that it began at. All are exact.
         """
-        if not 0 <= version <= self.round:
-            raise ConfigError(f"expected a version of 0..{self.round}, got {version}")
+        self._check_version(version)
         parts: Parts = []
         here = max(i for i, p in enumerate(self._phases) if p.first <= version)
         for phase in self._phases[here:]:
@@ -224,7 +229,8 @@ class AutoServer(Server):
                 assert phase.switch is not None
                 parts.append((CODEC, phase.switch.to_bytes()))
             parts += self._steps(phase, max(version, phase.first))
-        led = Broadcast(self.round, tuple(parts)).to_bytes()
+        parts += self._values(version)
+        led = Broadcast(self.round, tuple(parts), self.replica.lineage).to_bytes()
         if len(self._phases) - here < 2 or len(led) <= self.replica.spec.nbytes:
             return led
         return min(led, self.broadcast_whole(), key=len)
@@ -238,8 +244,9 @@ class AutoServer(Server):
         phase = self._phases[-1]
         if phase.switch is None:
             return self.broadcast(0)
-        parts: Parts = [(CODEC, phase.switch.to_bytes(self.replica.initial))]
-        return Broadcast(self.round, tuple(parts + self._steps(phase, phase.first))).to_bytes()
+        parts: Parts = [(CODEC, phase.switch.to_bytes(self.replica.coded))]
+        parts += [*self._steps(phase, phase.first), *self._values(0)]
+        return Broadcast(self.round, tuple(parts), self.replica.lineage).to_bytes()
 
     def _steps(self, phase: _Phase, version: int) -> Parts:
         """The fewest bytes from ``version`` to the end of a phase."""
@@ -247,7 +254,8 @@ class AutoServer(Server):
         if len(missed) < 2:
             return missed
         end = self.replica.snapshot().to_bytes() if phase is self._phases[-1] else phase.end
-        return [(SNAPSHOT, end)] if end and _size([(SNAPSHOT, end)]) < _size(missed) else missed
+        whole: Parts = [(SNAPSHOT, end)]
+        return whole if end and part_nbytes(whole) < part_nbytes(missed) else missed
 
     def _history(self, version: int) -> Parts:
         """Every increment and codec up to a round."""
@@ -262,21 +270,29 @@ class AutoServer(Server):
 
     def _switch(self, transform: Subspace | None) -> Switch:
         mode = "post" if transform is None else "latent"
-        state = self.replica.state()
+        state = self.replica.moved()
         return Switch.to(*self.auto.codecs(transform), mode, self.round, state)
 
     @torch.no_grad()
     def _enter(self, switch: Switch) -> None:
         """Make the current state the origin of new codecs, read as every client reads them."""
-        state, before, phase = self.replica.state(), self.uplink, self._phases[-1]
-        codecs = switch.codecs(state)
+        replica, before, phase = self.replica, self.uplink, self._phases[-1]
+        codecs = switch.codecs(replica.moved())
         carried = [before.from_code(self.momentum), before.from_code(self.residual)]
         end = self.replica.snapshot().to_bytes()
-        if _size([(SNAPSHOT, end)]) < _size([(INCREMENT, b) for b in phase.increments]):
+        if part_nbytes([(SNAPSHOT, end)]) < part_nbytes([(INCREMENT, b) for b in phase.increments]):
             phase.end = end
-        self._begin(state, *codecs, self.auto.server(switch.mode), switch.first)
+        since, dropped = self.kept_since, self.dropped
+        parts = Split(tuple(replica.initial), replica.moved(), replica.kept)
+        self._begin(parts, *codecs, self.auto.server(switch.mode), switch.first)
+        self.kept_since, self.dropped = since, dropped
         self.momentum, self.residual = (self.uplink.to_code(value) for value in carried)
         self._phases.append(_Phase(switch.first, switch, self.increments))
+
+    def _fits_squared(self, payload: Payload) -> bool:
+        """Whether sums of squares of a reply stay in fp32."""
+        value = self._read(payload)
+        return not value.numel() or float(value.abs().max()) < _LOUDEST
 
     @torch.no_grad()
     def _fit(self) -> Subspace | None:
@@ -310,9 +326,9 @@ class AutoServer(Server):
         for at, (fits, replies) in enumerate(self._rounds):
             for i, blob in enumerate(replies):
                 blobs[f"seen.{at:06d}.{fits:06d}.{i:06d}"] = blob
-        out = {"momentum": self.momentum, "residual": self.residual}
+        out = {"momentum": self.momentum, "residual": self.residual, **self._kept_state()}
         for name, blob in blobs.items():
-            out[name] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+            out[name] = as_tensor(blob)
         return out
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -321,7 +337,7 @@ class AutoServer(Server):
         Raises:
             ConfigError, WireError: the state is another federation's; nothing is changed then.
         """
-        made = AutoServer(self.initial, self.auto)
+        made = AutoServer(self._first.first, self.auto)
         made.initial = self.initial
         try:
             blobs = {n: t.numpy().tobytes() for n, t in state.items() if "." in n}
@@ -332,7 +348,8 @@ class AutoServer(Server):
                     made._enter(Switch.from_bytes(coded))
                 if number < steps:
                     blob = blobs.pop(f"increment.{number:06d}")
-                    made.replica.advance(Payload.from_bytes(blob))
+                    blob = blob if "format" in state else made.replica.of_version_1(blob)
+                    made.replica.advance(blob)
                     made.increments.append(blob)
             last, reader = "", make_codec(self.auto.first).bind(made.replica.spec)
             for name in sorted(n for n in blobs if n.startswith("seen.")):
@@ -352,6 +369,7 @@ class AutoServer(Server):
                 raise ConfigError(
                     f"server state: expected {name} {list(mine.shape)}, got {list(came)}"
                 )
+        made.kept_since = self._load_kept(state, made.replica)
         made.momentum, made.residual = state["momentum"].clone(), state["residual"].clone()
         self.__dict__.update(made.__dict__)
 
@@ -368,10 +386,16 @@ class AutoClient(Client):
         config: as the server's; only ``first`` and ``first_down`` matter here.
     """
 
-    def __init__(self, number: int, initial: Update, config: AutoConfig | None = None) -> None:
+    def __init__(self, number: ClientId, initial: State, config: AutoConfig | None = None) -> None:
         self.auto = config or AutoConfig()
         uplink, downlink = self.auto.codecs()
         super().__init__(number, initial, uplink, downlink, self.auto.server("post"))
+        self._first = self.codec, self.config, self.replica.copy()
+
+    def reset(self) -> None:
+        """Go back to the initial state and the first codec; see ``Client.reset``."""
+        self.codec, self.config, first = self._first
+        self.replica = first.copy()
 
     def receive(self, blob: bytes) -> Update:
         """Move to the round of a broadcast, codecs included; returns the global state.
@@ -381,24 +405,37 @@ class AutoClient(Client):
                 is then as before.
         """
         message = Broadcast.from_bytes(blob, KINDS)
-        codec, config, replica = self.codec, self.config, copy.copy(self.replica)
-        switches = [Switch.from_bytes(part) for kind, part in message.parts if kind == CODEC]
-        ends = [*(s.first for s in switches), message.round]
+        self.replica.check_order(message)
+        self.move(message.parts, message.round, message.lineage, message.lineage is None)
+        return self.replica.state()
+
+    def move(
+        self,
+        parts: Sequence[Part],
+        until: int,
+        lineage: bytes | None,
+        version_1: bool = False,
+    ) -> None:
+        """Follow the parts of a broadcast, codecs included; arguments as of ``Replica.apply``."""
+        codec, config, replica = self.codec, self.config, self.replica.copy()
+        switches = [Switch.from_bytes(part) for kind, part in parts if kind == CODEC]
+        ends = [*(s.first for s in switches), until]
         whole = [i for i, switch in enumerate(switches) if switch.state]
         begin = whole[-1] + 1 if whole else 0  # a state makes what came before it needless
-        for i, steps in enumerate(_split(message.parts)):
+        for i, steps in enumerate(_split(parts)):
             if i < begin:
                 continue
             if i:
                 switch = switches[i - 1]
                 state = switch.whole_state(replica.spec)
-                state = replica.state() if state is None else state
+                state = replica.moved() if state is None else state
                 codec, downlink = switch.codecs(state)
                 config = self.auto.server(switch.mode)
-                replica = Replica(state, space_of(downlink, config), switch.first)
-            replica.apply(steps, ends[i])
+                parts_of = Split(tuple(replica.initial), dict(state), replica.kept)
+                replica = Replica(parts_of.whole, space_of(downlink, config), switch.first)
+            last = i == len(switches)
+            replica.apply(steps, ends[i], lineage if last else None, version_1)
         self.codec, self.config, self.replica = codec, config, replica
-        return self.replica.state()
 
 
 def server_for(
@@ -423,7 +460,7 @@ def server_for(
     return Server(initial, made, config=config if isinstance(config, ServerConfig) else None)
 
 
-def _split(parts: tuple[tuple[int, bytes], ...]) -> list[Parts]:
+def _split(parts: Sequence[Part]) -> list[Parts]:
     """The steps before, between and after the codecs of a broadcast."""
     out: list[Parts] = [[]]
     for kind, part in parts:
@@ -432,7 +469,3 @@ def _split(parts: tuple[tuple[int, bytes], ...]) -> list[Parts]:
         else:
             out[-1].append((kind, part))
     return out
-
-
-def _size(parts: Parts) -> int:
-    return sum(_PART_BYTES + len(part) for _, part in parts)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codecs.base import Codec
-from gradcodec.errors import EmptyClientError
+from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.faf import LatentOptimizer
+from gradcodec.federated.config import ServerConfig, codecs_for, space_of
 from gradcodec.federated.envelope import Reply
-from gradcodec.federated.replica import Replica, for_state
-from gradcodec.federated.server import ServerConfig, space_of
+from gradcodec.federated.participants import ClientId, client_id, example_count
+from gradcodec.federated.replica import Replica
+from gradcodec.federated.tensors import State, check_kept, check_rules, split, tensors_of
+from gradcodec.parameters import plain_names, unwrap_optimizer
 from gradcodec.representation import represent
-from gradcodec.types import Update
+from gradcodec.types import Update, UpdateSpec
+from gradcodec.wire import Payload
 
 
 class Client:
@@ -24,31 +32,34 @@ class Client:
         client = Client(7, initial, uplink, downlink, config)
         state = client.receive(server.broadcast(client.version))     # bytes -> named tensors
         ...                                                          # load them, train, any loop
-        blob = client.reply(model_tensors, examples=len(data))       # what to send back
+        blob = client.reply(model, examples=len(data))               # what to send back
 
     In latent mode make a ``LatentOptimizer(model, client.codec, ...)`` for the round and reply with
-    it instead of with tensors.
+    it instead of with the model.
 
     Args:
-        number: this client's id.
-        initial: the state that every participant derives by itself.
+        number: this client's id: a number of 0..2^64 - 1, or a name.
+        initial: the state that every participant derives by itself: a module, or tensors by name.
         uplink, downlink, config: as the server's.
-        version: the round that this client's state is of; ``receive`` brings it up to date.
+
+    Raises:
+        ConfigError, UpdateError: an id that is none, or tensors that cannot travel so.
     """
 
     def __init__(
         self,
-        number: int,
-        initial: Update,
+        number: ClientId,
+        initial: State,
         uplink: Codec,
         downlink: Codec | None = None,
         config: ServerConfig | None = None,
     ) -> None:
-        self.number = number
+        self.number = client_id(number)
         self.config = config or ServerConfig()
-        self.codec = for_state(uplink, initial)
-        broadcasts = self.codec if downlink is None else for_state(downlink, initial)
-        self.replica = Replica(initial, space_of(broadcasts, self.config))
+        parts = split(initial, self.config.rules)
+        check_rules(self.config.rules, parts.names)
+        self.codec, broadcasts = codecs_for(parts.coded, uplink, downlink, self.config)
+        self.replica = Replica(parts.whole, space_of(broadcasts, self.config))
 
     @property
     def version(self) -> int:
@@ -59,36 +70,107 @@ class Client:
         """Move to the round of a broadcast; returns the global state.
 
         Raises:
-            WireError: the bytes are damaged or belong to other codecs; the state is then as before.
+            CodecMismatchError: it belongs to another history than this client's; see ``reset``.
+            WireError: the bytes are damaged or belong to other codecs. The state is then as before.
         """
         self.replica.receive(blob)
         return self.replica.state()
 
-    def reply(self, trained: Update | LatentOptimizer, examples: int) -> bytes:
+    def reset(self) -> None:
+        """Go back to the initial state, from which any broadcast of version 0 leads on.
+
+        For a client whose server has lost rounds, or that has lost some itself.
+        """
+        self.replica = Replica(self.replica.initial, self.replica.space)
+
+    def reply(
+        self, trained: State | LatentOptimizer, examples: int, *, buffers: State | None = None
+    ) -> bytes:
         """The bytes of this round's reply.
 
         Args:
-            trained: the tensors after local training, or the latent optimiser that trained them.
+            trained: the module or its tensors after local training, or the latent optimiser that
+                trained them.
             examples: how many examples they were trained on; the weight of this reply.
+            buffers: with an optimiser, where the tensors that travel bit for bit (``split``) are:
+                the module or its tensors.
 
         Raises:
             EmptyClientError: no examples.
             NonFiniteError: training diverged to NaN or Inf.
             UpdateError: names, shapes or dtypes are not the state's.
+            ConfigError: an optimiser of another codec or another round, or one without ``buffers``
+                where some are needed.
         """
-        if examples < 1:
-            raise EmptyClientError(f"client {self.number}: expected at least one example, got none")
+        count = example_count(examples, f"client {self.number!r}")
+        trained = unwrap_optimizer(trained)
         if isinstance(trained, LatentOptimizer):
-            payload = trained.payload(seed=self._seed)
+            if buffers is None and self.replica.kept:
+                raise ConfigError(
+                    f"{next(iter(self.replica.kept))!r} travels bit for bit: reply(optimizer, "
+                    "examples, buffers=model)"
+                )
+            payload = self._trained_code(trained)
+            values = self._kept_values({} if buffers is None else tensors_of(buffers))
         else:
-            self.replica.spec.check(trained)
-            update = represent(self.config.representation, trained, self.replica.state())
+            tensors = self._checked(trained)
+            coded = {n: tensors[n].detach().cpu() for n in self.replica.coded}
+            update = represent(self.config.representation, coded, self.replica.moved())
             for name, t in update.items():
-                layout.check_finite(t, f"client {self.number}, {name}")
+                layout.check_finite(t, f"client {self.number!r}, {name}")
             payload = self.codec.encoder.encode(update, seed=self._seed)
-        return Reply(self.number, self.version, examples, payload).to_bytes()
+            values = self._kept_values(tensors)
+        payload = replace(payload, base=self.replica.digest)
+        return Reply(self.number, self.version, count, payload, values).to_bytes()
+
+    def _trained_code(self, optimizer: LatentOptimizer) -> Payload:
+        """The code that an optimiser of this round has trained."""
+        codec = optimizer.codec
+        if (codec.digest, codec.base) != (self.codec.digest, self.codec.base):
+            raise ConfigError(
+                f"client {self.number!r}: expected an optimiser of this client's codec, "
+                f"LatentOptimizer(model, client.codec, ...), got one of {codec}"
+            )
+        if not optimizer.anchored_at(self.replica.moved()):
+            raise ConfigError(
+                f"client {self.number!r}: what this optimiser has trained does not start at the "
+                f"state of round {self.version}, or somebody else has written into its parameters "
+                "since: load what receive() returned, then call optimizer.rebase() or make a new "
+                "LatentOptimizer, and train"
+            )
+        return optimizer.payload(seed=self._seed)
+
+    def _checked(self, trained: State) -> Update:
+        """The tensors of a trained state; ``UpdateError`` unless they are those of the global."""
+        if isinstance(trained, torch.optim.Optimizer):
+            raise UpdateError(
+                f"expected the trained module, its tensors or a LatentOptimizer, got "
+                f"{type(trained).__name__}"
+            )
+        tensors = plain_names(dict(tensors_of(trained)), self.replica.initial)
+        UpdateSpec.of(self.replica.initial).check(tensors)
+        return tensors
+
+    def _kept_values(self, tensors: Update) -> Payload | None:
+        """The tensors that travel bit for bit, if any of them has changed."""
+        before = self.replica.kept
+        if not before:
+            return None
+        now = {n: tensors[n].detach().cpu() for n in before if n in tensors}
+        UpdateSpec.of(before).check(now)
+        if all(_same_bits(now[n], t) for n, t in before.items()):
+            return None
+        check_kept(now, before, f"client {self.number!r}")
+        return self.replica.pack_kept(now)
 
     @property
     def _seed(self) -> int:
         """Of a stochastic codec: another one for each client, so that their errors average out."""
-        return zlib.crc32(struct.pack("<QQ", self.number, self.version))
+        who = self.number
+        name = who.encode() if isinstance(who, str) else struct.pack("<Q", who)
+        return zlib.crc32(name + struct.pack("<Q", self.version))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)

@@ -4,13 +4,21 @@ Where codes add, the position is kept *in code space*: ``theta = theta_init + De
 the sum of all broadcast codes. Every participant adds the same decoded numbers in the same order,
 so all replicas of one round are equal to the bit, and a late client needs one code vector, not a
 model.
+
+A state is pinned by how it came about, its *lineage*: the digest of the initial state, then that of
+the last increment's bytes, which hold the lineage before them. Every broadcast carries the lineage
+that it leads to, every reply that of the state that was trained. So an increment that comes twice
+or out of order, or a server that was restarted from an older checkpoint, is noticed at once. It is
+not a digest of the values, since machines may round a decoded value differently in its last bit,
+which does no harm.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +28,8 @@ from gradcodec.codecs.base import Codec
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
 from gradcodec.errors import CodecMismatchError
-from gradcodec.federated.envelope import INCREMENT, Broadcast
+from gradcodec.federated.envelope import FIXED, INCREMENT, VALUES, Broadcast, Part
+from gradcodec.federated.tensors import Split
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -83,39 +92,103 @@ class Replica:
     """Initial state plus position.
 
     Args:
-        initial: the state that every participant derives by itself (a seed, a base model).
+        initial: the state that every participant derives by itself (a seed, a base model). Tensors
+            that the space's codec does not code are kept: they travel bit for bit.
         space: how to read what is broadcast.
         version: the round that the initial state is of.
+
+    Attributes:
+        version: the round whose state this is.
+        position: how far the coded tensors are from the initial ones.
+        kept: the other tensors.
+        lineage: 8 bytes that pin how this state came about.
     """
 
     def __init__(self, initial: Update, space: Space, version: int = 0) -> None:
         self.initial = {n: t.detach().clone() for n, t in initial.items()}
         self.space = space
-        self.spec = UpdateSpec.of(self.initial)
+        self.spec = space.codec._known_spec(None)
+        self.coded = {t.name: self.initial[t.name] for t in self.spec}
+        self.kept = {n: t for n, t in self.initial.items() if n not in self.coded}
         self.version = version
         self.position = torch.zeros(space.numel)
+        self.lineage = space.codec.base or state_digest(self.coded)
         self._zero: Tensor | None = None
+        self._newer = False  # whether a broadcast of version 2 has come
+
+    @property
+    def first(self) -> Split:
+        """The initial state, coded and kept tensors apart."""
+        kept = {n: t for n, t in self.initial.items() if n not in self.coded}
+        return Split(tuple(self.initial), self.coded, kept)
+
+    @property
+    def digest(self) -> bytes:
+        """8 bytes that pin the state: its lineage, and the values of kept tensors."""
+        if not self.kept:
+            return self.lineage
+        return _digest(self.lineage, state_digest(self.kept))
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """The tensors: ``theta_init`` moved by the position, in the initial dtypes."""
+        """All tensors, in the initial order: the coded ones as moved, the kept ones as they are."""
+        moved = self.moved()
+        return {n: moved[n] if n in moved else self.kept[n].clone() for n in self.initial}
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, Tensor]:
+        """The coded tensors: ``theta_init`` moved by the position, in the initial dtypes."""
         if self.space.in_code:
             moved = self.space.codec.from_code(self.position)
         else:
             fp32 = UpdateSpec(tuple(type(t)(t.name, t.shape) for t in self.spec))
             moved = layout.unflatten(self.position, fp32)
         if self.space.absolute and self.version:
-            return {n: moved[n].to(t.dtype) for n, t in self.initial.items()}
+            return {n: moved[n].to(t.dtype) for n, t in self.coded.items()}
         out = {}
-        for name, t in self.initial.items():
+        for name, t in self.coded.items():
             wide = torch.promote_types(t.dtype, torch.float32)
             out[name] = (t.to(wide) + moved[name].to(wide)).to(t.dtype)
         return out
 
     @torch.no_grad()
-    def advance(self, payload: Payload) -> None:
-        """Apply one broadcast increment (or, for absolute spaces, the new state)."""
+    def advance(self, blob: bytes) -> None:
+        """Apply one broadcast increment (or, for absolute spaces, the new state).
+
+        Raises:
+            CodecMismatchError: it goes on from another state than this one.
+            WireError: it is damaged or of another codec.
+        """
+        payload = Payload.from_bytes(blob)
+        if payload.base != self.lineage and not self.space.absolute:
+            raise CodecMismatchError(
+                f"an increment of another history: it goes on from state {_hex(payload.base)}, "
+                f"this replica is at {self.lineage.hex()} (round {self.version}); {WAY_BACK}"
+            )
+        self._move(payload)
+        self.lineage = _digest(blob)  # which holds the lineage before
+        self.version += 1
+
+    def of_version_1(self, blob: bytes) -> bytes:
+        """An increment from before there were lineages, which was bound to the initial state.
+
+        Returns:
+            The same increment, bound to this replica's state.
+
+        Raises:
+            CodecMismatchError: its initial state is another one.
+        """
+        payload = Payload.from_bytes(blob)
+        if payload.base != self.space.codec.base:
+            raise CodecMismatchError(
+                f"an increment of initial state {_hex(payload.base)}, expected "
+                f"{_hex(self.space.codec.base)}"
+            )
+        return replace(payload, base=self.lineage).to_bytes()
+
+    def _move(self, payload: Payload) -> None:
         codec = self.space.codec
+        payload = replace(payload, base=codec.base)  # its lineage was looked at
         if self.space.in_code:
             self.position = self.position + codec.read_code(payload)
         elif self.space.latent:
@@ -124,50 +197,123 @@ class Replica:
         else:
             value = layout.flatten(codec.decoder.decode(payload), self.spec)
             self.position = value if self.space.absolute else self.position + value
-        self.version += 1
+
+    def copy(self) -> Replica:
+        """One at the same state that moves on by itself; tensors are shared, never written to."""
+        return copy.copy(self)
+
+    def share(self, other: Replica) -> None:
+        """Hold the initial tensors of another replica, equal ones, instead of own copies."""
+        self.initial, self.coded = other.initial, other.coded
 
     def snapshot(self) -> Payload:
         """The whole position, lossless."""
         return self.space.snapshot_codec.write_code(self.position)
+
+    def pack_kept(self, kept: Mapping[str, Tensor]) -> Payload:
+        """Values of the tensors that travel bit for bit, whole."""
+        return self._kept_codec.encoder.encode(kept)
+
+    def read_kept(self, payload: Payload) -> dict[str, Tensor]:
+        """Inverse of ``pack_kept``.
+
+        Raises:
+            WireError: it is damaged or of other tensors.
+        """
+        return self._kept_codec.decoder.decode(payload)
+
+    @property
+    def _kept_codec(self) -> Codec:
+        return Identity().bind(UpdateSpec.of(self.kept))
 
     @torch.no_grad()
     def receive(self, blob: bytes) -> None:
         """Read a broadcast and move to its round; on any error nothing changes.
 
         Raises:
+            CodecMismatchError: it belongs to another history than this replica's.
             WireError: one named subclass per way the bytes can be wrong.
         """
-        message = Broadcast.from_bytes(blob)
-        self.apply(message.parts, message.round)
+        message = Broadcast.from_bytes(blob, FIXED)
+        self.check_order(message)
+        self.apply(message.parts, message.round, message.lineage, message.lineage is None)
+
+    def check_order(self, message: Broadcast) -> None:
+        """Raise ``CodecMismatchError`` for a message that leads back, or is of an older version.
+
+        Delayed ones do: what came later counts.
+        """
+        if message.round < self.version:
+            raise CodecMismatchError(
+                f"a broadcast of round {message.round} came to a replica at round {self.version}: "
+                f"it was delayed, or the server was restarted from an older checkpoint; {WAY_BACK}"
+            )
+        if message.round == self.version and message.lineage not in (None, self.lineage):
+            raise CodecMismatchError(
+                f"a broadcast of round {self.version} of another history than this replica's; "
+                f"{WAY_BACK}"
+            )
+        if message.lineage is None and self._newer:
+            raise CodecMismatchError(
+                "a broadcast of version 1 after newer ones: it was delayed, or the server was "
+                f"downgraded; {WAY_BACK}"
+            )
 
     @torch.no_grad()
-    def apply(self, parts: Sequence[tuple[int, bytes]], until: int) -> None:
+    def apply(
+        self, parts: Sequence[Part], until: int, lineage: bytes | None, version_1: bool = False
+    ) -> None:
         """Move to round ``until`` by the parts of a broadcast; on any error nothing changes.
+
+        Args:
+            parts: increments or a snapshot, then values.
+            until: the round that they lead to.
+            lineage: of the state they lead to; ``None`` if it is not known.
+            version_1: whether increments are bound to the initial state instead of their lineage.
 
         Raises:
             WireError: a part is damaged, of another codec, or they do not lead there.
         """
-        before = self.version, self.position
-        try:
-            for kind, part in parts:
-                payload = Payload.from_bytes(part)
-                if kind == INCREMENT:
-                    self.advance(payload)
-                else:
-                    self.position = self.space.snapshot_codec.read_code(payload)
-                    self.version = until
-            if self.space.absolute and parts:
-                self.version = until  # a state needs no history
-            if self.version != until:
-                raise CodecMismatchError(
-                    f"a broadcast of round {until} left this replica at {self.version}"
-                )
-        except Exception:
-            self.version, self.position = before
-            raise
+        at = self.copy()
+        for kind, part in parts:
+            if kind == VALUES:
+                at.kept = at.read_kept(Payload.from_bytes(part))
+            elif kind == INCREMENT:
+                at.advance(at.of_version_1(part) if version_1 else part)
+            else:
+                at.position = at.space.snapshot_codec.read_code(Payload.from_bytes(part))
+                at._arrive(until, lineage)
+        if at.space.absolute and parts:
+            at._arrive(until, lineage)  # a state needs no history
+        if at.version != until:
+            raise CodecMismatchError(
+                f"a broadcast of round {until} left this replica at {at.version}"
+            )
+        if lineage is not None and at.lineage != lineage:
+            raise CodecMismatchError(
+                f"a broadcast of round {until} leads to state {lineage.hex()}, this replica came "
+                f"to {at.lineage.hex()}: the server has another history; {WAY_BACK}"
+            )
+        at._newer |= not version_1
+        self.__dict__.update(at.__dict__)
+
+    def _arrive(self, until: int, lineage: bytes | None) -> None:
+        self.version = until
+        self.lineage = self.lineage if lineage is None else lineage
 
     def _decoded_zero(self) -> Tensor:
         if self._zero is None:
             zero = torch.zeros(self.space.codec.code_numel(self.spec))
             self._zero = layout.flatten(self.space.codec.from_code(zero), self.spec)
         return self._zero
+
+
+WAY_BACK = "the way back: client.reset(), then server.broadcast(client.version)"
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()[: wire.DIGEST_BYTES]
+
+
+def _hex(digest: bytes | None) -> str:
+    return "none" if digest is None else digest.hex()

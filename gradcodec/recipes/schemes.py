@@ -13,7 +13,7 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError
-from gradcodec.federated.server import ServerConfig
+from gradcodec.federated.config import ServerConfig
 
 Trained = Mapping[str, Codec]
 """Codecs that TGAP fitted, by their names in ``TRAINED``."""

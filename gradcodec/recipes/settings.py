@@ -9,7 +9,7 @@ from typing import Any
 
 from gradcodec.errors import ConfigError
 from gradcodec.federated.collect import READINGS
-from gradcodec.federated.server import ServerConfig
+from gradcodec.federated.config import ServerConfig
 from gradcodec.recipes import schemes
 from gradcodec.recipes.task import LocalTraining
 from gradcodec.representation import RECORDED, SENT, check

@@ -9,25 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 from gradcodec import layout
 from gradcodec.codecs.subspace import SubspaceConfig
-from gradcodec.errors import ConfigError
+from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.representation import RECORDED, check, represent
 from gradcodec.tgap.moments import SecondMoments
+from gradcodec.tgap.parts import parts_of
 from gradcodec.tgap.snapshots import SnapshotStore
 from gradcodec.types import UpdateSpec
-
-
-def named_parameters(model: nn.Module | Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name; ``ConfigError`` if there are none."""
-    items = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-    found = {n: p for n, p in items if p.requires_grad}
-    if not found:
-        raise ConfigError("expected a model with trainable parameters, got none")
-    return found
 
 
 class GradientRecorder:
@@ -47,13 +43,24 @@ class GradientRecorder:
     once per block, when it ends. Second moments are streamed; ``snapshots`` keeps whole updates on
     disk for the autoencoders.
 
+    Under FSDP1 and ``fully_shard`` whole gradients are recorded, under the names that the model has
+    by itself. Putting them together is a collective, so every rank makes a recorder and enters its
+    block. Gradients are averaged over the ranks by then, so all record the same, on whatever data;
+    one rank alone may be given ``moments`` or ``snapshots``. In host memory there is one whole
+    gradient at a time, on the device one of a single parameter.
+
     Args:
-        model: a module, or parameters by name.
+        model: a module, wrapped or not, or parameters by name; for FSDP1 the outermost module.
         moments: where to stream second moments, or the subspace settings to make them for;
             ``None`` records none.
         representation: ``"gradient"``, ``"update"``, ``"state"`` or ``"balanced"``.
         snapshots: where to store whole updates, or ``None``.
         every: record every n-th optimiser step only.
+
+    Raises:
+        ConfigError: nothing is trainable, FSDP1 parameters come without their module, or a setting
+            is wrong.
+        UpdateError: ``moments`` are of other parameters, or a dtype has no wire code.
     """
 
     def __init__(
@@ -65,56 +72,81 @@ class GradientRecorder:
         snapshots: SnapshotStore | None = None,
         every: int = 1,
     ) -> None:
-        self.parameters = named_parameters(model)
-        self.spec = UpdateSpec.of(self.parameters)
+        self.parts = parts_of(model)
+        self.spec = UpdateSpec(tuple(part.spec for part in self.parts.values()))
         self.representation = check(representation, RECORDED)
         if isinstance(moments, SubspaceConfig):
             moments = SecondMoments(self.spec, moments)
+        elif moments is not None:
+            _check_same(moments, self.spec)
         self.moments = moments
         self.snapshots = snapshots
-        if every < 1:
-            raise ConfigError(f"recorder: expected every >= 1, got {every}")
+        if type(every) is not int or every < 1:
+            raise ConfigError(f"recorder: expected every >= 1, got {every!r}")
         self.every = every
         self.steps = 0
         self._counts: Counter[tuple[str, ...]] = Counter()
-        self._hook: RemovableHandle | None = None
-        self._start: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        #: Whose step is running. Steps that it takes by others inside are parts of its own.
+        self._stepping: Optimizer | None = None
+        self._start: dict[str, Tensor] | None = None
+
+    @property
+    def _recording(self) -> bool:
+        return bool(self._hooks) or self._start is not None
 
     def __enter__(self) -> GradientRecorder:
-        if self._hook is not None or self._start:
+        if self._recording:
             raise ConfigError("recorder: already recording; blocks may not be nested")
         if self.representation == "gradient":
-            self._hook = register_optimizer_step_pre_hook(self._before_step)
+            self._stepping = None
+            self._hooks = [
+                register_optimizer_step_pre_hook(self._before_step),
+                register_optimizer_step_post_hook(self._after_step),
+            ]
         else:
-            self._start = {n: p.detach().clone() for n, p in self.parameters.items()}
+            differs = self.representation == "update"
+            self._start = {n: p.value().clone() for n, p in self.parts.items() if differs}
         return self
 
+    @torch.no_grad()
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        start, self._start = self._start, {}
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        elif kind is None:
-            self._record(represent(self.representation, self.parameters, start))
+        start, self._start = self._start, None
+        hooks, self._hooks, self._stepping = self._hooks, [], None
+        for hook in hooks:
+            hook.remove()
+        if kind is None and start is not None:
+            ends = {n: part.value() for n, part in self.parts.items()}
+            if self.representation == "update":
+                self._record(self._whole(represent("update", ends, start)))
+            else:
+                self._record(represent(self.representation, self._whole(ends), {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._recording:
+            raise ConfigError("recorder: cannot be copied while it records; leave its block first")
+        return self.__dict__.copy()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # The hook sees every optimiser of the process; only those that hold our parameters count.
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        names = tuple(n for n, p in self.parameters.items() if id(p) in held)
-        if not names:
+        names = tuple(n for n, part in self.parts.items() if id(part.holder) in held)
+        if not names or self._stepping not in (None, optimizer):
             return None
         itself, *rest = args
         closure = rest[0] if rest else kwargs.get("closure")
         if closure is None:
             self._see(names)
+            self._stepping = optimizer
             return None
+        self._stepping = optimizer
 
         def watched() -> Any:
             loss = closure()
@@ -125,12 +157,29 @@ class GradientRecorder:
             return (itself, watched, *rest[1:]), kwargs
         return args, {**kwargs, "closure": watched}
 
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if optimizer is self._stepping:
+            self._stepping = None
+
     def _see(self, names: tuple[str, ...]) -> None:
         if self._counts[names] % self.every == 0:
-            gradients = {n: self.parameters[n].grad for n in names}
-            self._record({n: g for n, g in gradients.items() if g is not None})
+            gradients = {n: self.parts[n].gradient() for n in names}
+            self._record(self._whole(gradients))
         self._counts[names] += 1
         self.steps += 1
+
+    @torch.no_grad()
+    def _whole(self, parts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The tensors of which this rank holds parts, those that no rank has left out."""
+        found = {}
+        for name, part in parts.items():
+            whole = self.parts[name].whole(part)
+            if whole is not None:
+                # One that was put together goes to the host, to make room for the next.
+                found[name] = whole if whole is part else whole.cpu()
+        return found
 
     @torch.no_grad()
     def _record(self, update: dict[str, Tensor]) -> None:
@@ -139,8 +188,24 @@ class GradientRecorder:
         if self.moments is not None:
             self.moments.add(update)
         if self.snapshots is not None:
-            whole = {
-                n: update[n] if n in update else torch.zeros_like(p)
-                for n, p in self.parameters.items()
-            }
-            self.snapshots.add(whole)
+            self.snapshots.add(
+                {
+                    t.name: update[t.name]
+                    if t.name in update
+                    else torch.zeros(t.shape, dtype=t.dtype)
+                    for t in self.spec
+                }
+            )
+
+
+def _check_same(moments: SecondMoments, spec: UpdateSpec) -> None:
+    """Statistics given by hand must be of the parameters that will be recorded."""
+    if not isinstance(moments, SecondMoments):
+        raise ConfigError(
+            "recorder: expected SecondMoments, a SubspaceConfig to make them for, or None, got "
+            f"{type(moments).__name__}"
+        )
+    known = {t.name: t.shape for t in moments.spec}
+    for t in spec:
+        if known.get(t.name) != t.shape:
+            raise UpdateError(f"recorder: {t} is not in the moments, which are of other parameters")

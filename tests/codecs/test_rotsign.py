@@ -80,3 +80,14 @@ def test_what_cannot_be_is_refused_by_name() -> None:
             RotatedSignConfig(**bad)
     with pytest.raises(NonFiniteError):
         RotatedSign().encoder.encode({"x": torch.tensor([1.0, float("inf")])})
+
+
+@pytest.mark.parametrize("size", [1e36, 1e37, 1e38])
+def test_large_values_are_coded_like_small_ones(size: float) -> None:
+    """The scale of 256 equal values is near theirs, and so in range where their sum is not."""
+    small, large = torch.ones(256), torch.full((256,), size)
+    codec = RotatedSign()
+    decoded = [
+        codec.decoder.decode(codec.encoder.encode({"x": x}, seed=3))["x"] for x in (small, large)
+    ]
+    assert torch.allclose(decoded[1] / size, decoded[0], rtol=2**-7)

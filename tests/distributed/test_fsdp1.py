@@ -7,8 +7,6 @@ import pytest
 import torch
 from distributed.sharded_world import Results, world
 
-from gradcodec.distributed.fsdp1 import plain_name
-
 CASES = (
     "trained_fsdp1__native",
     "trained_fsdp1__fp32",
@@ -119,17 +117,3 @@ def test_refusals_say_why(case: str, says: str) -> None:
         name, message = rank[case]
         assert name == "ConfigError"
         assert says in message
-
-
-@pytest.mark.parametrize(
-    ("wrapped", "plain"),
-    [
-        ("_fsdp_wrapped_module", ""),
-        ("_fsdp_wrapped_module.0._fsdp_wrapped_module.linear", "0.linear"),
-        ("layers.1._checkpoint_wrapped_module.weight", "layers.1.weight"),
-        ("_orig_mod.head", "head"),
-        ("head", "head"),
-    ],
-)
-def test_names_are_those_of_the_model(wrapped: str, plain: str) -> None:
-    assert plain_name(wrapped) == plain

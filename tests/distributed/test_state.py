@@ -8,36 +8,8 @@ from torch import nn
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.distributed import CompressState, LowRank, Residuals, auto
 from gradcodec.distributed.coders import CodecCoder
-from gradcodec.distributed.named import named_parameters
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.errors import ConfigError
-
-
-def test_names_are_those_of_the_innermost_model() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
-    compiled = torch.compile(model, backend="eager")
-    names = list(named_parameters(model))
-    assert names == ["0.weight", "0.bias", "1.weight"]
-    assert list(named_parameters(compiled)) == names
-    inside = nn.ModuleDict({"a": torch.compile(model[0], backend="eager")})  # type: ignore[dict-item]
-    assert list(named_parameters(inside)) == ["a.weight", "a.bias"]
-    assert list(named_parameters(dict(model.named_parameters()))) == names
-    assert list(named_parameters(model.named_parameters())) == names
-
-
-def test_frozen_and_shared_parameters_come_once_or_not() -> None:
-    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
-    b.weight = a.weight
-    b.bias.requires_grad_(False)
-    assert list(named_parameters(nn.Sequential(a, b))) == ["0.weight", "0.bias"]
-
-
-def test_nothing_to_train_or_two_of_a_name_are_errors() -> None:
-    with pytest.raises(ConfigError, match="at least one"):
-        named_parameters(nn.Sequential())
-    p = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ConfigError, match="twice"):
-        named_parameters([("a", p), ("a", p)])
 
 
 def residuals_of(world: int, rank: int) -> Residuals:

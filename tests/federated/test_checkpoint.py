@@ -20,8 +20,9 @@ from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError
 from gradcodec.federated import checkpoint
 from gradcodec.federated.collect import collect
+from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
-from gradcodec.federated.server import Server, ServerConfig
+from gradcodec.federated.server import Server
 from gradcodec.tgap import GradientRecorder, SecondMoments, SignalMoments, SnapshotStore
 from gradcodec.types import UpdateSpec
 

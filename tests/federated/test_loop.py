@@ -15,9 +15,10 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.collect import collect
+from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Broadcast, Reply
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
-from gradcodec.federated.server import Server, ServerConfig
+from gradcodec.federated.server import Server
 from gradcodec.tgap.recorder import GradientRecorder
 from gradcodec.wire import Payload
 
@@ -35,7 +36,7 @@ class Spy(Server):
         self.down: list[bytes] = []
 
     def receive(self, blob: bytes) -> Reply:
-        if int.from_bytes(blob[:4], "little") in self.corrupt:
+        if Reply.from_bytes(blob).client in self.corrupt:
             blob = blob[:40] + bytes([blob[40] ^ 1]) + blob[41:]
         self.up.append(blob)
         return super().receive(blob)
@@ -146,8 +147,9 @@ def test_reported_bytes_are_the_lengths_of_real_messages(codec: str, what: str) 
     parts = [p for b in spy.down for _, p in Broadcast.from_bytes(b).parts]
     below = sum(len(Payload.from_bytes(p).body) for p in parts)
     assert sum(r.downlink_payload_bytes for r in reports) == below
-    size = made.server.uplink.nbytes()  # known before encoding; around it: 16 + 25 + a varint
-    assert {len(b) for b in spy.up} == {size + 16 + 25 + (1 if size < 128 else 2)}
+    # Known before encoding; around it: 11 or 12 (client 0 takes no byte) + 25 + a varint.
+    size = made.server.uplink.nbytes() + 25 + (1 if made.server.uplink.nbytes() < 128 else 2)
+    assert {len(b) for b in spy.up} == {size + 11, size + 12}
 
 
 def test_refused_replies_are_counted_too() -> None:

@@ -4,16 +4,18 @@ from contextlib import suppress
 
 import pytest
 import torch
-from federated.toy import CODECS, Toy, autoencoder, equal, quantised, spec
+from federated.toy import CODECS, Toy, autoencoder, equal, quantised, reply, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcodec.codecs.identity import Identity
 from gradcodec.errors import CodecMismatchError, UpdateError, WireError
-from gradcodec.federated.envelope import INCREMENT, SNAPSHOT, Broadcast, Reply
+from gradcodec.federated.config import ServerConfig
+from gradcodec.federated.envelope import INCREMENT, SNAPSHOT, VALUES, Broadcast, part_nbytes
 from gradcodec.federated.replica import Replica, Space, for_state, state_digest
-from gradcodec.federated.server import Server, ServerConfig
+from gradcodec.federated.server import Server
 from gradcodec.types import UpdateSpec
+from gradcodec.wire import Payload
 
 SPACES = [(codec, "latent") for codec in CODECS] + [
     (codec, what) for codec in CODECS for what in ("update", "state")
@@ -31,8 +33,7 @@ def close_rounds(server: Server, count: int) -> None:
         values = {
             n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in Toy().initial.items()
         }
-        payload = server.uplink.encoder.encode(values)
-        server.receive(Reply(0, server.round, 4, payload).to_bytes())
+        server.receive(reply(server, 0, values, 4).to_bytes())
         server.close_round()
 
 
@@ -75,7 +76,7 @@ def test_a_snapshot_equals_the_increments(codec: str, what: str) -> None:
     close_rounds(server, 3)
     blob = server.replica.snapshot().to_bytes()
     replica = replica_of(server)
-    replica.receive(Broadcast(3, ((SNAPSHOT, blob),)).to_bytes())
+    replica.receive(Broadcast(3, ((SNAPSHOT, blob),), server.replica.lineage).to_bytes())
     assert torch.equal(replica.position, server.replica.position)
     assert equal(replica.state(), server.replica.state())
 
@@ -84,9 +85,11 @@ def test_a_catch_up_costs_at_most_one_snapshot() -> None:
     server = make_server()
     close_rounds(server, 40)
     snapshot = len(server.replica.snapshot().to_bytes())
-    assert len(server.broadcast(0)) == 6 + 9 + snapshot + 4
-    assert len(server.broadcast(39)) == 6 + 9 + 4 + len(server.increments[-1])
-    assert len(server.broadcast(40)) == 6 + 4
+    around = 3 + 1 + 8 + 4  # magic and version, round, lineage; checksum
+    last = part_nbytes([(INCREMENT, server.increments[-1])])
+    assert len(server.broadcast(0)) == around + part_nbytes([(SNAPSHOT, bytes(snapshot))])
+    assert len(server.broadcast(39)) == around + last
+    assert len(server.broadcast(40)) == around
     # A code, not a model: the snapshot is half as many fp32 values as there are parameters.
     assert snapshot < 0.6 * spec().nbytes + 40
 
@@ -105,8 +108,8 @@ def test_states_keep_their_dtypes_and_digits(dtype: torch.dtype) -> None:
     initial = {n: t.to(dtype) + torch.randn(t.shape).to(dtype) for n, t in Toy().initial.items()}
     server = Server(initial, Identity())
     assert equal(server.replica.state(), initial)
-    payload = server.uplink.encoder.encode({n: torch.ones_like(t) for n, t in initial.items()})
-    server.receive(Reply(0, 0, 1, payload).to_bytes())
+    ones = {n: torch.ones_like(t) for n, t in initial.items()}
+    server.receive(reply(server, 0, ones).to_bytes())
     server.close_round()
     assert equal(server.replica.state(), {n: t + 1 for n, t in initial.items()})
 
@@ -120,19 +123,27 @@ def bad_broadcasts() -> dict[str, bytes]:
     other = make_server("int8")
     close_rounds(other, 2)
     elsewhere = Server({n: t + 1 for n, t in Toy().initial.items()}, quantised())
-    elsewhere.receive(Reply(0, 0, 1, elsewhere.uplink.encoder.encode(Toy().initial)).to_bytes())
+    elsewhere.receive(reply(elsewhere, 0, Toy().initial).to_bytes())
     of_another_base = elsewhere.close_round()
+    now, before = server.replica.lineage, Payload.from_bytes(server.increments[2]).base
+    assert before is not None
+
+    def message(number: int, *parts: tuple[int, bytes], lineage: bytes = before) -> bytes:
+        return Broadcast(number, parts, lineage).to_bytes()
+
     return {
-        "flipped": Broadcast(2, ((INCREMENT, bytes(flipped)),)).to_bytes(),
-        "second flipped": Broadcast(3, ((INCREMENT, good), (INCREMENT, bytes(flipped)))).to_bytes(),
-        "wrong round": Broadcast(3, ((INCREMENT, good),)).to_bytes(),
-        "round without parts": Broadcast(2, ()).to_bytes(),
-        "snapshot as increment": Broadcast(2, ((INCREMENT, whole),)).to_bytes(),
-        "increment as snapshot": Broadcast(2, ((SNAPSHOT, good),)).to_bytes(),
-        "other codec": Broadcast(2, ((INCREMENT, other.increments[1]),)).to_bytes(),
-        "other base": Broadcast(2, ((INCREMENT, of_another_base),)).to_bytes(),
-        "cut": Broadcast(2, ((INCREMENT, good),)).to_bytes()[:-3],
-        "no payload": Broadcast(2, ((INCREMENT, b""),)).to_bytes(),
+        "flipped": message(2, (INCREMENT, bytes(flipped))),
+        "second flipped": message(3, (INCREMENT, good), (INCREMENT, bytes(flipped)), lineage=now),
+        "wrong round": message(3, (INCREMENT, good)),
+        "round without parts": message(2),
+        "snapshot as increment": message(2, (INCREMENT, whole)),
+        "increment as snapshot": message(2, (SNAPSHOT, good)),
+        "other codec": message(2, (INCREMENT, other.increments[1])),
+        "other base": message(2, (INCREMENT, of_another_base)),
+        "cut": message(2, (INCREMENT, good))[:-3],
+        "no payload": message(2, (INCREMENT, b"")),
+        "another end": message(2, (INCREMENT, good), lineage=now),
+        "values of no tensor": message(2, (INCREMENT, good), (VALUES, whole)),
     }
 
 
@@ -149,7 +160,7 @@ def test_on_any_error_nothing_changes(case: str) -> None:
     assert torch.equal(replica.position, before[1])
 
 
-_BLOB = Broadcast(2, ((INCREMENT, b"GC" * 9),)).to_bytes()
+_BLOB = Broadcast(2, ((INCREMENT, b"GC" * 9),), bytes(8)).to_bytes()
 
 
 @given(st.one_of(st.binary(max_size=60), st.binary(max_size=20).map(lambda b: _BLOB + b)))

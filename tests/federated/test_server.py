@@ -1,10 +1,12 @@
 """Laws of aggregation: weights, momentum, feedback; a bad reply is named and changes nothing."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from federated import toy
 from federated.toy import CODECS, Toy, autoencoder, equal, quantised, subspace
 from torch import Tensor
 
@@ -19,8 +21,9 @@ from gradcodec.errors import (
     TrainingError,
     WireError,
 )
+from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Reply
-from gradcodec.federated.server import Server, ServerConfig
+from gradcodec.federated.server import Server
 
 INITIAL = Toy().initial
 
@@ -31,8 +34,7 @@ def values(seed: int) -> dict[str, Tensor]:
 
 
 def reply(server: Server, client: int, update: dict[str, Tensor], examples: int = 1) -> bytes:
-    payload = server.uplink.encoder.encode(update)
-    return Reply(client, server.round, examples, payload).to_bytes()
+    return toy.reply(server, client, update, examples).to_bytes()
 
 
 def close(server: Server, *updates: dict[str, Tensor], examples: tuple[int, ...] = ()) -> bytes:
@@ -169,8 +171,7 @@ def twice(server: Server) -> bytes:
 
 
 def other_round(server: Server) -> bytes:
-    payload = server.uplink.encoder.encode(values(3))
-    return Reply(1, server.round + 1, 1, payload).to_bytes()
+    return replace(toy.reply(server, 1, values(3)), round=server.round + 1).to_bytes()
 
 
 def flipped(server: Server) -> bytes:
@@ -196,7 +197,9 @@ def other_codec(server: Server) -> bytes:
 
 
 def unbound(server: Server) -> bytes:
-    return Reply(1, server.round, 1, Identity().encoder.encode(values(3))).to_bytes()
+    bound = toy.reply(server, 1, values(3))
+    payload = replace(Identity().encoder.encode(values(3)), base=bound.payload.base)
+    return replace(bound, payload=payload).to_bytes()
 
 
 def cut(server: Server) -> bytes:

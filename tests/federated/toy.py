@@ -16,8 +16,11 @@ from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.federated.envelope import Reply
 from gradcodec.federated.loop import LocalResult, RoundReport
-from gradcodec.types import UpdateSpec
+from gradcodec.federated.participants import ClientId
+from gradcodec.federated.server import Server
+from gradcodec.types import Update, UpdateSpec
 
 A, B, BIAS = "layer.lora_A.weight", "layer.lora_B.weight", "bias"
 
@@ -129,6 +132,13 @@ CODECS: dict[str, Codec] = {
     "subspace-int4": quantised(),
     "nonlinear": bent(),
 }
+
+
+def reply(server: Server, client: ClientId, update: Update, examples: int = 1) -> Reply:
+    """A reply to the server's round, made by hand."""
+    payload = server.uplink.encoder.encode(update)
+    based = replace(payload, base=server.replica.digest)
+    return Reply(client, server.round, examples, based)
 
 
 def timeless(reports: list[RoundReport]) -> list[RoundReport]:

@@ -1,5 +1,7 @@
 """Laws of the recorder: it sees what an optimiser sees, and nothing else changes."""
 
+import copy
+import pickle  # noqa: TID251 - users pickle what they hold; the library never does
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from gradcodec.codecs.subspace import Subspace, SubspaceConfig
-from gradcodec.errors import ConfigError, NonFiniteError
+from gradcodec.errors import ConfigError, NonFiniteError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.moments import ExactMoment, SecondMoments
@@ -217,8 +219,11 @@ def test_the_latent_optimizer_is_recorded_once_a_step() -> None:
 def test_hooks_are_gone_after_the_block(representation: str, fails: bool) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    hooks = torch_optimizer._global_optimizer_pre_hooks
-    before = dict(hooks)
+    hooks = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    before = [dict(h) for h in hooks]
     recorder = GradientRecorder(model, CONFIG, representation=representation)
     try:
         with recorder:
@@ -226,7 +231,7 @@ def test_hooks_are_gone_after_the_block(representation: str, fails: bool) -> Non
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
-    assert dict(hooks) == before
+    assert [dict(h) for h in hooks] == before
     count = recorder.moments.count
     loss_of(model, next(batches())).backward()
     optimizer.step()
@@ -335,8 +340,134 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"every": 0}, "every >= 1"), ({"representation": "weights"}, "'weights'")],
+    [
+        ({"every": 0}, "every >= 1"),
+        ({"every": 1.5}, "got 1.5"),
+        ({"representation": "weights"}, "'weights'"),
+    ],
 )
 def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GradientRecorder(make_model(), CONFIG, **options)
+
+
+class Around(torch.optim.Optimizer):
+    """An optimiser that steps by another one with the same parameters, as Lookahead does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        super().__init__(model.parameters(), {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_a_step_by_an_optimiser_inside_another_is_recorded_once(by_closure: bool) -> None:
+    model = make_model()
+    optimizer = Around(model)
+    seen = []
+    with GradientRecorder(model, CONFIG) as recorder:
+        for x in batches():
+
+            def closure(x: Tensor = x) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, x)
+                loss.backward()
+                seen.append(gradients(model))
+                return loss
+
+            if by_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+    assert (recorder.steps, recorder.moments.count) == (4, 4)
+    assert_recorded(recorder, seen)
+
+
+def test_a_step_that_failed_does_not_hide_the_next() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fails() -> float:
+        raise MemoryError
+
+    loss_of(model, next(batches())).backward()
+    with GradientRecorder(model, CONFIG) as recorder:
+        with pytest.raises(MemoryError):
+            optimizer.step(fails)
+        optimizer.step()
+        optimizer.step()
+    assert recorder.moments.count == 2
+
+
+def test_accelerate_steps_are_recorded_once_each_and_accumulated_ones_as_their_sum() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    seen = []
+    with GradientRecorder(prepared, CONFIG) as recorder:
+        for x in batches(4):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(loss_of(prepared, x))
+                if accelerator.sync_gradients:
+                    seen.append(gradients(model))
+                optimizer.step()
+                optimizer.zero_grad()
+    assert (recorder.steps, recorder.moments.count, len(seen)) == (2, 2, 2)
+    assert_recorded(recorder, seen)
+
+
+def test_names_are_those_of_the_model_inside() -> None:
+    model = make_model()
+    plain = [t.name for t in GradientRecorder(model, CONFIG).spec]
+    compiled = torch.compile(model, backend="eager")
+    assert [t.name for t in GradientRecorder(compiled, CONFIG).spec] == plain
+    assert plain == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_a_sparse_gradient_is_recorded_as_the_dense_one(tmp_path: Any) -> None:
+    table = nn.Embedding(9, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    store = SnapshotStore(tmp_path)
+    with GradientRecorder(table, CONFIG, snapshots=store) as recorder:
+        table(torch.tensor([1, 1, 5])).sum().backward()
+        optimizer.step()
+    wanted = torch.zeros(9, 4)
+    wanted[1], wanted[5] = 2, 1
+    assert torch.equal(store[0]["weight"], wanted)
+    assert_recorded(recorder, [{"weight": wanted}])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("representation", ["gradient", "update"])
+def test_a_copy_records_the_copied_model(copied: Any, representation: str) -> None:
+    model = make_model()
+    recorder = GradientRecorder(model, CONFIG, representation=representation)
+    other, its = copied((model, recorder))
+    for m, r in ((model, recorder), (other, its)):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        with r:
+            loss_of(m, next(batches())).backward()
+            optimizer.step()
+        assert r.moments.count == 1
+    for name, moment in recorder.moments._moments.items():
+        assert torch.equal(moment.sum, its.moments._moments[name].sum)
+        assert moment.sum.any()
+
+
+@pytest.mark.parametrize("representation", ["gradient", "state"])
+def test_a_recorder_is_not_copied_while_it_records(representation: str) -> None:
+    recorder = GradientRecorder(make_model(), CONFIG, representation=representation)
+    with recorder, pytest.raises(ConfigError, match="leave its block first"):
+        copy.deepcopy(recorder)
+
+
+def test_moments_of_other_parameters_are_refused_at_once() -> None:
+    other = SecondMoments(UpdateSpec.of({"0.weight": torch.zeros(5, 5)}), CONFIG)
+    with pytest.raises(UpdateError, match=r"0\.weight: float32\[5, 6\] is not in the moments"):
+        GradientRecorder(make_model(), other)
+    with pytest.raises(ConfigError, match=r"expected SecondMoments.* got str"):
+        GradientRecorder(make_model(), "subspace")

@@ -1,0 +1,86 @@
+"""What the ends of a federation agree on: its settings, and the codecs that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradcodec.codecs.base import Codec
+from gradcodec.errors import ConfigError
+from gradcodec.federated.replica import Space, for_state
+from gradcodec.federated.tensors import Rules, with_rules
+from gradcodec.representation import SENT, check
+from gradcodec.types import Update, UpdateSpec
+
+AGGREGATIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How replies become the next global state.
+
+    Attributes:
+        mode: ``"post"`` (finished updates are encoded) or ``"latent"`` (codes were trained).
+        representation: what clients send (see ``gradcodec.representation``); ``latent`` needs
+            ``"update"``.
+        aggregation: ``"mean"``, weighted by examples (McMahan et al., arXiv 1602.05629), or
+            ``"sum"``, the literal reading of CG-FedLLM's Algorithm 1.
+        lr: server learning rate on the aggregated update (the paper's eta).
+        momentum: server momentum (FedAvgM, Hsu et al., arXiv 1909.06335); costs no bytes.
+        feedback: keep what the broadcast's quantisation lost and add it to the next one.
+        rules: ``(pattern, codec)`` by tensor name, the first match wins, in both directions:
+            ``(("*.bias", "fp32"), ("*embed*", "int8"))``. Integers and buffers need none, they
+            travel bit for bit (``gradcodec.federated.tensors``).
+        max_replies: replies that a round holds at most; each takes as much memory as its bytes.
+    """
+
+    mode: str = "post"
+    representation: str = "update"
+    aggregation: str = "mean"
+    lr: float = 1.0
+    momentum: float = 0.0
+    feedback: bool = True
+    rules: Rules = ()
+    max_replies: int = 10_000
+
+    def __post_init__(self) -> None:
+        check(self.representation, SENT)
+        if self.mode not in ("post", "latent"):
+            raise ConfigError(f"expected mode 'post' or 'latent', got {self.mode!r}")
+        if self.mode == "latent" and self.representation != "update":
+            raise ConfigError(f"latent mode sends updates, got {self.representation!r}")
+        if self.aggregation not in AGGREGATIONS:
+            raise ConfigError(f"expected aggregation of {AGGREGATIONS}, got {self.aggregation!r}")
+        if not (self.lr > 0 and 0 <= self.momentum < 1):
+            raise ConfigError(
+                f"expected lr > 0 and momentum in [0, 1), got {self.lr}, {self.momentum}"
+            )
+        plain = self.lr == 1.0 and self.momentum == 0.0
+        if self.representation != "update" and not plain:
+            raise ConfigError("server lr and momentum act on updates, not on states")
+        if type(self.max_replies) is not int or self.max_replies < 1:
+            raise ConfigError(f"expected max_replies of at least 1, got {self.max_replies!r}")
+        for rule in self.rules:
+            pair = isinstance(rule, tuple) and len(rule) == 2
+            if not pair or not (isinstance(rule[0], str) and isinstance(rule[1], str | Codec)):
+                raise ConfigError(f"expected rules as (pattern, codec) pairs, got {rule!r}")
+
+
+def codecs_for(
+    coded: Update, uplink: Codec, downlink: Codec | None, config: ServerConfig
+) -> tuple[Codec, Codec]:
+    """Uplink and downlink codec of a federation's coded tensors, rules included; both ends call it.
+
+    Raises:
+        ConfigError, UpdateError: a codec or a rule does not fit the tensors.
+    """
+    spec = UpdateSpec.of(coded)
+    up = for_state(with_rules(uplink, spec, config.rules), coded)
+    if downlink is None:
+        return up, up
+    return up, for_state(with_rules(downlink, spec, config.rules), coded)
+
+
+def space_of(downlink: Codec, config: ServerConfig) -> Space:
+    """How broadcasts move a participant's replica under these settings."""
+    absolute = config.representation != "update"
+    return Space(downlink, latent=config.mode == "latent", absolute=absolute)

@@ -1,0 +1,186 @@
+"""Which tensors of a federation are coded with loss, and which travel bit for bit.
+
+Parameters are coded. What a lossy codec would ruin is not: integers (BatchNorm's
+``num_batches_tracked``) and buffers (its running statistics). Their *values* travel, whole, in both
+directions and only where they changed; they know no server learning rate, momentum or feedback.
+
+    aggregate of a kept tensor      floating   mean over clients, weighted by examples
+                                    integer    maximum (a counter)
+                                    bool       whether any is true (the maximum as well)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.per_tensor import PerTensor
+from gradcodec.codecs.registry import make_codec
+from gradcodec.errors import ConfigError, MalformedBodyError
+from gradcodec.parameters import named_buffers, named_parameters, plain_names
+from gradcodec.types import Update, UpdateSpec
+
+BUFFERS = ("*running_mean", "*running_var")
+"""Buffers by their names in BatchNorm and InstanceNorm, where nothing else tells them apart."""
+
+Rules = Sequence[tuple[str, Codec | str]]
+"""``(pattern, codec or its name)``; shell patterns over names, the first that matches decides."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tensors of a state, apart.
+
+    Attributes:
+        names: all of them, in the state's order.
+        coded: what goes through codecs.
+        kept: what travels bit for bit.
+    """
+
+    names: tuple[str, ...]
+    coded: dict[str, Tensor]
+    kept: dict[str, Tensor]
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """All of them, in the state's order."""
+        return {n: self.coded[n] if n in self.coded else self.kept[n] for n in self.names}
+
+
+State = Update | nn.Module | Split
+"""Named tensors, the module that holds them, or what ``split`` made of either."""
+
+
+def tensors_of(state: State) -> Update:
+    """A state's tensors: of a module its trainable parameters and its persistent buffers.
+
+    Names are those of the innermost module, whatever wraps it.
+    """
+    if isinstance(state, Split):
+        return state.whole
+    if not isinstance(state, nn.Module):
+        return state
+    return {**named_parameters(state), **named_buffers(state)}
+
+
+def split(state: State, rules: Rules = ()) -> Split:
+    """Tell what is coded from what is kept.
+
+    Kept are integers and bools; of a module its buffers; of named tensors those that are no
+    ``nn.Parameter`` among others that are, or, where none is (a ``state_dict``), those with a name
+    of ``BUFFERS``. A rule decides over a floating tensor: a lossy codec codes it, ``"fp32"`` leaves
+    a buffer kept and sends a parameter's update in fp32.
+
+    Raises:
+        ConfigError: a rule names an integer tensor and a codec that loses.
+    """
+    if isinstance(state, Split):
+        return state
+    tensors = plain_names(dict(tensors_of(state)))
+    some = any(isinstance(t, nn.Parameter) for t in tensors.values())
+    coded: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        codec = rule_for(name, rules)
+        exact = codec is None or type(codec) is Identity
+        if not tensor.is_floating_point():
+            if not exact:
+                raise ConfigError(
+                    f"{name!r} is {tensor.dtype} and travels bit for bit; the rule that gives it "
+                    f"{codec} would lose some of it: leave it out of the rule, or use 'fp32'"
+                )
+            buffer = True
+        elif some or isinstance(state, nn.Module):
+            buffer = exact and not isinstance(tensor, nn.Parameter)
+        else:
+            buffer = exact and any(fnmatch.fnmatchcase(name, p) for p in BUFFERS)
+        (kept if buffer else coded)[name] = tensor.detach()
+    return Split(tuple(tensors), coded, kept)
+
+
+def rule_for(name: str, rules: Rules) -> Codec | None:
+    """The codec of the first rule that matches a name."""
+    for pattern, choice in rules:
+        if fnmatch.fnmatchcase(name, pattern):
+            return choice if isinstance(choice, Codec) else make_codec(choice)
+    return None
+
+
+def with_rules(codec: Codec, spec: UpdateSpec, rules: Rules) -> Codec:
+    """``codec``, with the tensors that a rule names in codecs of their own.
+
+    Raises:
+        ConfigError: a codec has weights for other tensors than it is given.
+    """
+    groups: dict[bytes, tuple[Codec, list[str]]] = {}
+    for t in spec:
+        chosen = rule_for(t.name, rules) or codec
+        groups.setdefault(chosen.digest, (chosen, []))[1].append(t.name)
+    if set(groups) <= {codec.digest}:
+        return codec
+    return PerTensor.of(spec, groups.values())
+
+
+def check_rules(rules: Rules, names: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for a rule that matches no tensor."""
+    known = list(names)
+    for pattern, _ in rules:
+        if not fnmatch.filter(known, pattern):
+            raise ConfigError(
+                f"rule {pattern!r} matches no tensor; there are {', '.join(known[:5])}, ..."
+            )
+
+
+class KeptMean:
+    """The aggregate of kept tensors over the replies of a round; see the table above.
+
+    Args:
+        before: the values of the round, which a reply without values has as well.
+
+    Attributes:
+        changed: whether any reply had other values.
+    """
+
+    def __init__(self, before: Mapping[str, Tensor]) -> None:
+        self.before = before
+        self._sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in before.items()}
+        self._weight = 0.0
+        self._most = dict(before)
+        self.changed = False
+
+    def add(self, values: Mapping[str, Tensor] | None, weight: float) -> None:
+        """One reply's values, ``None`` where they are those of the round."""
+        self.changed |= values is not None
+        self._weight += weight
+        for name, t in (values or self.before).items():
+            if t.is_floating_point():
+                self._sums[name].add_(t.double(), alpha=weight)
+            else:
+                self._most[name] = torch.maximum(self._most[name], t)
+
+    def result(self) -> dict[str, Tensor]:
+        """The next values."""
+        out = {}
+        for name, t in self.before.items():
+            if t.is_floating_point():
+                mean = (self._sums[name] / self._weight).to(t.dtype)
+                # What is infinite or NaN here (a mask) was so everywhere (``check_kept``).
+                out[name] = torch.where(torch.isfinite(t), mean, t)
+            else:
+                out[name] = self._most[name]
+        return out
+
+
+def check_kept(values: Mapping[str, Tensor], before: Mapping[str, Tensor], who: str) -> None:
+    """Raise ``MalformedBodyError`` for values that are not finite where those before are."""
+    for name, t in values.items():
+        if t.is_floating_point():
+            bad = int((torch.isfinite(before[name]) & ~torch.isfinite(t)).sum())
+            if bad:
+                raise MalformedBodyError(f"{who}: {bad} values of {name!r} are NaN or Inf")
