@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gradcodec.errors import GradcodecError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; a ``GradcodecError`` becomes one line on stderr and exit status 2."""
+    """Parse and run.
+
+    Returns:
+        The exit status: 0, 2 for what a user can put right (an error of this library, a file that
+        cannot be read or written), 130 for Ctrl-C. Those are one line on stderr.
+    """
+    options = argparse.Namespace(command=None)
+    try:
+        options = _parser().parse_args(arguments)
+        status = _run(options)
+        sys.stdout.flush()  # here, where a reader that has gone away can be reported
+    except GradcodecError as err:
+        return _fail(f"{type(err).__name__}: {err}", 2)
+    except BrokenPipeError:
+        _drop_output()
+        return _fail("nobody reads the output any more", 2)
+    except OSError as err:
+        _drop_output()
+        return _fail(f"{type(err).__name__}: {err}{_how_to_go_on(options)}", 2)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted{_how_to_go_on(options)}", 130)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gradcodec", description="Gradient-compression codecs for PyTorch."
     )
@@ -44,21 +70,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(federated)
     tgap = commands.add_parser("tgap", help="gather gradients of a model and fit a codec")
     command.add_tgap_arguments(tgap)
+    return parser
 
-    options = parser.parse_args(arguments)
+
+def _run(options: argparse.Namespace) -> int:
+    from gradcodec.recipes import command
+
+    if options.command == "run-federated":
+        return command.run(options)
+    if options.command == "tgap":
+        return command.run_tgap(options)
+    if options.command == "push":
+        return _push(options)
+    if options.command == "info":
+        return _info()
+    return _inspect(options)
+
+
+def _fail(line: str, status: int) -> int:
+    """Say what is wrong on one line."""
+    with suppress(OSError):  # stderr may be closed as well
+        print("gradcodec:", " ".join(line.split("\n")), file=sys.stderr, flush=True)
+    return status
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.command == "run-federated":
+        return f"; what is finished is in {options.out}: go on with the same options and --resume"
+    if options.command == "tgap":
+        return f"; what is finished is in {options.out}.run: go on with the same command"
+    return ""
+
+
+def _drop_output() -> None:
+    """Let the interpreter's last flush succeed if stdout is closed or full."""
     try:
-        if options.command == "run-federated":
-            return command.run(options)
-        if options.command == "tgap":
-            return command.run_tgap(options)
-        if options.command == "push":
-            return _push(options)
-        if options.command == "info":
-            return _info()
-        return _inspect(options)
-    except GradcodecError as err:
-        print(f"gradcodec: {type(err).__name__}: {err}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _push(options: argparse.Namespace) -> int:

@@ -189,6 +189,10 @@ def test_errors_are_one_line_with_the_class_and_status_2(
         ("inspect", "resnet3", "--image", "wide"): "ConfigError",
         ("push", str(tmp_path / "missing"), "user/name"): "HubError",
         ("tgap", "--out", str(tmp_path / "x"), "--ratio", "0.5"): "ConfigError",
+        ("tgap", "--out", str(empty)): "ConfigError",
+        ("tgap", "--out", ""): "ConfigError",
+        ("run-federated", "--out", ".."): "ConfigError",
+        ("run-federated", "--out", str(empty)): "ConfigError",
         ("run-federated", "--schemes", "zip"): "ConfigError",
     }
     for arguments, error in cases.items():

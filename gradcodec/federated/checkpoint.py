@@ -2,55 +2,99 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
+from gradcodec import files
 from gradcodec.errors import ConfigError
 from gradcodec.federated.loop import Federation, RoundReport
 
+ANEW = "delete it to start again from round 0"
 
-def save(path: str | Path, federation: Federation, reports: Sequence[RoundReport]) -> None:
+
+class Kept(Protocol):
+    """What the rounds fill beside the federation, and what must be kept with it."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything there is to keep."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Be again as when ``state_dict`` was called; ``ConfigError`` if that is not possible."""
+
+
+def save(
+    path: str | Path,
+    federation: Federation,
+    reports: Sequence[RoundReport],
+    beside: Mapping[str, Kept] | None = None,
+) -> None:
     """Write one safetensors file: the server's tensors, and the reports so far as metadata.
 
-    The file appears whole or not at all (written beside, flushed, renamed over).
+    The file appears whole or not at all, and its SHA-256 is in it. The checkpoint before is kept
+    (``gradcodec.files.previous``), where the filesystem has hard links.
+
+    Args:
+        path: the file.
+        federation: between two rounds.
+        reports: of the rounds so far.
+        beside: what else to keep, by name.
+
+    Raises:
+        OSError: it cannot be written; the checkpoint before is as it was.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     meta = {
         "finished": federation.finished,
         "versions": {str(c): v for c, v in federation.versions.items()},
         "reports": [r.to_dict() for r in reports],
+        # Stands for the sampling: another one would make another run of it.
+        "next": federation.config.sample(federation.finished),
     }
-    beside = path.with_suffix(".partial")
-    tensors = {n: t.contiguous() for n, t in federation.server.state_dict().items()}
-    save_file(tensors, beside, metadata={"federation": json.dumps(meta)})
-    with open(beside, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    tensors = prefixed("server", federation.server.state_dict())
+    for name, part in (beside or {}).items():
+        tensors |= prefixed(name, part.state_dict())
+    files.save_tensors(path, tensors, meta, keep=True)
 
 
-def load(path: str | Path, federation: Federation) -> list[RoundReport]:
+def load(
+    path: str | Path, federation: Federation, beside: Mapping[str, Kept] | None = None
+) -> list[RoundReport]:
     """Put a federation of the same settings back where ``save`` left it; returns its reports.
 
-    Clients are rebuilt from the increments when they next take part.
+    Clients are rebuilt from the increments when they next take part. If the file is damaged, the
+    checkpoint before takes its place, with a warning in the log: one round is done again.
 
     Raises:
-        ConfigError: the file is not a checkpoint of this federation, which is then unchanged.
+        ConfigError: the file is damaged and so is the one before, or it is not a checkpoint of this
+            federation, which is then unchanged.
     """
+    tensors, meta = files.load_tensors(path, ANEW)
     try:
-        with safe_open(str(path), framework="pt") as f:
-            meta = json.loads(f.metadata()["federation"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         finished = int(meta["finished"])
         versions = {int(c): int(v) for c, v in meta["versions"].items()}
         reports = [RoundReport.from_dict(row) for row in meta["reports"]]
-        federation.server.load_state_dict(tensors)
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, OSError) as err:
-        raise ConfigError(f"{path} is not a checkpoint of this federation: {err!r}") from err
+        sample = federation.config.sample(finished)
+        if meta["next"] != sample:
+            raise ConfigError(
+                f"its round {finished} has clients {meta['next']}, here they are {sample}"
+            )
+        federation.server.load_state_dict(unprefixed("server", tensors))
+        for name, part in (beside or {}).items():
+            part.load_state_dict(unprefixed(name, tensors))
+    except (AttributeError, KeyError, TypeError, ValueError) as err:
+        text = str(err) if isinstance(err, ConfigError) else repr(err)
+        raise ConfigError(f"{path} is not a checkpoint of this federation: {text}; {ANEW}") from err
     federation.finished, federation.versions, federation.clients = finished, versions, {}
     return reports
+
+
+def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's tensors under names of its own."""
+    return {f"{name}/{key}": t for key, t in state.items()}
+
+
+def unprefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of ``prefixed``; tensors of other parts are left out."""
+    return {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}

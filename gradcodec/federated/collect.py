@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gradcodec import files
 from gradcodec.codecs.identity import Identity
 from gradcodec.errors import ConfigError
+from gradcodec.federated import checkpoint
+from gradcodec.federated.checkpoint import Kept
 from gradcodec.federated.loop import Federation, LoopConfig, Task
 from gradcodec.federated.server import Server
 from gradcodec.types import Update
 
 READINGS = ("federated", "local")
+ANEW = "delete it to gather again"
+
+Progress = Callable[[int, int], None]
+Watch = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What gathering cost: wire bytes in each direction and the held-out loss it ended at."""
+    """What gathering cost.
+
+    Attributes:
+        uplink_bytes, downlink_bytes: wire bytes in each direction.
+        final_loss: the held-out loss it ended at, of a federated reading.
+        seconds: how long it took, interruptions left out.
+    """
 
     uplink_bytes: int
     downlink_bytes: int
     final_loss: float | None
+    seconds: float
 
 
 def collect(
     task: Task,
-    watch: Callable[[], AbstractContextManager[Any]],
+    watch: Watch,
     config: LoopConfig,
     how: str = "federated",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     observe: Callable[[Sequence[Update]], None] | None = None,
+    *,
+    path: str | Path | None = None,
+    filled: Mapping[str, Kept] | None = None,
 ) -> Collected:
     """Fine-tune on the task's (D1) data under watch; parameters are put back after.
 
@@ -47,38 +66,106 @@ def collect(
             statistics of clients must be.
         progress: called after each round (federated) or client (local): how many, of how many.
         observe: told the updates of each round's clients, as the server sees them (federated).
+        path: where to keep what is there after each round or client. If the file exists, gathering
+            goes on from it, and ends to the bit as if it had not been interrupted.
+        filled: what the watchers fill (moments, snapshot stores), by any names; kept in ``path``
+            and put back from it. What is not named here starts empty.
 
     Raises:
-        ConfigError: ``how`` is neither, or there is no server that could observe.
+        ConfigError: ``how`` is neither, or there is no server that could observe, or ``path`` is
+            damaged or of another gathering.
+        OSError: ``path`` cannot be written; the file before is as it was.
     """
     if how not in READINGS:
         raise ConfigError(f"expected a reading of {READINGS}, got {how!r}")
     if observe is not None and how != "federated":
         raise ConfigError("only a federated reading has rounds whose updates a server sees")
+    where = None if path is None else Path(path)
     initial = {n: p.detach().cpu().clone() for n, p in task.parameters.items()}
-    up = down = 0
-    loss = None
     if how == "federated":
         federation = Federation(
             task, Server(initial, Identity()), config, watch=watch, observe=observe
         )
-        for report in federation.run():
-            if progress is not None:
-                progress(federation.finished, config.rounds)
-            up, down, loss = up + report.uplink_bytes, down + report.downlink_bytes, report.loss
+        gathered = _federated(federation, progress, where, filled or {})
     else:
-        taking_part = sorted({c for r in range(config.rounds) for c in config.sample(r)})
-        for done, client in enumerate(taking_part, 1):
-            _load(task, initial)
-            for number in range(config.rounds):
-                parameters = list(task.parameters.values())
-                optimizer = task.optimizer(parameters, **task.optimizer_options)
-                with watch():
-                    task.train(client, number, optimizer)
-            if progress is not None:
-                progress(done, len(taking_part))
+        gathered = _local(task, watch, config, progress, where, filled or {}, initial)
     _load(task, initial)
-    return Collected(up, down, loss)
+    return gathered
+
+
+def _federated(
+    federation: Federation,
+    progress: Progress | None,
+    path: Path | None,
+    filled: Mapping[str, Kept],
+) -> Collected:
+    reports = []
+    if path is not None and path.exists():
+        reports = checkpoint.load(path, federation, filled)
+    rounds = federation.config.rounds
+    for report in federation.run():
+        reports.append(report)
+        if path is not None:
+            checkpoint.save(path, federation, reports, filled)
+        if progress is not None:
+            progress(federation.finished, rounds)
+    return Collected(
+        sum(r.uplink_bytes for r in reports),
+        sum(r.downlink_bytes for r in reports),
+        reports[-1].loss,
+        sum(r.seconds for r in reports),
+    )
+
+
+def _local(
+    task: Task,
+    watch: Watch,
+    config: LoopConfig,
+    progress: Progress | None,
+    path: Path | None,
+    filled: Mapping[str, Kept],
+    initial: dict[str, torch.Tensor],
+) -> Collected:
+    clients = sorted({c for r in range(config.rounds) for c in config.sample(r)})
+    finished, seconds = 0, 0.0
+    if path is not None and path.exists():
+        finished, seconds = _load_local(path, clients, filled)
+    for client in clients[finished:]:
+        began = time.perf_counter()
+        _load(task, initial)
+        for number in range(config.rounds):
+            parameters = list(task.parameters.values())
+            optimizer = task.optimizer(parameters, **task.optimizer_options)
+            with watch():
+                task.train(client, number, optimizer)
+        finished += 1
+        seconds += time.perf_counter() - began
+        if path is not None:
+            meta = {"clients": clients, "finished": finished, "seconds": seconds}
+            tensors = {
+                key: t
+                for name, part in filled.items()
+                for key, t in checkpoint.prefixed(name, part.state_dict()).items()
+            }
+            files.save_tensors(path, tensors, meta, keep=True)
+        if progress is not None:
+            progress(finished, len(clients))
+    return Collected(0, 0, None, seconds)
+
+
+def _load_local(path: Path, clients: list[int], filled: Mapping[str, Kept]) -> tuple[int, float]:
+    """How many clients are finished, and the seconds they took; fills ``filled``."""
+    tensors, meta = files.load_tensors(path, ANEW)
+    try:
+        if meta["clients"] != clients:
+            raise ConfigError(f"expected clients {clients}, got {meta['clients']}")
+        finished, seconds = int(meta["finished"]), float(meta["seconds"])
+        for name, part in filled.items():
+            part.load_state_dict(checkpoint.unprefixed(name, tensors))
+    except (KeyError, TypeError, ValueError) as err:
+        text = str(err) if isinstance(err, ConfigError) else repr(err)
+        raise ConfigError(f"{path} is not of this gathering: {text}; {ANEW}") from err
+    return finished, seconds
 
 
 @torch.no_grad()

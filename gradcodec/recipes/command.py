@@ -11,7 +11,6 @@ from types import TracebackType
 
 from gradcodec import describe
 from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.rotsign import RotatedSign
@@ -55,25 +54,37 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; prints progress, the table and where the files are."""
     settings = settings_of(options)
-    folder = RunFolder(options.out, settings.to_dict(), resume=options.resume)
-    with _Bars() as bars:
+    out = _out(options.out)
+    report.require_matplotlib()  # now, not when everything is done
+    with _Bars() as bars, RunFolder(out, settings.to_dict(), resume=options.resume) as folder:
         results = Experiment(settings, folder, bars.update).run()
-    summary = summarise(settings, results, folder.read_json("tgap.json"))
-    folder.write_json("summary.json", summary)
-    files = report.plot(summary, folder.path)
-    histories = {n: folder.read_json(f"{n}.json") for n in schemes.TRAINED}
-    present = {n: rows for n, rows in histories.items() if rows}
-    if present:
-        files.append(report.plot_training(present, folder.path / "autoencoders.png"))
+        summary = summarise(settings, results, folder.load("tgap.json"))
+        files = [folder.write_json("summary.json", summary), *report.plot(summary, folder.path)]
+        histories = {n: folder.load(f"{n}.json") for n in schemes.TRAINED}
+        present = {n: found["rows"] for n, found in histories.items() if found}
+        if present:
+            files.append(report.plot_training(present, folder.path / "autoencoders.png"))
     print("\n" + report.table(summary) + "\n")
-    print("files:", ", ".join(str(f) for f in (folder.path / "summary.json", *files)))
+    print("files:", ", ".join(map(str, files)))
     return 0
+
+
+def _out(name: str) -> Path:
+    """The path of ``--out``; ``.``, ``..`` and what a shell made of an unset variable are none."""
+    path = Path(name)
+    if not name or path.name in ("", ".."):
+        raise ConfigError(f"expected a name of a folder (--out), got {name!r}")
+    return path
 
 
 def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``gradcodec tgap``: the codec to fit, then the settings of the run it watches."""
     add = parser.add_argument
-    add("--out", required=True, help="folder for the codec; what was gathered goes to OUT.run")
+    add(
+        "--out",
+        required=True,
+        help="folder for the codec; OUT.run keeps what was gathered, and a run goes on from it",
+    )
     add("--family", choices=("subspace", "resnet3", "cnn1d", "uformer"), default="subspace")
     add("--ratio", type=float, default=32.0, help="subspace: update elements per code value")
     add(
@@ -107,7 +118,9 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tgap(options: argparse.Namespace) -> int:
     """Gather on D1, fit one codec, say what it is."""
-    out = Path(options.out)
+    out = _out(options.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"expected a folder for the codec (--out), got {out}: it is a file")
     settings = dataclasses.replace(settings_of(options), schemes=("fp32",))
     config: SubspaceConfig | AutoencoderConfig
     if options.family == "subspace":
@@ -121,16 +134,16 @@ def run_tgap(options: argparse.Namespace) -> int:
         config = AutoencoderConfig(arch=options.family)
     work = out.with_name(out.name + ".run")
     described = {**settings.to_dict(), "codec": config.to_dict(), "bits": options.bits}
-    with _Bars() as bars:
-        experiment = Experiment(settings, RunFolder(work, described, resume=True), bars.update)
-        codec: Codec = experiment.fit({out.name: config}, work)[out.name]
-    if options.bits:
-        one = options.bits == 1
-        inner = RotatedSign() if one else BlockQuant(BlockQuantConfig(options.bits))
-        quantised = Chain(codec, inner)
-        quantised.notes = codec.notes
-        codec = quantised
-    codec.save_pretrained(out)
+    with _Bars() as bars, RunFolder(work, described, resume=True) as folder:
+        # By a name that stays when the folders are moved.
+        codec = Experiment(settings, folder, bars.update).fit({"codec": config}, ".")["codec"]
+        if options.bits:
+            one = options.bits == 1
+            inner = RotatedSign() if one else BlockQuant(BlockQuantConfig(options.bits))
+            quantised = Chain(codec, inner)
+            quantised.notes = codec.notes
+            codec = quantised
+        codec.save_pretrained(out)
     for key, value in describe.codec(str(out.resolve())).items():
         print(f"{key:10} {value}")
     return 0

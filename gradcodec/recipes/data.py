@@ -97,6 +97,8 @@ def load_examples(source: str, *, limit: int | None = None) -> list[Example]:
     if source == "stdlib":
         examples = [Example(pair.prompt, pair.answer, pair.package) for pair in docstring_pairs()]
         return examples[:limit]
+    if not source:
+        raise ConfigError("expected 'stdlib', a file or the name of a data set, got ''")
     if source.endswith((".jsonl", ".json")):
         rows: Iterable[Row] = _rows_of_file(Path(source))
     else:
@@ -210,7 +212,7 @@ def dirichlet_partition(
     raise ConfigError(
         f"no Dirichlet draw out of {_PARTITION_ATTEMPTS} gave each of {clients} clients "
         f"{min_size} examples; the best one reached sizes {best}. "
-        "Use a larger alpha, fewer clients or a smaller min_size"
+        "Use a larger alpha (--dirichlet), fewer clients or a smaller min_size (--min-client)"
     )
 
 
@@ -348,7 +350,7 @@ def _rows_of_file(path: Path) -> Iterable[Row]:
             continue
         try:
             value = json.loads(piece)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested a thousand deep
             raise ConfigError(f"{path}: {where} is not JSON: {error}") from error
         rows += value if path.suffix == ".json" and isinstance(value, list) else [value]
     return rows
@@ -368,7 +370,7 @@ def _rows_of_dataset(source: str) -> Iterable[Row]:
         rows: Iterable[Row] = datasets.load_dataset(
             name, configuration or None, split=split or "train"
         )
-    except (OSError, ValueError) as error:  # missing, unreachable, no such configuration or split
+    except Exception as error:  # missing, unreachable, damaged: scripts and formats raise anything
         raise ConfigError(f"cannot load the data set {source!r}: {error}") from error
     return rows
 

@@ -7,9 +7,10 @@ D2: for each scheme: federated LoRA from the same start, coded both ways --> los
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,18 +18,20 @@ from typing import Any
 
 import torch
 
+from gradcodec import files
 from gradcodec.codecs.autoencoder import AutoencoderConfig
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.subspace import SubspaceConfig
-from gradcodec.errors import TrainingError
+from gradcodec.errors import ConfigError, GradcodecError, TrainingError
 from gradcodec.federated import checkpoint
 from gradcodec.federated.collect import collect
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
 from gradcodec.federated.server import Server
 from gradcodec.recipes import data, models
+from gradcodec.recipes.centralised import load_training, save_training
 from gradcodec.recipes.evaluate import choice_accuracy
 from gradcodec.recipes.results import Result
-from gradcodec.recipes.run_folder import RunFolder
+from gradcodec.recipes.run_folder import SNAPSHOTS, RunFolder
 from gradcodec.recipes.schemes import TRAINED, Scheme, choose
 from gradcodec.recipes.settings import Settings
 from gradcodec.recipes.task import LanguageTask, LocalTraining
@@ -115,21 +118,53 @@ class Experiment:
     def trained(self) -> dict[str, Codec]:
         """The codecs that the chosen schemes need, fitted on D1 or loaded from the run's folder."""
         names = list(dict.fromkeys(n for s in self.schemes for n in s.needs))
-        if names and self.folder.read_json("tgap.json") is None:
-            self.fit({n: TRAINED[n] for n in names}, self.folder.path / "codecs")
-        return {n: Codec.from_pretrained(self.folder.path / "codecs" / n) for n in names}
+        return self.fit({n: TRAINED[n] for n in names}, "codecs") if names else {}
 
     def fit(
-        self, configs: Mapping[str, SubspaceConfig | AutoencoderConfig], root: Path
+        self, configs: Mapping[str, SubspaceConfig | AutoencoderConfig], place: str
     ) -> dict[str, Codec]:
-        """TGAP: gather on D1 once, then fit every codec; saved as ``root/<name>``."""
-        codecs: dict[str, Codec] = {}
+        """TGAP: gather on D1 once, then fit every codec; saved in the run as ``place/<name>``.
+
+        A kill costs one round of gathering (one client in a local reading), or one autoencoder's
+        training.
+        """
+        done = self.folder.load("tgap.json") or self._tgap(configs, place)
+        self._gathered.unlink(missing_ok=True)
+        files.previous(self._gathered).unlink(missing_ok=True)
+        return {n: self._fitted(place, n, done["digests"].get(n)) for n in configs}
+
+    @property
+    def _gathered(self) -> Path:
+        """What TGAP has gathered so far."""
+        return self.folder.path / "tgap.safetensors"
+
+    def _fitted(self, place: str, name: str, digest: str | None) -> Codec:
+        """A codec of this run."""
+        folder = self.folder.path / place / name
+        again = f"delete {self.folder.path / 'tgap.json'} and resume to fit it again"
+        try:
+            codec = Codec.from_pretrained(folder.resolve())  # never a Hub id
+        except GradcodecError as err:
+            raise ConfigError(f"{err}; {again}") from err
+        if codec.digest.hex() != digest:
+            raise ConfigError(
+                f"{folder}: expected the codec {digest} that was fitted in this run, got "
+                f"{codec.digest.hex()}; {again}"
+            )
+        return codec
+
+    def _tgap(
+        self, configs: Mapping[str, SubspaceConfig | AutoencoderConfig], place: str
+    ) -> dict[str, Any]:
         s = self.settings
-        began = time.perf_counter()
         linear = {n: c for n, c in configs.items() if isinstance(c, SubspaceConfig)}
         nets = {n: c for n, c in configs.items() if isinstance(c, AutoencoderConfig)}
         spec = UpdateSpec.of(self.parameters)
-        store = SnapshotStore(self.folder.fresh("snapshots"), limit=512)
+        with self._or_gather_again():
+            resumed = self._gathered.exists()
+            store = SnapshotStore(
+                self.folder.path / SNAPSHOTS if resumed else self.folder.fresh(SNAPSHOTS), limit=512
+            )
         moments: dict[str, SecondMoments] = {}
         # The finest ratio first: it asks for the most directions, its recording serves the others.
         for config in sorted(linear.values(), key=lambda c: c.ratio):
@@ -153,40 +188,65 @@ class Experiment:
             s.tgap_reading,
             lambda done, total: self.progress("TGAP: collect", done, total, {}),
             signal.add_round if isinstance(signal, SignalMoments) else None,
+            path=self._gathered,
+            filled={**moments, SNAPSHOTS: store},
         )
-        collected = time.perf_counter() - began
+        began = time.perf_counter()
+        digests = {}
         for name, config in linear.items():
             records = s.records_for(config.ratio)
-            codecs[name] = fit_subspace(moments[records], config)
-            codecs[name].notes = self._notes(records)
+            codec: Codec = fit_subspace(moments[records], config)
+            codec.notes = self._notes(records)
+            codec.save_pretrained(self.folder.path / place / name)
+            digests[name] = codec.digest.hex()
         for name, net in nets.items():
+            digests[name] = self._train_autoencoder(store, name, net, spec, place)
+        done = {
+            "uplink_bytes": gathered.uplink_bytes,
+            "downlink_bytes": gathered.downlink_bytes,
+            # Updates reach the server anyway; statistics of gradients would have to be sent.
+            "statistics_bytes_per_client": sum(
+                m.nbytes for records, m in moments.items() if records == "gradient"
+            ),
+            "collect_s": gathered.seconds,
+            "fit_s": time.perf_counter() - began,
+            "digests": digests,
+        }
+        self.folder.save("tgap.json", done)
+        return done
+
+    def _train_autoencoder(
+        self, store: SnapshotStore, name: str, net: AutoencoderConfig, spec: UpdateSpec, place: str
+    ) -> str:
+        """Train one and save it, unless that was done before; returns its digest."""
+        history = f"{name}.json"
+        done = self.folder.load(history)
+        if done is not None:
+            with suppress(GradcodecError):  # it is gone or damaged: train it again
+                self._fitted(place, name, done["digest"])
+                return str(done["digest"])
+        with self._or_gather_again():
             fit = fit_autoencoder(
                 store,
                 net,
                 spec,
-                steps=s.ae_steps,
-                seed=s.seed,
+                steps=self.settings.ae_steps,
+                seed=self.settings.seed,
                 loss_log=partial(self._ae_progress, name),
             )
-            codecs[name] = fit.codec
-            codecs[name].notes = self._notes(s.representation)
-            self.folder.write_json(f"{name}.json", [asdict(row) for row in fit.history])
-        for name, codec in codecs.items():
-            codec.save_pretrained(root / name)
-        self.folder.write_json(
-            "tgap.json",
-            {
-                "uplink_bytes": gathered.uplink_bytes,
-                "downlink_bytes": gathered.downlink_bytes,
-                # Updates reach the server anyway; statistics of gradients would have to be sent.
-                "statistics_bytes_per_client": sum(
-                    m.nbytes for records, m in moments.items() if records == "gradient"
-                ),
-                "collect_s": collected,
-                "fit_s": time.perf_counter() - began - collected,
-            },
-        )
-        return codecs
+        fit.codec.notes = self._notes(self.settings.representation)
+        fit.codec.save_pretrained(self.folder.path / place / name)
+        digest = fit.codec.digest.hex()
+        self.folder.save(history, {"digest": digest, "rows": [asdict(r) for r in fit.history]})
+        return digest
+
+    @contextmanager
+    def _or_gather_again(self) -> Iterator[None]:
+        """Snapshots that are damaged can be made anew, with all that was gathered beside them."""
+        try:
+            yield
+        except ConfigError as err:
+            raise ConfigError(f"{err}: delete {self._gathered} and resume") from err
 
     def _notes(self, records: str) -> str:
         """What a codec was fitted on, for its card."""
@@ -204,17 +264,32 @@ class Experiment:
     # -- FAF ------------------------------------------------------------------------------------
 
     def run(self) -> list[Result]:
-        """Every scheme, or what is missing of them."""
+        """Every scheme, or what is missing of them.
+
+        Raises:
+            TrainingError: the base model itself has no finite loss.
+            ConfigError: a file of the run is damaged.
+            OSError: a file cannot be written; what was finished before is whole.
+        """
         trained = self.trained
         self._reset()
         start = self._task(self.d2, self.settings.rounds).evaluate()
+        if not math.isfinite(start):
+            raise TrainingError(
+                f"the held-out loss of {self.settings.model} before any training is {start}; where "
+                "its values leave the range of --dtype, choose float32"
+            )
         self.folder.log("start", loss=start)
         return [self._scheme(scheme, trained, start) for scheme in self.schemes]
 
     def _scheme(self, scheme: Scheme, trained: Mapping[str, Codec], start: float) -> Result:
-        done = self.folder.read_json(f"schemes/{scheme.name}.json")
+        name = f"schemes/{scheme.name}.json"
+        done = self.folder.load(name)
         if done is not None:
-            return Result.from_dict(scheme, done)
+            result = Result.from_dict(scheme, done)
+            for report in result.reports:  # in case its events were damaged
+                self.folder.log("round", scheme=scheme.name, **report.to_dict())
+            return result
         task = self._task(self.d2, self.settings.rounds)
         if scheme.kind == "federated":
             reports, distinct = self._federate(scheme, task, trained)
@@ -232,8 +307,12 @@ class Experiment:
             codec_bytes=sum(self._download(n) for n in scheme.needs),
             participants=distinct,
         )
-        self.folder.write_json(f"schemes/{scheme.name}.json", result.to_dict())
+        self.folder.save(name, result.to_dict())
+        files.previous(self._checkpoint(scheme)).unlink(missing_ok=True)
         return result
+
+    def _checkpoint(self, scheme: Scheme) -> Path:
+        return self.folder.path / "checkpoints" / f"{scheme.name}.safetensors"
 
     def _federate(
         self, scheme: Scheme, task: LanguageTask, trained: Mapping[str, Codec]
@@ -254,7 +333,7 @@ class Experiment:
             Server(self.initial, uplink, downlink, server_config),
             LoopConfig(s.rounds, range(s.clients), s.per_round, seed=s.seed),
         )
-        path = self.folder.path / "checkpoints" / f"{scheme.name}.safetensors"
+        path = self._checkpoint(scheme)
         reports = checkpoint.load(path, federation) if path.exists() else []
         for report in reports:
             self._note(scheme, report)
@@ -282,13 +361,17 @@ class Experiment:
         pool = [e for shard in self.d2.values() for e in shard]
         task = self._task(dict.fromkeys(range(s.per_round), pool), s.rounds, local)
         optimizer = task.optimizer(list(task.parameters.values()), **task.optimizer_options)
-        reports = []
-        for number in range(s.rounds):
+        path = self._checkpoint(scheme)
+        reports = load_training(path, task.parameters, optimizer) if path.exists() else []
+        for report in reports:
+            self._note(scheme, report)
+        for number in range(len(reports), s.rounds):
             began = time.perf_counter()
             losses = [task.train(k, number, optimizer).loss for k in range(s.per_round)]
             report = RoundReport(number, task.evaluate(), sum(losses) / len(losses), [], {})
             report.seconds = time.perf_counter() - began
             reports.append(report)
+            save_training(path, task.parameters, optimizer, reports)
             self._note(scheme, report)
         return reports
 

@@ -4,6 +4,7 @@
 them.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def load_base(
                 model = library.AutoModelForCausalLM.from_pretrained(
                     place, dtype=dtype, use_safetensors=True, **options
                 )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # missing, unreachable, damaged, torn: each has an error of its own
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -112,9 +113,9 @@ def add_lora(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError("LoRA adapters need: pip install peft") from error
-    if r < 1 or alpha <= 0 or not 0.0 <= dropout < 1.0:
+    if r < 1 or not (0 < alpha < math.inf and 0.0 <= dropout < 1.0):
         raise ConfigError(
-            "expected r >= 1, alpha > 0 and 0 <= dropout < 1, "
+            "expected r >= 1, a finite alpha > 0 and 0 <= dropout < 1, "
             f"got r={r}, alpha={alpha}, dropout={dropout}"
         )
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -136,7 +137,10 @@ def add_lora(
     with _seeded(seed), warnings.catch_warnings():
         # peft still asks transformers by a name that transformers renamed; nothing for users to do.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return cast(nn.Module, get_peft_model(cast(Any, model), config))
+        try:
+            return cast(nn.Module, get_peft_model(cast(Any, model), config))
+        except (RuntimeError, ValueError) as error:  # for example more than fits into memory
+            raise ConfigError(f"cannot add adapters of rank {r}: {error}") from error
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,16 +86,21 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def require_matplotlib() -> None:
+    """Raises ``ConfigError`` where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'gradcodec[examples]'")
+
+
 def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw loss against rounds and bytes, SNR per round, and the autoencoders' training.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as err:
-        raise ConfigError("plots need matplotlib: pip install 'gradcodec[examples]'") from err
+    require_matplotlib()
+    import matplotlib as mpl
+
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 

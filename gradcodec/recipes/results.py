@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradcodec import describe
+from gradcodec.errors import ConfigError
 from gradcodec.federated.loop import RoundReport
 from gradcodec.recipes.schemes import Scheme
 from gradcodec.recipes.settings import Settings
@@ -64,10 +65,19 @@ class Result:
 
     @classmethod
     def from_dict(cls, scheme: Scheme, row: Mapping[str, Any]) -> Result:
-        """Inverse of ``to_dict``."""
-        reports = [RoundReport.from_dict(r) for r in row["reports"]]
-        rest = {k: row[k] for k in ("start_loss", "accuracy", "codec_bytes", "participants")}
-        return cls(scheme, reports=reports, **rest)
+        """Inverse of ``to_dict``.
+
+        Raises:
+            ConfigError: the row has other fields.
+        """
+        try:
+            reports = [RoundReport.from_dict(r) for r in row["reports"]]
+            rest = {k: row[k] for k in ("start_loss", "accuracy", "codec_bytes", "participants")}
+            return cls(scheme, reports=reports, **rest)
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise ConfigError(
+                f"schemes/{scheme.name}.json is not of this version: {err!r}; delete it and resume"
+            ) from err
 
 
 def summarise(
@@ -141,7 +151,10 @@ def _cumulative(reports: Sequence[RoundReport]) -> list[int]:
 
 def run_versions() -> dict[str, str | None]:
     """Versions, machine and the commit that a number belongs to."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {**describe.versions(), "commit": git.stdout.strip() or None}
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    return {**describe.versions(), "commit": commit}

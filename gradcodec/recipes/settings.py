@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from gradcodec.federated.config import ServerConfig
 from gradcodec.recipes import schemes
 from gradcodec.recipes.task import LocalTraining
 from gradcodec.representation import RECORDED, SENT, check
+
+_SEEDS = 1 << 62  # below torch's limit by more than any number of clients
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class Settings:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.ae_steps < 0:
             raise ConfigError(f"expected ae_steps of at least 0, got {self.ae_steps}")
+        if self.min_client < 0:
+            raise ConfigError(f"expected min_client of at least 0, got {self.min_client}")
+        if not 0 <= self.seed < _SEEDS:  # numpy and torch agree on these
+            raise ConfigError(f"expected a seed of 0 to 2^62 - 1, got {self.seed}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ConfigError(f"expected a finite lora_alpha above 0, got {self.lora_alpha}")
         if not 0 < self.d1 < 1:
             raise ConfigError(f"expected a share d1 within (0, 1), got {self.d1}")
         if not 0 < self.fraction <= 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradcodec import layout
 from gradcodec.codecs.subspace import Axis, SubspaceConfig
 from gradcodec.codecs.subspace_groups import groups
-from gradcodec.errors import UpdateError
+from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import Update, UpdateSpec
 
 EXACT_LIMIT = 2048
@@ -37,6 +37,12 @@ class Moment(Protocol):
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` largest eigenvalues, descending, and their vectors ``[size, .]``."""
+
+    def kept(self) -> Tensor:
+        """All that was gathered, for ``restore``; not a copy."""
+
+    def restore(self, kept: Tensor) -> None:
+        """Be again as when ``kept`` was called; ``ConfigError`` if it is of another size."""
 
 
 class ExactMoment:
@@ -68,6 +74,16 @@ class ExactMoment:
         """By full symmetric eigendecomposition in fp64."""
         values, vectors = torch.linalg.eigh(self.sum.double())
         return _signed(values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count])
+
+    def kept(self) -> Tensor:
+        """The matrix."""
+        return self.sum
+
+    def restore(self, kept: Tensor) -> None:
+        """Take the matrix over."""
+        if kept.shape != self.sum.shape:
+            raise ConfigError(f"expected sums {list(self.sum.shape)}, got {list(kept.shape)}")
+        self.sum = kept.float()
 
 
 class SketchedMoment:
@@ -130,6 +146,19 @@ class SketchedMoment:
         q = torch.linalg.qr(vectors[:, :count]).Q
         return _signed(values[:count], q)
 
+    def kept(self) -> Tensor:
+        """The rows in use; the others are zero."""
+        return self.buffer[: self.filled]
+
+    def restore(self, kept: Tensor) -> None:
+        """Take the rows over."""
+        most, size = self.buffer.shape
+        if kept.ndim != 2 or kept.shape[1] != size or len(kept) > most:
+            raise ConfigError(f"expected a sketch [at most {most}, {size}], got {list(kept.shape)}")
+        self.buffer = torch.zeros(most, size)
+        self.buffer[: len(kept)] = kept
+        self.filled = len(kept)
+
 
 class SecondMoments:
     """One streaming moment per parameter; memory does not grow with the number of updates.
@@ -181,6 +210,31 @@ class SecondMoments:
             rows = matrix.T if axis.left else matrix
             self._moments[name].add(rows.float().cpu())
         self.count += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was gathered, as plain tensors that share memory with it."""
+        kept = {f"moment.{n}": m.kept() for n, m in self._moments.items()}
+        return {"count": torch.tensor(self.count), **kept}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state_dict`` was taken, to the bit.
+
+        Raises:
+            ConfigError: the state is of other parameters or of another config.
+        """
+        expected = {"count", *(f"moment.{n}" for n in self._moments)}
+        if set(state) != expected:
+            raise ConfigError(
+                f"moments: expected {sorted(expected)[:3]}... ({len(expected)} tensors), "
+                f"differing in {sorted(expected ^ set(state))[:3]}"
+            )
+        fresh = {n: self._empty(axis) for n, axis in self.axes.items()}
+        for name, moment in fresh.items():
+            try:
+                moment.restore(state[f"moment.{name}"])
+            except ConfigError as err:
+                raise ConfigError(f"moments of {name}: {err}") from err
+        self._moments, self.count = fresh, int(state["count"])
 
     @property
     def nbytes(self) -> int:

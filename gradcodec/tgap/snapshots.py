@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
+from gradcodec import files
 from gradcodec.errors import ConfigError
 from gradcodec.types import Update
 
@@ -20,9 +22,14 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
     and from then on only every second (fourth, ...) one is kept, so that the store always spans the
     whole time: the *temporal ensemble* of the paper, thinned evenly.
 
+    Each file appears whole or not at all and holds its SHA-256, which is checked when it is read.
+
     Args:
         folder: created if missing; an existing store goes on where it was.
         limit: most snapshots kept, at least 2.
+
+    Raises:
+        ConfigError: the limit is below 2, or the folder is not a whole store.
     """
 
     def __init__(self, folder: str | Path, *, limit: int = 1024) -> None:
@@ -31,24 +38,72 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.limit = limit
-        self._files = sorted(self.folder.glob("*.safetensors"))
-        stems = [int(f.stem) for f in self._files]
-        self._seen = stems[-1] + 1 if stems else 0
+        found = {}
+        for path in self.folder.glob("*.safetensors"):
+            if not path.stem.isdecimal():
+                raise ConfigError(
+                    f"{path} is no snapshot, whose names are numbers; expected a folder of "
+                    "nothing else"
+                )
+            found[int(path.stem)] = path
+        numbers = sorted(found)
+        self._seen = numbers[-1] + 1 if numbers else 0
         # A store that was thinned before goes on as thin as it is.
-        self._stride = stems[1] - stems[0] if len(stems) > 1 else 1
+        gaps = [b - a for a, b in itertools.pairwise(numbers)]
+        self._stride = min(gaps, default=1)
+        if set(gaps) - {self._stride} and len(range(0, self._seen, self._stride)) > limit:
+            # A kill in the middle of ``_thin``; this is the rest of it.
+            self._stride *= 2
+            for number in [n for n in numbers if n % self._stride]:
+                found.pop(number).unlink()
+        self._files = [found[n] for n in sorted(found)]
+        self._check(range(0, numbers[-1] + 1 if numbers else 0, self._stride))
+
+    def _check(self, expected: range) -> None:
+        missing = set(expected) - {int(f.stem) for f in self._files}
+        if missing:
+            raise ConfigError(
+                f"{self.folder}: {len(missing)} of {len(expected)} snapshots are missing, the "
+                f"first of them {min(missing):09d}.safetensors; gather again into an empty folder"
+            )
 
     def add(self, update: Update) -> None:
         """Store one update, or skip it when the store is thinned."""
         if self._seen % self._stride == 0:
             path = self.folder / f"{self._seen:09d}.safetensors"
-            save_file({n: t.detach().cpu().contiguous() for n, t in update.items()}, path)
+            files.save_tensors(path, update, {})
             self._files.append(path)
         self._seen += 1
         if len(self._files) > self.limit:
-            for path in self._files[1::2]:
+            self._thin()
+
+    def _thin(self) -> None:
+        for path in self._files[1::2]:
+            path.unlink()
+        self._files = self._files[::2]
+        self._stride *= 2
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many updates were added, and every how many-th of them is kept."""
+        return {"seen": torch.tensor(self._seen), "stride": torch.tensor(self._stride)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Forget what was added after ``state_dict`` was taken: those files are deleted.
+
+        If the store was thinned since, it stays so: what is added again thins it to the same.
+
+        Raises:
+            ConfigError: a snapshot of that time is missing; nothing is changed then.
+        """
+        seen, stride = (int(state[key]) for key in ("seen", "stride"))
+        # A single file does not show its stride.
+        stride = max(stride, self._stride)
+        self._check(range(0, seen, stride))
+        for path in self._files:
+            if int(path.stem) >= seen:
                 path.unlink()
-            self._files = self._files[::2]
-            self._stride *= 2
+        self._files = [f for f in self._files if int(f.stem) < seen]
+        self._seen, self._stride = seen, stride
 
     def __len__(self) -> int:
         return len(self._files)
@@ -59,5 +114,9 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
     def __getitem__(self, index: slice) -> list[dict[str, Tensor]]: ...
     def __getitem__(self, index: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if isinstance(index, slice):
-            return [load_file(f) for f in self._files[index]]
-        return load_file(self._files[index])
+            return [_read(f) for f in self._files[index]]
+        return _read(self._files[index])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return files.load_tensors(path, "gather again into an empty folder")[0]

@@ -44,11 +44,11 @@ TIMES = ("encode_s", "decode_s", "seconds")
 
 def run_experiment(path: Path, **options: Any) -> dict[str, Any]:
     settings = Settings(**{**TINY, "local": LocalTraining(steps=1), **options})
-    folder = RunFolder(path, settings.to_dict())
     told: list[tuple[str, int, int]] = []
-    results = Experiment(settings, folder, lambda *row: told.append(row[:3])).run()
-    assert all(0 <= done <= total for _, done, total in told)
-    return summarise(settings, results, folder.read_json("tgap.json"))
+    with RunFolder(path, settings.to_dict()) as folder:
+        results = Experiment(settings, folder, lambda *row: told.append(row[:3])).run()
+        assert all(0 <= done <= total for _, done, total in told)
+        return summarise(settings, results, folder.load("tgap.json"))
 
 
 def timeless(summary: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def test_a_finished_run_is_read_again_and_not_made_again(
     path, summary = everything
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*.safetensors")}
     settings = Settings(**{**TINY, "local": LocalTraining(steps=1), "schemes": FULL})
-    folder = RunFolder(path, settings.to_dict(), resume=True)
-    results = Experiment(settings, folder, lambda *_: None).run()
-    again = summarise(settings, results, folder.read_json("tgap.json"))
+    with RunFolder(path, settings.to_dict(), resume=True) as folder:
+        results = Experiment(settings, folder, lambda *_: None).run()
+        again = summarise(settings, results, folder.load("tgap.json"))
     assert again == summary
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*.safetensors")} == before
 
@@ -234,14 +234,25 @@ def kill_when(tmp_path: Path, arguments: list[str], reached: Any) -> None:
 @pytest.mark.timeout(600)
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     data = write_sums(tmp_path / "sums.jsonl")
-    arguments = [*FLAGS, "--rounds=3", "--schemes", "subspace-32,paper-working"]
+    arguments = [*FLAGS, "--rounds=3", "--tgap-rounds=3"]
+    arguments += ["--schemes", "subspace-32,paper-working"]
     arguments += ["--dataset", str(data)]
     whole = run_command(tmp_path, *arguments, "--out", "whole", timeout=500)
     assert whole.returncode == 0, whole.stderr
 
     run = tmp_path / "killed"
     arguments += ["--out", "killed", "--resume"]
-    kill_when(tmp_path, arguments, lambda: any(run.glob("snapshots/*")))
+
+    def snapshots() -> int:
+        return len(list(run.glob("snapshots/*.safetensors")))
+
+    # TGAP, of three rounds with two clients each: within its first, after it, within its second.
+    kill_when(tmp_path, arguments, lambda: snapshots() > 0)
+    assert not (run / "tgap.safetensors").exists()
+    kill_when(tmp_path, arguments, lambda: (run / "tgap.safetensors").exists())
+    kept = (run / "tgap.safetensors").stat().st_mtime_ns
+    kill_when(tmp_path, arguments, lambda: snapshots() > 2)
+    assert (run / "tgap.safetensors").stat().st_mtime_ns == kept
     assert not (run / "tgap.json").exists()
     kill_when(tmp_path, arguments, lambda: (run / "checkpoints" / "fp32.safetensors").exists())
     kill_when(

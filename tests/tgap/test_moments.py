@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec.codecs.subspace import SubspaceConfig
-from gradcodec.errors import NonFiniteError, UpdateError
+from gradcodec.errors import ConfigError, NonFiniteError, UpdateError
 from gradcodec.tgap.moments import EXACT_LIMIT, ExactMoment, SecondMoments, SketchedMoment
 from gradcodec.types import TensorSpec, UpdateSpec
 
@@ -166,3 +166,51 @@ def test_gradients_of_any_float_dtype_are_summed_in_fp32(dtype: torch.dtype) -> 
     moments.add({"w": g})
     wanted = g.float() @ g.float().T
     assert torch.allclose(moments._moments["w"].sum, wanted, atol=4 * EPS * float(wanted.max()))  # type: ignore[attr-defined]
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
+@settings(max_examples=10)
+def test_moments_that_are_put_back_go_on_to_the_bit(before: int, after: int) -> None:
+    spec = UpdateSpec((TensorSpec("exact", (8, 3)), TensorSpec("long", (EXACT_LIMIT + 1, 2))))
+    config = SubspaceConfig(ratio=1024, side="long")
+    updates = [{t.name: torch.randn(t.shape) for t in spec} for _ in range(before + after)]
+    whole, first, second = (SecondMoments(spec, config) for _ in range(3))
+    for update in updates:
+        whole.add(update)
+    for update in updates[:before]:
+        first.add(update)
+    second.load_state_dict({n: t.clone() for n, t in first.state_dict().items()})
+    for update in updates[before:]:
+        second.add(update)
+    assert second.count == whole.count
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor)
+    for name, (values, vectors) in whole.spectra().items():
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(second.spectra()[name], (values, vectors), strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "change"),
+    [
+        ({"a": (3, 2)}, {}),
+        ({"a": (3, 2), "c": (4,)}, {}),
+        ({"a": (5, 3), "b": (4,)}, {}),
+        ({"a": (3, 2), "b": (4,)}, {"moment.b": torch.zeros(4)}),
+    ],
+)
+def test_moments_of_other_parameters_are_refused(
+    shapes: dict[str, tuple[int, ...]], change: dict[str, Tensor]
+) -> None:
+    spec = UpdateSpec((TensorSpec("a", (3, 2)), TensorSpec("b", (4,))))
+    other = UpdateSpec(tuple(TensorSpec(n, s) for n, s in shapes.items()))
+    moments = SecondMoments(spec, SubspaceConfig(ratio=1))
+    moments.add({"a": torch.ones(3, 2)})
+    before = {n: t.clone() for n, t in moments.state_dict().items()}
+    with pytest.raises(ConfigError, match="moments"):
+        moments.load_state_dict(
+            {**SecondMoments(other, SubspaceConfig(ratio=1)).state_dict(), **change}
+        )
+    assert all(torch.equal(t, before[n]) for n, t in moments.state_dict().items())
