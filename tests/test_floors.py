@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 #: Lowest first. A name stands for the module or the package of that name; modules of one package
 #: may import each other.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("gradcodec._version", "gradcodec.errors", "gradcodec.types"),
+    0: ("gradcodec._version", "gradcodec.errors", "gradcodec.encodable", "gradcodec.types"),
     1: (
         "gradcodec.layout",
         "gradcodec.wire",

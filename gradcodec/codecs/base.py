@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradcodec import hub, layout, wire
+from gradcodec.encodable import check_name, check_tensor, check_update, shown
 from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
@@ -42,9 +43,16 @@ def register(cls: type[C]) -> type[C]:
 
 def codec_class(kind: str) -> type[Codec]:
     """The codec class registered under ``kind``; ``ConfigError`` lists what there is."""
-    if kind not in _KINDS:
-        raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {shown(kind)}")
     return _KINDS[kind]
+
+
+#: Bytes that a body of a codec out of a folder may decode to, for each byte of its own. The
+#: sparsest untrained codec, one bit for one of 65,536 fp64 values, comes to 2^17.75.
+MAX_EXPANSION: Final = 1 << 18
+#: Bytes that it may decode to whatever its own size.
+MAX_UNPAID: Final = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class CodecConfig:
 
     kind: ClassVar[str]
     LATER: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stages(self) -> int:
+        """How many configs lie in each other, this one included."""
+        return 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, ``kind`` included.
@@ -69,8 +82,10 @@ class CodecConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or data.get("kind", cls.kind) != cls.kind:
+            raise ConfigError(f"{cls.kind}: expected settings of this kind, got {shown(data)}")
         given = {k: v for k, v in data.items() if k != "kind"}
-        unknown = sorted(set(given) - set(fields))
+        unknown = sorted(shown(k) for k in set(given) - set(fields))[:10]
         if unknown:
             raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
         missing = sorted(
@@ -97,9 +112,18 @@ class Codec(ABC):
         weights: learned tensors by name; names start with ``encoder.``, ``decoder.`` or
             ``shared.`` so that one half can be loaded alone.
         weight_digests: hex SHA-256 by weight name, when only one half of the weights is here.
+
+    Raises:
+        ConfigError: a base of another length; weights where there are none, or that hold NaN or
+            Inf or are no plain tensors.
+        UpdateError: the table has tensors that this codec does not encode.
     """
 
     Config: ClassVar[type[CodecConfig]]
+    learned: ClassVar[bool] = False
+    """Whether there are weights."""
+    any_dtype: ClassVar[bool] = False
+    """Whether tensors of every dtype can be encoded, not floating ones alone."""
     linear: ClassVar[bool] = True
     """Codes add: ``decode(a) + decode(b) == decode(a + b)`` before quantisation."""
 
@@ -112,12 +136,36 @@ class Codec(ABC):
         weights: Mapping[str, Tensor] | None = None,
         weight_digests: Mapping[str, str] | None = None,
     ) -> None:
+        if spec is not None and not isinstance(spec, UpdateSpec):
+            raise ConfigError(
+                f"{config.kind}: expected an UpdateSpec to bind to, got {type(spec).__name__}; "
+                "pass UpdateSpec.of(update)"
+            )
+        if base is not None and (type(base) is not bytes or len(base) != wire.DIGEST_BYTES):
+            raise ConfigError(
+                f"{config.kind}: expected a base of {wire.DIGEST_BYTES} bytes, got {shown(base)}"
+            )
+        if spec is not None and not self.any_dtype:
+            layout.check_floating(spec)
         self.config = config
         self.spec = spec
         self.base = base
         self.weights: dict[str, Tensor] = dict(weights or {})
+        self._check_weights()
         self._given_digests = dict(weight_digests) if weight_digests is not None else None
         self.notes: str | None = None
+
+    def _check_weights(self) -> None:
+        if self.weights and not self.learned:
+            names = ", ".join(map(shown, list(self.weights)[:3]))
+            raise ConfigError(f"{self.config.kind}: has no weights, got {names}")
+        for name, tensor in self.weights.items():
+            try:
+                check_name(name)
+                check_tensor(name, tensor)
+                layout.check_finite(tensor, f"weight {shown(name)}")
+            except UpdateError as err:
+                raise ConfigError(f"{self.config.kind}: {err}") from err
 
     # -- the four parts of the pipeline ----------------------------------------------------
 
@@ -182,6 +230,7 @@ class Codec(ABC):
 
     def _encode_body(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
         # Tensor by tensor: the message names it, and what a transform drops is looked at as well.
+        layout.check_floating(spec)
         for t in spec:
             layout.check_finite(update[t.name], f"{self.config.kind}: {t.name!r}")
         return self._pack(self.to_code(update), seed)
@@ -328,7 +377,11 @@ class Codec(ABC):
     @classmethod
     def from_config(cls, data: Mapping[str, Any], **parts: Any) -> Codec:
         """Codec of this family from ``config.to_dict()`` output and the constructor's arguments."""
-        return cls(cls.Config.from_dict(data), **parts)
+        return cls._of(cls.Config.from_dict(data), **parts)
+
+    @classmethod
+    def _of(cls, config: CodecConfig, **parts: Any) -> Codec:
+        return cls(config, **parts)
 
     def _remade(self, **changes: Any) -> Self:
         parts: dict[str, Any] = {"spec": self.spec, "base": self.base, "weights": self.weights}
@@ -344,6 +397,7 @@ class Codec(ABC):
 
     def _spec_of(self, update: Update) -> UpdateSpec:
         if self.spec is None:
+            check_update(update)
             return UpdateSpec.of(update)
         self.spec.check(update)
         return self.spec
@@ -352,7 +406,7 @@ class Codec(ABC):
         return Payload(self.config.kind, self.digest, body, spec, self.base)
 
     def _open(self, payload: Payload) -> UpdateSpec:
-        """Check that a payload is this codec's, and return its tensor table."""
+        """Check that a payload is this codec's, and only then read its tensor table."""
         if payload.codec != self.config.kind:
             raise CodecMismatchError(f"expected codec {self.config.kind!r}, got {payload.codec!r}")
         if payload.digest != self.digest:
@@ -363,8 +417,8 @@ class Codec(ABC):
         if self.base is not None and payload.base != self.base:
             came = None if payload.base is None else payload.base.hex()
             raise CodecMismatchError(f"expected an update of base {self.base.hex()}, got {came}")
-        if (payload.spec is None) != (self.spec is not None):
-            have = "none" if payload.spec is None else "one"
+        if payload.has_table == (self.spec is not None):
+            have = "one" if payload.has_table else "none"
             raise CodecMismatchError(f"{self}: tensor table in the payload: {have}")
         return self._known_spec(payload.spec)
 
@@ -390,12 +444,16 @@ class Codec(ABC):
 
         Raises:
             HubError: the folder or repository cannot be read, or its files do not fit together.
-            ConfigError: the config has an unknown kind, version or key.
+            ConfigError: the config has an unknown kind, version or key, its weights do not fit, or
+                its table claims more than ``MAX_EXPANSION`` allows.
         """
         folder = hub.read(name, revision=revision, half=half)
-        codec = codec_class(folder.kind).from_config(
-            folder.config, spec=folder.spec, weights=folder.weights, weight_digests=folder.digests
-        )
+        parts = {"spec": folder.spec, "weights": folder.weights, "weight_digests": folder.digests}
+        try:
+            codec = codec_class(folder.kind).from_config(folder.config, **parts)
+            codec._check_claim()
+        except (ConfigError, UpdateError) as err:
+            raise ConfigError(f"{name}: {err}") from err
         folder.check_digest(codec.digest)
         codec.notes = folder.notes
         return codec
@@ -411,7 +469,24 @@ class Codec(ABC):
         """Publish on the Hugging Face Hub with a generated card; options: see ``hub.push``."""
         return hub.push(repo_id, self._folder(), **options)
 
+    def _check_claim(self) -> None:
+        """Raise ``ConfigError`` if bodies decode to more than ``MAX_EXPANSION`` times their bytes.
+
+        What a codec folder's table says of sizes is a claim: tensors without a code are not in the
+        body, and the zeros that they decode to would be allocated on the word of the folder.
+        """
+        if self.spec is None:
+            return
+        body = self.nbytes()
+        if self.spec.nbytes > max(MAX_UNPAID, MAX_EXPANSION * body):
+            raise ConfigError(
+                f"{self.config.kind}: a body of {body} bytes would decode to {self.spec.nbytes}; "
+                f"expected at most {MAX_EXPANSION} times as many, or {MAX_UNPAID}; leave tensors "
+                "that have no code out of the table"
+            )
+
     def _folder(self) -> hub.Folder:
+        self._check_claim()
         return hub.Folder(
             self.config.to_dict(),
             self.spec,

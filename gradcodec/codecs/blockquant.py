@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradcodec import layout, ops, wire
 from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.settings import check_one_of, check_whole
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference import grid, two_means
 from gradcodec.reference.bitpack import packed_nbytes
@@ -42,15 +43,11 @@ class BlockQuantConfig(CodecConfig):
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in grid.BITS:
-            raise ConfigError(f"blockquant: expected bits of {grid.BITS}, got {self.bits!r}")
-        if not isinstance(self.block, int) or not 8 <= self.block <= 1 << 20:
-            raise ConfigError(f"blockquant: expected a block of 8..{1 << 20}, got {self.block!r}")
-        if self.scale not in _SCALES:
-            raise ConfigError(f"blockquant: expected a scale of {_SCALES}, got {self.scale!r}")
+        check_one_of(self.kind, "bits", self.bits, tuple(grid.BITS))
+        check_whole(self.kind, "block", self.block, 8, 1 << 20)
+        check_one_of(self.kind, "scale", self.scale, _SCALES)
         for name in ("rotate", "stochastic"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"blockquant: expected {name} to be a bool")
+            check_one_of(self.kind, name, getattr(self, name), (True, False))
         if self.rotate and self.block != ops.CHUNK:
             raise ConfigError(
                 f"blockquant: rotate needs a block of {ops.CHUNK} values, got {self.block}"
@@ -196,4 +193,11 @@ class BlockQuant(Codec):
         packed = bodies[:, cut:]
         if self._fitted:
             return two_means.decode_mean(packed, scales, numel, self.config.block)
-        return ops.decode_mean(packed, scales, numel, **self._grid)
+        out = ops.decode_mean(packed, scales, numel, **self._grid)
+        # What no encoder writes, code 0 of 4 and 8 bits, and sums of levels in a rotation can be
+        # beyond fp32 where levels are not. Looked at only where scales come near it.
+        reach = len(bodies) * (1 << self.config.bits) * (ops.CHUNK if self.config.rotate else 1)
+        near = not bool(torch.isfinite(scales.float() * reach).all())
+        if near and not bool(torch.isfinite(out).all()):
+            raise MalformedBodyError("blockquant: expected values that are finite")
+        return out

@@ -29,6 +29,7 @@ class Identity(Codec):
     """
 
     Config = IdentityConfig
+    any_dtype: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or self.Config(), **parts)
