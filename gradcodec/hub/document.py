@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any, Final
 
 from gradcodec import wire
-from gradcodec.encodable import DTYPE_CODES, shown
+from gradcodec.encodable import DTYPE_CODES, MAX_TENSORS, shown
 from gradcodec.errors import ConfigError, HubError, UpdateError
 from gradcodec.hub.folder import CONFIG_NAME, PREFIXES, Folder
 from gradcodec.types import TensorSpec, UpdateSpec
@@ -108,6 +108,8 @@ def spec_from_rows(rows: Any) -> UpdateSpec | None:
     """The tensor table of a document; ``None`` for a codec that is not bound to one."""
     if rows is None:
         return None
+    if isinstance(rows, list) and len(rows) > MAX_TENSORS:
+        raise ConfigError(f"{CONFIG_NAME}: expected at most {MAX_TENSORS} tensors, got {len(rows)}")
     tensors = []
     for row in rows if isinstance(rows, list) else [rows]:
         match row:
