@@ -121,7 +121,7 @@ class Autoencoder(Codec):
         for name, tensor in self.weights.items():
             if tensor.dtype != torch.float32:
                 raise ConfigError(
-                    f"autoencoder: expected float32 {shown(name)}, got {tensor.dtype}"
+                    f"autoencoder: {shown(name)}: expected float32, got {tensor.dtype}"
                 )
         self._nets: dict[str, nn.Module] = {}
         for half in ("encoder", "decoder"):
