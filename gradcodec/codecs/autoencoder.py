@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gradcodec import layout
 from gradcodec.codecs import autoencoder_nets as nets
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
 from gradcodec.codecs.layout_image import Columns, Image
-from gradcodec.codecs.settings import check_one_of, check_whole
+from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
 from gradcodec.encodable import MAX_NUMEL, shown
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import Update, UpdateSpec

@@ -16,16 +16,17 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradcodec import hub, layout, wire
-from gradcodec.encodable import check_name, check_tensor, check_update, shown
+from gradcodec.codecs.claims import check_claim, check_weights
+from gradcodec.codecs.settings import CodecConfig
+from gradcodec.encodable import check_update, shown
 from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
@@ -46,58 +47,6 @@ def codec_class(kind: str) -> type[Codec]:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {shown(kind)}")
     return _KINDS[kind]
-
-
-#: Bytes that a body of a codec out of a folder may decode to, for each byte of its own. The
-#: sparsest untrained codec, one bit for one of 65,536 fp64 values, comes to 2^17.75.
-MAX_EXPANSION: Final = 1 << 18
-#: Bytes that it may decode to whatever its own size.
-MAX_UNPAID: Final = 1 << 26
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    """Settings of one codec; what is saved, hashed and pinned by every payload."""
-
-    kind: ClassVar[str]
-    LATER: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def stages(self) -> int:
-        """How many configs lie in each other, this one included."""
-        return 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, ``kind`` included.
-
-        Settings in ``LATER``, which came after codecs with this config were published, are left out
-        at their defaults: such codecs keep their digests.
-        """
-        fields = dataclasses.asdict(self)
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        told = {n: v for n, v in fields.items() if n not in self.LATER or v != defaults[n]}
-        return {"kind": self.kind, **told}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        if not isinstance(data, Mapping) or data.get("kind", cls.kind) != cls.kind:
-            raise ConfigError(f"{cls.kind}: expected settings of this kind, got {shown(data)}")
-        given = {k: v for k, v in data.items() if k != "kind"}
-        unknown = sorted(shown(k) for k in set(given) - set(fields))[:10]
-        if unknown:
-            raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
-        missing = sorted(
-            n
-            for n, f in fields.items()
-            if n not in given
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        )
-        if missing:
-            raise ConfigError(f"{cls.kind}: missing keys {missing}")
-        return cls(**given)
 
 
 class Codec(ABC):
@@ -151,21 +100,9 @@ class Codec(ABC):
         self.spec = spec
         self.base = base
         self.weights: dict[str, Tensor] = dict(weights or {})
-        self._check_weights()
+        check_weights(config.kind, self.weights, self.learned)
         self._given_digests = dict(weight_digests) if weight_digests is not None else None
         self.notes: str | None = None
-
-    def _check_weights(self) -> None:
-        if self.weights and not self.learned:
-            names = ", ".join(map(shown, list(self.weights)[:3]))
-            raise ConfigError(f"{self.config.kind}: has no weights, got {names}")
-        for name, tensor in self.weights.items():
-            try:
-                check_name(name)
-                check_tensor(name, tensor)
-                layout.check_finite(tensor, f"weight {shown(name)}")
-            except UpdateError as err:
-                raise ConfigError(f"{self.config.kind}: {err}") from err
 
     # -- the four parts of the pipeline ----------------------------------------------------
 
@@ -451,7 +388,8 @@ class Codec(ABC):
         parts = {"spec": folder.spec, "weights": folder.weights, "weight_digests": folder.digests}
         try:
             codec = codec_class(folder.kind).from_config(folder.config, **parts)
-            codec._check_claim()
+            if codec.spec is not None:
+                check_claim(codec.config.kind, codec.spec, codec.nbytes())
         except (ConfigError, UpdateError) as err:
             raise ConfigError(f"{name}: {err}") from err
         folder.check_digest(codec.digest)
@@ -469,24 +407,9 @@ class Codec(ABC):
         """Publish on the Hugging Face Hub with a generated card; options: see ``hub.push``."""
         return hub.push(repo_id, self._folder(), **options)
 
-    def _check_claim(self) -> None:
-        """Raise ``ConfigError`` if bodies decode to more than ``MAX_EXPANSION`` times their bytes.
-
-        What a codec folder's table says of sizes is a claim: tensors without a code are not in the
-        body, and the zeros that they decode to would be allocated on the word of the folder.
-        """
-        if self.spec is None:
-            return
-        body = self.nbytes()
-        if self.spec.nbytes > max(MAX_UNPAID, MAX_EXPANSION * body):
-            raise ConfigError(
-                f"{self.config.kind}: a body of {body} bytes would decode to {self.spec.nbytes}; "
-                f"expected at most {MAX_EXPANSION} times as many, or {MAX_UNPAID}; leave tensors "
-                "that have no code out of the table"
-            )
-
     def _folder(self) -> hub.Folder:
-        self._check_claim()
+        if self.spec is not None:
+            check_claim(self.config.kind, self.spec, self.nbytes())
         return hub.Folder(
             self.config.to_dict(),
             self.spec,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, ops, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
-from gradcodec.codecs.settings import check_one_of, check_whole
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference import grid, two_means
 from gradcodec.reference.bitpack import packed_nbytes

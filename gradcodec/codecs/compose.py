@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Final, Self
 
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec, CodecConfig, code_spec, codec_class, register
+from gradcodec.codecs.base import Codec, code_spec, codec_class, register
+from gradcodec.codecs.settings import CodecConfig
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
 from gradcodec.types import Update, UpdateSpec

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
-from gradcodec.codecs.settings import check_whole
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig, check_whole
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.hadamard import random_signs, rotate, rotate_back

@@ -1,15 +1,63 @@
-"""Checks of a config's settings, which may come from a folder or the wire: type first, then range.
+"""What a codec's settings are, and their checks: they may come from a folder or the wire.
 
-Exact types: a ``bool`` is an ``int`` to Python, and ``True`` and ``1`` would be two digests of one
-setting.
+Type first, then range, and exact types: a ``bool`` is an ``int`` to Python, and ``True`` and ``1``
+would be two digests of one setting.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Settings of one codec; what is saved, hashed and pinned by every payload."""
+
+    kind: ClassVar[str]
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stages(self) -> int:
+        """How many configs lie in each other, this one included."""
+        return 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, ``kind`` included.
+
+        Settings in ``LATER``, which came after codecs with this config were published, are left out
+        at their defaults: such codecs keep their digests.
+        """
+        fields = dataclasses.asdict(self)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        told = {n: v for n, v in fields.items() if n not in self.LATER or v != defaults[n]}
+        return {"kind": self.kind, **told}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or data.get("kind", cls.kind) != cls.kind:
+            raise ConfigError(f"{cls.kind}: expected settings of this kind, got {shown(data)}")
+        given = {k: v for k, v in data.items() if k != "kind"}
+        unknown = sorted(shown(k) for k in set(given) - set(fields))[:10]
+        if unknown:
+            raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
+        missing = sorted(
+            n
+            for n, f in fields.items()
+            if n not in given
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        )
+        if missing:
+            raise ConfigError(f"{cls.kind}: missing keys {missing}")
+        return cls(**given)
 
 
 def check_whole(kind: str, name: str, value: Any, low: int, high: int) -> None:

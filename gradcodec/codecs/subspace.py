@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec, CodecConfig, register
-from gradcodec.codecs.settings import check_number, check_one_of, check_whole
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig, check_number, check_one_of, check_whole
 from gradcodec.codecs.subspace_basis import BASIS_DTYPES, BITS, FLOATS, dequantise, quantise
 from gradcodec.codecs.subspace_groups import SHARES, group_names, groups
 from gradcodec.encodable import MAX_NUMEL

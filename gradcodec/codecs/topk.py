@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, ops, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.settings import check_one_of, check_whole
+from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
 from gradcodec.codecs.topk_positions import FORMS, Positions
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference.top_rows import ROW

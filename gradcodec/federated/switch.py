@@ -19,9 +19,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec, CodecConfig, codec_class
+from gradcodec.codecs.base import Codec, codec_class
 from gradcodec.codecs.compose import ChainConfig
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.settings import CodecConfig
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,

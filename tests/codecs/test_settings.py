@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gradcodec import make_codec
 from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import MAX_EXPANSION, MAX_UNPAID, Codec, codec_class
+from gradcodec.codecs.base import Codec, codec_class
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.claims import MAX_EXPANSION, MAX_UNPAID, check_claim
 from gradcodec.codecs.compose import MAX_STAGES, Chain, ChainConfig
 from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
@@ -241,4 +242,4 @@ def test_the_sparsest_untrained_codecs_are_within_the_limit() -> None:
         TopK(TopKConfig(k=1, chunk=1 << 16, bits=1, index="elias-fano")),
         make_codec("rotsign"),
     ):
-        codec.bind(spec)._check_claim()
+        check_claim(codec.config.kind, spec, codec.nbytes(spec))
