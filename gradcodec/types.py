@@ -80,6 +80,10 @@ class UpdateSpec:
     tensors: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tensors, tuple):
+            object.__setattr__(self, "tensors", tuple(self.tensors))
+        if not all(isinstance(t, TensorSpec) for t in self.tensors):
+            raise UpdateError(f"expected specs of tensors, got {shown(self.tensors)}")
         if len(self.tensors) > MAX_TENSORS:
             raise UpdateError(f"expected at most {MAX_TENSORS} tensors, got {len(self.tensors)}")
         for t in self.tensors:

@@ -17,7 +17,14 @@ from typing import Final, overload
 
 import torch
 
-from gradcodec.encodable import DTYPE_CODES, MAX_DIMS, MAX_NAME_BYTES, MAX_NUMEL, MAX_TENSORS
+from gradcodec.encodable import (
+    DTYPE_CODES,
+    MAX_DIMS,
+    MAX_NAME_BYTES,
+    MAX_NUMEL,
+    MAX_TENSORS,
+    shown,
+)
 from gradcodec.errors import (
     BadFlagsError,
     BadMagicError,
@@ -110,10 +117,17 @@ class Payload:
 
     def __post_init__(self) -> None:
         for name, value in (("digest", self.digest), ("base", self.base)):
-            if value is not None and len(value) != DIGEST_BYTES:
-                raise ConfigError(f"{name} must be {DIGEST_BYTES} bytes, got {len(value)}")
-        if self.codec not in CODEC_IDS:
-            raise ConfigError(f"codec must be one of {sorted(CODEC_IDS)}, got {self.codec!r}")
+            if value is None and name == "base":
+                continue
+            if not isinstance(value, bytes) or len(value) != DIGEST_BYTES:
+                raise ConfigError(f"{name} must be {DIGEST_BYTES} bytes, got {shown(value)}")
+        if not isinstance(self.codec, str) or self.codec not in CODEC_IDS:
+            raise ConfigError(f"codec must be one of {sorted(CODEC_IDS)}, got {shown(self.codec)}")
+        if not isinstance(self.body, bytes):
+            raise ConfigError(f"body must be bytes, got {type(self.body).__name__}")
+        held = vars(self)["spec"]
+        if held is not None and not isinstance(held, UpdateSpec | _Unread):
+            raise ConfigError(f"spec must be an UpdateSpec, got {type(held).__name__}")
 
     @property
     def has_table(self) -> bool:
@@ -152,7 +166,12 @@ class Payload:
         Raises:
             WireError: one named subclass for each way the bytes can be wrong (see WIRE.md).
         """
-        view = memoryview(blob).toreadonly()
+        try:
+            view = memoryview(blob).toreadonly().cast("B")
+        except TypeError as err:
+            raise ConfigError(
+                f"expected the bytes of a payload, got {type(blob).__name__}"
+            ) from err
         if len(view) < len(MAGIC):
             raise TruncatedError(f"expected at least {_HEADER_BYTES} bytes, got {len(view)}")
         magic = bytes(view[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant
 from gradcodec.codecs.registry import UNTRAINED
 from gradcodec.encodable import MAX_DIMS, MAX_NAME_BYTES, MAX_NUMEL
-from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.errors import ConfigError, HubError, NonFiniteError, UpdateError
 from gradcodec.federated.replica import state_digest
 from gradcodec.types import TensorSpec, UpdateSpec
+from gradcodec.wire import Payload
 
 
 def quiet(make: Callable[[], Any]) -> Any:
@@ -284,3 +286,100 @@ def test_a_codec_is_bound_to_a_spec_and_says_so() -> None:
 def test_a_base_is_eight_bytes(base: Any) -> None:
     with pytest.raises(ConfigError, match="base of 8 bytes"):
         make_codec("int4").bind(UpdateSpec((TensorSpec("w", ()),)), base)
+
+
+@pytest.mark.parametrize("config", [make_codec("rotsign").config, {"kind": "blockquant"}, None, 4])
+def test_a_codec_is_made_of_its_own_config(config: Any) -> None:
+    if config is None:
+        assert BlockQuant(config).config == BlockQuant().config
+        return
+    with pytest.raises(ConfigError, match="blockquant: expected its config"):
+        BlockQuant(config)
+
+
+def test_a_table_of_a_list_is_the_table_of_the_tuple() -> None:
+    rows = [TensorSpec("w", (3,))]
+    assert UpdateSpec(rows) == UpdateSpec(tuple(rows))  # type: ignore[arg-type]
+    assert hash(UpdateSpec(rows)) == hash(UpdateSpec(tuple(rows)))  # type: ignore[arg-type]
+    with pytest.raises(UpdateError, match="specs of tensors"):
+        UpdateSpec(("w",))  # type: ignore[arg-type]
+
+
+# -- what is decoded -------------------------------------------------------------------------------
+
+PAYLOAD = BOUND.encoder.encode({"w.1": torch.ones(3)})
+
+
+def test_bytes_are_read_before_they_are_decoded_and_the_message_says_so() -> None:
+    blob = PAYLOAD.to_bytes()
+    with pytest.raises(ConfigError, match=r"got bytes; .* pass Payload\.from_bytes\(blob\)"):
+        BOUND.decoder.decode(blob)  # type: ignore[arg-type]
+    assert BOUND.decoder.decode(Payload.from_bytes(blob)).keys() == {"w.1"}
+
+
+@pytest.mark.parametrize("blob", ["text", None, 3, [1, 2]])
+def test_a_payload_is_read_from_bytes(blob: Any) -> None:
+    with pytest.raises(ConfigError, match="expected the bytes of a payload"):
+        Payload.from_bytes(blob)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": "12345678"},
+        {"digest": b"1234567"},
+        {"base": 8},
+        {"base": b""},
+        {"digest": None},
+        {"codec": "zip"},
+        {"codec": ["identity"]},
+        {"body": "abc"},
+        {"spec": {"w": 1}},
+    ],
+    ids=str,
+)
+def test_a_payload_is_made_of_what_it_says(change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ConfigError, match=name):
+        dataclasses.replace(PAYLOAD, **change)
+
+
+@pytest.mark.parametrize("weights", [["a"], [None], [torch.nan], [0], [1, 2], [10**400]])
+def test_weights_of_a_mean_are_positive_numbers(weights: Any) -> None:
+    with pytest.raises(ConfigError, match="expected 1 positive finite weights") as caught:
+        BOUND.decoder.decode_mean([PAYLOAD], weights)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_mean_is_of_any_iterable() -> None:
+    mean = BOUND.decoder.decode_mean(iter([PAYLOAD, PAYLOAD]))  # type: ignore[arg-type]
+    assert torch.equal(mean["w.1"], BOUND.decoder.decode(PAYLOAD)["w.1"])
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_code_beyond_fp32_is_refused(name: str) -> None:
+    codec = make_codec(name).bind(UpdateSpec((TensorSpec("w", (3,), torch.float64),)))
+    with pytest.raises(NonFiniteError, match="3 of 3 are NaN or Inf"):
+        codec.write_code(torch.full((3,), 1e300, dtype=torch.float64))
+    with pytest.raises(NonFiniteError):
+        codec.encoder.encode({"w": torch.full((3,), 1e300, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("code", [[1.0, 2.0, 3.0], torch.ones(3, device="meta"), None])
+def test_a_code_is_a_tensor(code: Any) -> None:
+    with pytest.raises(UpdateError, match="'code': expected a plain dense tensor"):
+        BOUND.write_code(code)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["int4"]])
+def test_a_codec_goes_by_a_name(name: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a codec"):
+        make_codec(name)
+    with pytest.raises(ConfigError, match="expected a codec"):
+        Codec.from_pretrained(name)
+
+
+def test_a_name_too_long_for_a_file_is_no_codec() -> None:
+    with pytest.raises(HubError, match="no such folder is here") as caught:
+        Codec.from_pretrained("a" * 5000)
+    assert len(str(caught.value)) < 400

@@ -26,7 +26,7 @@ from torch import Tensor
 from gradcodec import hub, layout, wire
 from gradcodec.codecs.claims import check_claim, check_weights
 from gradcodec.codecs.settings import CodecConfig
-from gradcodec.encodable import check_update, shown
+from gradcodec.encodable import check_tensor, check_update, shown
 from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
@@ -85,6 +85,8 @@ class Codec(ABC):
         weights: Mapping[str, Tensor] | None = None,
         weight_digests: Mapping[str, str] | None = None,
     ) -> None:
+        if not isinstance(config, CodecConfig) or config.kind != self.Config.kind:
+            raise ConfigError(f"{self.Config.kind}: expected its config, got {shown(config)}")
         if spec is not None and not isinstance(spec, UpdateSpec):
             raise ConfigError(
                 f"{config.kind}: expected an UpdateSpec to bind to, got {type(spec).__name__}; "
@@ -196,15 +198,18 @@ class Codec(ABC):
     def write_code(self, z: Tensor, *, seed: int = 0) -> Payload:
         """Quantise and pack a code that is already there; the codec must be bound."""
         spec = self._known_spec(None)
+        check_tensor("code", z)
         m = self.code_numel(spec)
         if z.numel() != m:
             raise ConfigError(f"{self.config.kind}: expected a code of {m} values, got {z.numel()}")
+        z = z.detach().float()
         layout.check_finite(z, "code")
-        return self._payload(self._pack(z.detach(), seed))
+        return self._payload(self._pack(z, seed))
 
     def read_code(self, payload: Payload) -> Tensor:
         """The dequantised code ``z`` ``[m]`` of a payload, fp32."""
-        return self._checked_unpack(payload.body, self._open(payload))
+        spec = self._open(payload)
+        return self._checked_unpack(payload.body, spec)
 
     # -- bare vectors: what collectives and hooks exchange ------------------------------------
 
@@ -344,6 +349,11 @@ class Codec(ABC):
 
     def _open(self, payload: Payload) -> UpdateSpec:
         """Check that a payload is this codec's, and only then read its tensor table."""
+        if not isinstance(payload, Payload):
+            raise ConfigError(
+                f"expected a Payload, got {type(payload).__name__}; of bytes that came, pass "
+                "Payload.from_bytes(blob)"
+            )
         if payload.codec != self.config.kind:
             raise CodecMismatchError(f"expected codec {self.config.kind!r}, got {payload.codec!r}")
         if payload.digest != self.digest:
@@ -462,7 +472,8 @@ class Decoder:
             CodecMismatchError: the payload is of another codec, other weights or another base.
             MalformedBodyError: the body cannot come from this codec's encoder.
         """
-        return self.codec._decode_body(payload.body, self.codec._open(payload))
+        spec = self.codec._open(payload)
+        return self.codec._decode_body(payload.body, spec)
 
     @torch.no_grad()
     def decode_mean(
@@ -475,6 +486,7 @@ class Decoder:
         Raises:
             ConfigError: no payload, or weights that are not as many positive finite numbers.
         """
+        payloads = list(payloads)
         shares = mean_shares(len(payloads), weights)
         codec = self.codec
         spec = codec._open(payloads[0])
@@ -500,9 +512,13 @@ def mean_shares(count: int, weights: Sequence[float] | None) -> list[float]:
     """Weights normalised to sum to one; ``ConfigError`` unless ``count`` positive numbers."""
     if count == 0:
         raise ConfigError("a mean needs at least one payload")
-    given = [1.0] * count if weights is None else [float(w) for w in weights]
+    given = [1.0] * count if weights is None else list(weights)
+    try:
+        given = [float(w) for w in given]
+    except (TypeError, ValueError, OverflowError) as err:
+        raise ConfigError(f"expected {count} positive finite weights, got {shown(given)}") from err
     if len(given) != count or not all(w > 0 and math.isfinite(w) for w in given):
-        raise ConfigError(f"expected {count} positive finite weights, got {given}")
+        raise ConfigError(f"expected {count} positive finite weights, got {shown(given)}")
     total = sum(given)
     return [w / total for w in given]
 

@@ -145,8 +145,8 @@ class BlockQuant(Codec):
         return self._coded(vector.detach(), seed, residual)
 
     def _coded(self, z: Tensor, seed: int, residual: Tensor | None) -> Tensor:
-        layout.check_finite(z, "blockquant")
         values = z if z.dtype in (torch.float32, torch.bfloat16, torch.float16) else z.float()
+        layout.check_finite(values, "blockquant")
         if self._fitted:
             packed, scales = two_means.encode(values, self.config.block)
         else:
