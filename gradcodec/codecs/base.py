@@ -27,7 +27,13 @@ from gradcodec import hub, layout, wire
 from gradcodec.codecs.claims import check_claim, check_weights
 from gradcodec.codecs.settings import CodecConfig
 from gradcodec.encodable import check_tensor, check_update, shown
-from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError, UpdateError
+from gradcodec.errors import (
+    CodecMismatchError,
+    ConfigError,
+    MalformedBodyError,
+    NonFiniteError,
+    UpdateError,
+)
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
 
@@ -73,6 +79,8 @@ class Codec(ABC):
     """Whether there are weights."""
     any_dtype: ClassVar[bool] = False
     """Whether tensors of every dtype can be encoded, not floating ones alone."""
+    finite: ClassVar[bool] = False
+    """Whether a payload that decodes to NaN or Inf cannot be an encoder's."""
     linear: ClassVar[bool] = True
     """Codes add: ``decode(a) + decode(b) == decode(a + b)`` before quantisation."""
 
@@ -183,7 +191,15 @@ class Codec(ABC):
             layout.check_floating(spec)
         except UpdateError as err:
             raise MalformedBodyError(f"{self.config.kind}: no encoder takes {err}") from err
-        return self._unpack(body, self.code_numel(spec))
+        z = self._unpack(body, self.code_numel(spec))
+        if self.finite:
+            # Finite scales are not enough: of code 0 at 4 bits, which no encoder writes, and of
+            # sums in a rotation the values can be beyond fp32 where all levels are not.
+            try:
+                layout.check_finite(z, self.config.kind)
+            except NonFiniteError as err:
+                raise MalformedBodyError(f"no encoder makes this body: {err}") from err
+        return z
 
     def _check_length(self, body: bytes, spec: UpdateSpec) -> None:
         expected = self.nbytes(spec)

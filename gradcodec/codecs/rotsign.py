@@ -55,6 +55,7 @@ class RotatedSign(Codec):
 
     Config = RotatedSignConfig
     config: RotatedSignConfig
+    finite: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or RotatedSignConfig(), **parts)
@@ -95,9 +96,4 @@ class RotatedSign(Codec):
         bits = unpack_bits(wire.raw_tensor(view[cut:], torch.uint8), 1, blocks * kept)
         y = (1.0 - 2.0 * bits.float()).view(blocks, kept) * scales.float()[:, None]
         signs = random_signs(blocks * block, seed).view(blocks, block)
-        out = rotate_back(y, signs).reshape(-1)[:numel]
-        # Sums of many finite levels; looked at only where scales come near the end of fp32.
-        near = not bool(torch.isfinite(scales.float() * block).all())
-        if near and not bool(torch.isfinite(out).all()):
-            raise MalformedBodyError("rotsign: expected values that are finite")
-        return out
+        return rotate_back(y, signs).reshape(-1)[:numel]

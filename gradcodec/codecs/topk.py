@@ -77,6 +77,7 @@ class TopK(Codec):
 
     Config = TopKConfig
     config: TopKConfig
+    finite: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or TopKConfig(), **parts)

@@ -20,8 +20,10 @@ from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.rotsign import RotatedSign
+from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.encodable import MAX_TENSORS
 from gradcodec.errors import CodecMismatchError, MalformedBodyError, TruncatedError, WireError
+from gradcodec.reference.bitpack import pack_bits
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import CODEC_IDS, Payload, spec_from_bytes
 
@@ -119,6 +121,24 @@ def test_no_body_of_block_quantisation_decodes_to_infinity(
         try:
             decoded = codec.decoder.decode(Payload("blockquant", codec.digest, body))["w"]
         except MalformedBodyError:
+            continue
+        assert decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", NEAR, ids=hex)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_no_body_of_top_k_decodes_to_infinity(scale: int, bits: int) -> None:
+    config = TopKConfig(k=8, chunk=8, bits=bits)
+    codec = TopK(config).bind(UpdateSpec((TensorSpec("w", (8,)),)))
+    positions = pack_bits(torch.arange(8), 3).numpy().tobytes()
+    for fill in (b"\0", b"\xff", b"\x88"):
+        scales = scale.to_bytes(2, "little") * (2 if bits == 2 else 1)
+        try:
+            decoded = codec.decoder.decode(
+                Payload("topk", codec.digest, scales + fill * bits + positions)
+            )["w"]
+        except MalformedBodyError as err:
+            assert "finite" in str(err)  # noqa: PT017  not of another length
             continue
         assert decoded.isfinite().all()
 
