@@ -6,12 +6,13 @@ See ``README.md`` for a tour, ``WIRE.md`` for the bytes, ``docs/architecture.md`
 from gradcodec import errors, metrics
 from gradcodec._version import __version__
 from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec, CodecConfig, Decoder, Encoder
+from gradcodec.codecs.base import Codec, Decoder, Encoder
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.cast import Cast, CastConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs.settings import CodecConfig
 from gradcodec.codecs.subspace import Subspace, SubspaceConfig
 from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.distributed import (

@@ -61,10 +61,13 @@ def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
 
 
 def check_floating(spec: UpdateSpec) -> None:
-    """Raise ``UpdateError`` if a tensor is not of a floating dtype."""
+    """Raise ``UpdateError`` if a tensor is not of a floating dtype, so has no code and no mean."""
     for t in spec:
         if not t.dtype.is_floating_point:
-            raise UpdateError(f"{t}: only floating tensors can be coded with loss; use 'identity'")
+            raise UpdateError(
+                f"{t}: only floating tensors have a code or a mean; encode the others apart, with "
+                "make_codec('fp32'), which keeps every bit of any dtype"
+            )
 
 
 def check_finite(vector: Tensor, what: str) -> None:

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from gradcodec.encodable import (
+    DTYPE_CODES,
+    MAX_DIMS,
+    MAX_NUMEL,
+    MAX_TENSORS,
+    check_dtype,
+    check_name,
+    check_update,
+    shown,
+)
 from gradcodec.errors import UpdateError
 
 Update = Mapping[str, Tensor]
 """Named tensors: gradients, parameter differences, states. Order is meaning: keep it."""
 
-#: dtype <-> wire code. Literal numbers, never reused.
-DTYPE_CODES: dict[torch.dtype, int] = {
-    torch.float32: 1,
-    torch.float16: 2,
-    torch.bfloat16: 3,
-    torch.float64: 4,
-    torch.int8: 5,
-    torch.uint8: 6,
-    torch.int16: 7,
-    torch.int32: 8,
-    torch.int64: 9,
-    torch.bool: 10,
-}
-
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of one tensor."""
+    """Name, shape and dtype of one tensor.
+
+    Raises:
+        UpdateError: the shape is not of whole numbers.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        # Digests are taken of the shape's text, in which `torch.Size` and numpy's integers differ
+        # from the plain tuple that they are equal to.
+        if type(self.shape) is not tuple or not all(type(size) is int for size in self.shape):
+            try:
+                plain = tuple(int(operator.index(size)) for size in self.shape)
+            except TypeError as err:
+                raise UpdateError(
+                    f"{shown(self.name)}: expected a shape of whole numbers, got "
+                    f"{shown(self.shape)}"
+                ) from err
+            object.__setattr__(self, "shape", plain)
 
     @property
     def numel(self) -> int:
@@ -59,24 +73,47 @@ class UpdateSpec:
     """The ordered table of an update's tensors; the contract between two ends.
 
     Raises:
-        UpdateError: two tensors share a name, or a dtype has no wire code.
+        UpdateError: two tensors share a name, a name is not text, a dtype has no wire code, or
+            something is over its limit (``gradcodec.encodable``).
     """
 
     tensors: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tensors, tuple):
+            object.__setattr__(self, "tensors", tuple(self.tensors))
+        if not all(isinstance(t, TensorSpec) for t in self.tensors):
+            raise UpdateError(f"expected specs of tensors, got {shown(self.tensors)}")
+        if len(self.tensors) > MAX_TENSORS:
+            raise UpdateError(f"expected at most {MAX_TENSORS} tensors, got {len(self.tensors)}")
+        for t in self.tensors:
+            check_name(t.name)
+            check_dtype(t.name, t.dtype)
+            if len(t.shape) > MAX_DIMS or any(size < 0 for size in t.shape):
+                raise UpdateError(
+                    f"{shown(t.name)}: expected at most {MAX_DIMS} sizes, none negative, got "
+                    f"{shown(t.shape)}"
+                )
+            # Zero sizes do not count: a shape whose other sizes overflow cannot be made either.
+            if math.prod(max(size, 1) for size in t.shape) > MAX_NUMEL:
+                raise UpdateError(
+                    f"{shown(t.name)}: expected at most {MAX_NUMEL} elements, got {shown(t.shape)}"
+                )
+        if self.numel > MAX_NUMEL:
+            raise UpdateError(f"expected at most {MAX_NUMEL} elements, got {shown(self.numel)}")
         names = [t.name for t in self.tensors]
         if len(set(names)) != len(names):
             twice = sorted(n for n, count in Counter(names).items() if count > 1)
             raise UpdateError(f"tensor names must be unique, these come twice: {_some(twice)}")
-        for t in self.tensors:
-            if t.dtype not in DTYPE_CODES:
-                known = sorted(str(d) for d in DTYPE_CODES)
-                raise UpdateError(f"{t.name!r} has dtype {t.dtype}; supported: {known}")
 
     @classmethod
     def of(cls, update: Update) -> UpdateSpec:
-        """Spec of the given tensors, in their order."""
+        """Spec of the given tensors, in their order; tensors of the meta device will do.
+
+        Raises:
+            UpdateError: these are not tensors by name, or one is not plain and dense.
+        """
+        check_update(update, values=False)
         return cls(tuple(TensorSpec(n, tuple(t.shape), t.dtype) for n, t in update.items()))
 
     def __iter__(self) -> Iterator[TensorSpec]:
@@ -97,12 +134,13 @@ class UpdateSpec:
 
     @cached_property
     def digest(self) -> bytes:
-        """First 8 bytes of SHA-256 over the table; equal specs have equal digests."""
-        rows = "\n".join(f"{t.name}\0{t.shape}\0{DTYPE_CODES[t.dtype]}" for t in self.tensors)
-        return hashlib.sha256(rows.encode()).digest()[:8]
+        """First 8 bytes of SHA-256 over the table; equal specs alone have equal digests."""
+        rows = [(t.name, str(t.shape), str(DTYPE_CODES[t.dtype])) for t in self.tensors]
+        return named_digest(rows, "\0")
 
     def check(self, update: Update) -> None:
         """Raise ``UpdateError`` unless ``update`` has exactly these names, shapes and dtypes."""
+        check_update(update)
         missing = [t.name for t in self.tensors if t.name not in update]
         extra = sorted(set(update) - {t.name for t in self.tensors})
         if missing or extra:
@@ -118,6 +156,28 @@ class UpdateSpec:
                 )
 
 
+def named_digest(rows: Sequence[tuple[str, ...]], between: str) -> bytes:
+    """First 8 bytes of SHA-256 over rows of a name and what belongs to it.
+
+    Equal digests mean equal rows. Where all names are free of NUL and line feed, the rows are
+    joined by line feeds and their fields by ``between``, as ever: what was published keeps its
+    digest. Other names could be mistaken for such a joint, so every field then follows its length;
+    a line feed comes first, which no joined text begins with.
+
+    Args:
+        rows: a name and the same number of other fields each; in those there is no line feed, no
+            NUL and no ``between``, so that a joined row can be taken apart from its end.
+        between: what joins the fields; not a line feed.
+    """
+    if any("\0" in row[0] or "\n" in row[0] for row in rows):
+        fields = (field.encode() for row in rows for field in row)
+        text = b"\n" + b"".join(len(f).to_bytes(8, "little") + f for f in fields)
+    else:
+        text = "\n".join(between.join(row) for row in rows).encode()
+    return hashlib.sha256(text).digest()[:8]
+
+
 def _some(names: list[str], limit: int = 3) -> str:
     """The first few names, and how many more there are."""
-    return str(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    few = ", ".join(map(shown, names[:limit]))
+    return f"[{few}]" + (f" and {len(names) - limit} more" if len(names) > limit else "")

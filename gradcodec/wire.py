@@ -13,14 +13,23 @@ import hashlib
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, overload
 
 import torch
 
+from gradcodec.encodable import (
+    DTYPE_CODES,
+    MAX_DIMS,
+    MAX_NAME_BYTES,
+    MAX_NUMEL,
+    MAX_TENSORS,
+    shown,
+)
 from gradcodec.errors import (
     BadFlagsError,
     BadMagicError,
     ChecksumError,
+    ConfigError,
     LimitError,
     MalformedSpecError,
     TrailingBytesError,
@@ -29,7 +38,7 @@ from gradcodec.errors import (
     UnsupportedVersionError,
     UpdateError,
 )
-from gradcodec.types import DTYPE_CODES, TensorSpec, UpdateSpec
+from gradcodec.types import TensorSpec, UpdateSpec
 
 MAGIC: Final = b"GC"
 WIRE_VERSION: Final = 1
@@ -52,16 +61,42 @@ FLAG_SPEC: Final = 1  # the tensor table is inside the payload
 FLAG_BASE: Final = 2  # the payload is relative to a base with this digest
 _KNOWN_FLAGS: Final = FLAG_SPEC | FLAG_BASE
 
-MAX_TENSORS: Final = 1 << 20
-MAX_NAME_BYTES: Final = 1 << 12
-MAX_DIMS: Final = 16
-MAX_NUMEL: Final = 1 << 48
-
 _DTYPES: Final = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _HEADER_BYTES: Final = 5 + DIGEST_BYTES
+_ROW_BYTES: Final = 3  # of a scalar without a name: name length, dtype, rank
 
 
-@dataclass(frozen=True)
+class _Unread(bytes):
+    """A tensor table as it came, not parsed yet."""
+
+
+class _Table:
+    """``Payload.spec``: parsed when it is first looked at.
+
+    A decoder compares digests first, so that a payload of another codec costs no parsing, however
+    long the table that it brings.
+    """
+
+    @overload
+    def __get__(self, payload: None, owner: type) -> None: ...
+
+    @overload
+    def __get__(self, payload: Payload, owner: type) -> UpdateSpec | None: ...
+
+    def __get__(self, payload: Payload | None, owner: type) -> UpdateSpec | None:
+        if payload is None:
+            return None  # what a payload has that is made without
+        held: UpdateSpec | _Unread | None = vars(payload)["spec"]
+        if isinstance(held, _Unread):
+            held = spec_from_bytes(held)
+            vars(payload)["spec"] = held
+        return held
+
+    def __set__(self, payload: Payload, spec: UpdateSpec | None) -> None:
+        vars(payload)["spec"] = spec
+
+
+@dataclass(frozen=True, repr=False)
 class Payload:
     """One encoded update: what an Encoder returns and a Decoder takes.
 
@@ -69,34 +104,55 @@ class Payload:
         codec: family name, a key of ``CODEC_IDS``.
         digest: 8 bytes that pin the codec's config, weights and (if bound) tensor table.
         body: the codec's bytes.
-        spec: the tensor table, when the codec is not bound to one already.
+        spec: the tensor table, when the codec is not bound to one already. Of a payload that was
+            read it is parsed here and not before: ``LimitError``, ``TruncatedError`` or
+            ``MalformedSpecError`` if it is none.
         base: 8 bytes that pin what the update is relative to, or ``None`` when unchecked.
     """
 
     codec: str
     digest: bytes
     body: bytes
-    spec: UpdateSpec | None = None
+    spec: _Table = _Table()
     base: bytes | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("digest", self.digest), ("base", self.base)):
-            if value is not None and len(value) != DIGEST_BYTES:
-                raise ValueError(f"{name} must be {DIGEST_BYTES} bytes, got {len(value)}")
-        if self.codec not in CODEC_IDS:
-            raise ValueError(f"codec must be one of {sorted(CODEC_IDS)}, got {self.codec!r}")
+            if value is None and name == "base":
+                continue
+            if not isinstance(value, bytes) or len(value) != DIGEST_BYTES:
+                raise ConfigError(f"{name} must be {DIGEST_BYTES} bytes, got {shown(value)}")
+        if not isinstance(self.codec, str) or self.codec not in CODEC_IDS:
+            raise ConfigError(f"codec must be one of {sorted(CODEC_IDS)}, got {shown(self.codec)}")
+        if not isinstance(self.body, bytes):
+            raise ConfigError(f"body must be bytes, got {type(self.body).__name__}")
+        held = vars(self)["spec"]
+        if held is not None and not isinstance(held, UpdateSpec | _Unread):
+            raise ConfigError(f"spec must be an UpdateSpec, got {type(held).__name__}")
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a tensor table came along; it is not looked at."""
+        return vars(self)["spec"] is not None
+
+    def __repr__(self) -> str:
+        base = None if self.base is None else self.base.hex()
+        table = "a" if self.has_table else "no"
+        return (
+            f"Payload({self.codec}, digest {self.digest.hex()}, body of {len(self.body)} bytes, "
+            f"{table} tensor table, base {base})"
+        )
 
     def to_bytes(self) -> bytes:
         """The bytes that cross the wire; ``len()`` of them is what is reported."""
-        flags = (FLAG_SPEC if self.spec is not None else 0) | (
-            FLAG_BASE if self.base is not None else 0
-        )
+        flags = (FLAG_SPEC if self.has_table else 0) | (FLAG_BASE if self.base is not None else 0)
         head = bytearray(MAGIC)
         head += bytes((WIRE_VERSION, CODEC_IDS[self.codec], flags))
         head += self.digest
         head += self.base or b""
-        if self.spec is not None:
-            table = spec_to_bytes(self.spec)
+        if self.has_table:
+            held: UpdateSpec | _Unread = vars(self)["spec"]
+            table = held if isinstance(held, _Unread) else spec_to_bytes(held)
             head += _varint(len(table)) + table
         head += _varint(len(self.body))
         crc = zlib.crc32(self.body, zlib.crc32(bytes(head)))
@@ -106,10 +162,17 @@ class Payload:
     def from_bytes(cls, blob: bytes) -> Payload:
         """Read a payload; the inverse of ``to_bytes``.
 
+        A tensor table inside is kept as it came and parsed when ``spec`` is looked at.
+
         Raises:
             WireError: one named subclass for each way the bytes can be wrong (see WIRE.md).
         """
-        view = memoryview(blob).toreadonly()
+        try:
+            view = memoryview(blob).toreadonly().cast("B")
+        except TypeError as err:
+            raise ConfigError(
+                f"expected the bytes of a payload, got {type(blob).__name__}"
+            ) from err
         if len(view) < len(MAGIC):
             raise TruncatedError(f"expected at least {_HEADER_BYTES} bytes, got {len(view)}")
         magic = bytes(view[:2])
@@ -139,9 +202,10 @@ class Payload:
         actual = zlib.crc32(view[:end])
         if crc != actual:
             raise ChecksumError(f"expected CRC-32 {crc:08x}, the bytes have {actual:08x}")
-        # The table is parsed only now: a damaged one is reported as damage, not as nonsense.
-        spec = None if table is None else spec_from_bytes(table)
-        return cls(names[codec_id], digest, bytes(body), spec, base)
+        payload = cls(names[codec_id], digest, bytes(body), base=base)
+        if table is not None:
+            vars(payload)["spec"] = _Unread(table)
+        return payload
 
 
 def spec_to_bytes(spec: UpdateSpec) -> bytes:
@@ -149,10 +213,6 @@ def spec_to_bytes(spec: UpdateSpec) -> bytes:
     out = bytearray(_varint(len(spec)))
     for t in spec:
         name = t.name.encode()
-        if len(name) > MAX_NAME_BYTES or len(t.shape) > MAX_DIMS:
-            raise UpdateError(
-                f"{t.name[:40]!r}: names end at {MAX_NAME_BYTES} bytes, {MAX_DIMS} dimensions"
-            )
         out += _varint(len(name)) + name
         out += bytes((DTYPE_CODES[t.dtype], len(t.shape)))
         for size in t.shape:
@@ -166,6 +226,11 @@ def spec_from_bytes(table: bytes | memoryview) -> UpdateSpec:
     count = reader.varint("tensor count")
     if count > MAX_TENSORS:
         raise LimitError(f"expected at most {MAX_TENSORS} tensors, got {count}")
+    if count * _ROW_BYTES > reader.left:
+        raise TruncatedError(
+            f"tensor table: expected {count} rows of at least {_ROW_BYTES} bytes, "
+            f"{reader.left} bytes are left"
+        )
     tensors, numel = [], 0
     for _ in range(count):
         length = reader.varint("name length")
@@ -215,10 +280,14 @@ class _Reader:
     def __init__(self, view: memoryview, at: int) -> None:
         self.view, self.at = view, at
 
+    @property
+    def left(self) -> int:
+        """Bytes behind the cursor."""
+        return len(self.view) - self.at
+
     def take(self, count: int, what: str) -> memoryview:
-        left = len(self.view) - self.at
-        if count > left:
-            raise TruncatedError(f"{what}: expected {count} bytes, {left} are left")
+        if count > self.left:
+            raise TruncatedError(f"{what}: expected {count} bytes, {self.left} are left")
         self.at += count
         return self.view[self.at - count : self.at]
 

@@ -10,7 +10,8 @@ from conformance import CASES, CODEC_LAWS, UPDATE_LAWS, UPDATES, Case
 
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.identity import Identity
-from gradcodec.types import DTYPE_CODES, UpdateSpec
+from gradcodec.encodable import DTYPE_CODES
+from gradcodec.types import UpdateSpec
 from gradcodec.wire import CODEC_IDS
 
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 #: Lowest first. A name stands for the module or the package of that name; modules of one package
 #: may import each other.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("gradcodec._version", "gradcodec.errors", "gradcodec.files", "gradcodec.types"),
+    0: (
+        "gradcodec._version",
+        "gradcodec.errors",
+        "gradcodec.files",
+        "gradcodec.encodable",
+        "gradcodec.types",
+    ),
     1: (
         "gradcodec.parameters",
         "gradcodec.layout",

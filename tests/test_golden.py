@@ -20,6 +20,7 @@ from gradcodec.codecs.per_tensor import PerTensor
 from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
 from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import (
     BadFlagsError,
     BadMagicError,
@@ -35,7 +36,7 @@ from gradcodec.errors import (
     UnsupportedVersionError,
     WireError,
 )
-from gradcodec.types import DTYPE_CODES, Update, UpdateSpec
+from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import CODEC_IDS, Payload
 
 GOLDEN = Path(__file__).parent / "golden"

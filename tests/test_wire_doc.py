@@ -7,8 +7,8 @@ import torch
 
 from gradcodec import wire
 from gradcodec.codecs.cast import Cast, CastConfig
+from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import WireError
-from gradcodec.types import DTYPE_CODES
 
 PAGE = (Path(__file__).parents[1] / "WIRE.md").read_text()
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from gradcodec import layout
 from gradcodec.codecs import autoencoder_nets as nets
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
 from gradcodec.codecs.layout_image import Columns, Image
+from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
+from gradcodec.encodable import MAX_NUMEL, shown
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import Update, UpdateSpec
 
@@ -55,12 +57,8 @@ class AutoencoderConfig(CodecConfig):
             ("normalise", self.normalise, NORMALISATIONS),
             ("bases", self.bases, BASES),
         ):
-            if value not in known:
-                raise ConfigError(f"autoencoder: expected {name} of {known}, got {value!r}")
-        if not (type(self.oversample) is int and 1 <= self.oversample <= 64):
-            raise ConfigError(
-                f"autoencoder: expected oversample within 1..64, got {self.oversample!r}"
-            )
+            check_one_of(self.kind, name, value, known)
+        check_whole(self.kind, "oversample", self.oversample, 1, 64)
 
     @property
     def ratio(self) -> int:
@@ -110,11 +108,21 @@ class Autoencoder(Codec):
     Config = AutoencoderConfig
     config: AutoencoderConfig
     linear: ClassVar[bool] = False
+    learned: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig, **parts: Any) -> None:
         super().__init__(config, **parts)
         if self.spec is None:
             raise ConfigError("autoencoder: a spec is needed; the image is laid out for it")
+        known = ("encoder.", "decoder.", "shared.scales")
+        unknown = sorted(n for n in self.weights if not n.startswith(known))
+        if unknown:
+            raise ConfigError(f"autoencoder: unknown weights {', '.join(map(shown, unknown[:3]))}")
+        for name, tensor in self.weights.items():
+            if tensor.dtype != torch.float32:
+                raise ConfigError(
+                    f"autoencoder: {shown(name)}: expected float32, got {tensor.dtype}"
+                )
         self._nets: dict[str, nn.Module] = {}
         for half in ("encoder", "decoder"):
             given = self._weights_of(half)
@@ -125,10 +133,8 @@ class Autoencoder(Codec):
             raise ConfigError(
                 f"autoencoder: expected shared.scales [{len(self.spec)}], got {list(scales.shape)}"
             )
-        known = ("encoder.", "decoder.", "shared.scales")
-        unknown = sorted(n for n in self.weights if not n.startswith(known))
-        if unknown:
-            raise ConfigError(f"autoencoder: unknown weights {unknown[:3]}")
+        if scales is not None and not bool((scales > 0).all()):
+            raise ConfigError("autoencoder: expected shared.scales that are positive")
 
     @classmethod
     def initialised(cls, config: AutoencoderConfig, spec: UpdateSpec, seed: int) -> Autoencoder:
@@ -339,6 +345,12 @@ def _columns(config: AutoencoderConfig, spec: UpdateSpec) -> Columns:
 
 
 def _bases(columns: Columns) -> nn.ParameterList:
+    for g in columns.groups:
+        if g.side * columns.basis_size(g) > MAX_NUMEL:
+            raise ConfigError(
+                f"autoencoder: columns of {g.side} values need a row basis "
+                f"[{g.side}, {columns.basis_size(g)}], of more than {MAX_NUMEL} values"
+            )
     return nn.ParameterList(
         [nn.Parameter(torch.zeros(g.side, columns.basis_size(g))) for g in columns.groups]
     )
@@ -353,7 +365,9 @@ def _load(
     half: str, config: AutoencoderConfig, spec: UpdateSpec, given: Mapping[str, Tensor]
 ) -> nn.Module:
     """The half with these weights, in evaluation mode, sharing their memory."""
-    with torch.random.fork_rng(devices=[]):  # layers draw initial values, which are replaced
+    # On the meta device, since how large it is follows from a table that a stranger may have made;
+    # all that is kept of it is what has the shapes of the weights that are here.
+    with torch.device("meta"):
         net = _net(half, config, spec)
     wanted = {n: tuple(t.shape) for n, t in _state(net).items()}
     found = {n: tuple(t.shape) for n, t in given.items()}
@@ -361,7 +375,8 @@ def _load(
         wrong = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
         raise ConfigError(
             f"autoencoder: the {half}'s weights do not fit {config.arch!r} {config.variant!r}: "
-            f"{wrong[0]} expected {wanted.get(wrong[0])}, got {found.get(wrong[0])}"
+            f"{shown(wrong[0])} expected {wanted.get(wrong[0])}, got {found.get(wrong[0])}"
         )
-    net.load_state_dict(dict(given), strict=False, assign=True)
+    batches = {n: torch.zeros((), dtype=torch.long) for n in net.state_dict() if n not in wanted}
+    net.load_state_dict({**given, **batches}, assign=True)
     return net.requires_grad_(False).eval()

@@ -283,7 +283,8 @@ class Trunk(nn.Module):
             block.silence()
             self.blocks.append(block)
         self.encoder = encoder
-        self.start_at(torch.eye(sizes[0], FOLD))
+        # On the CPU also where the rest is on the meta device, which takes a second to make an eye.
+        self.start_at(torch.eye(sizes[0], FOLD, device="cpu"))
 
     @torch.no_grad()
     def start_at(self, basis: Tensor) -> None:

@@ -16,7 +16,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -25,7 +24,16 @@ import torch
 from torch import Tensor
 
 from gradcodec import hub, layout, wire
-from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError, UpdateError
+from gradcodec.codecs.claims import check_claim, check_weights
+from gradcodec.codecs.settings import CodecConfig
+from gradcodec.encodable import check_tensor, check_update, shown
+from gradcodec.errors import (
+    CodecMismatchError,
+    ConfigError,
+    MalformedBodyError,
+    NonFiniteError,
+    UpdateError,
+)
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
 
@@ -42,47 +50,9 @@ def register(cls: type[C]) -> type[C]:
 
 def codec_class(kind: str) -> type[Codec]:
     """The codec class registered under ``kind``; ``ConfigError`` lists what there is."""
-    if kind not in _KINDS:
-        raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {shown(kind)}")
     return _KINDS[kind]
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    """Settings of one codec; what is saved, hashed and pinned by every payload."""
-
-    kind: ClassVar[str]
-    LATER: ClassVar[tuple[str, ...]] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, ``kind`` included.
-
-        Settings in ``LATER``, which came after codecs with this config were published, are left out
-        at their defaults: such codecs keep their digests.
-        """
-        fields = dataclasses.asdict(self)
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        told = {n: v for n, v in fields.items() if n not in self.LATER or v != defaults[n]}
-        return {"kind": self.kind, **told}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        given = {k: v for k, v in data.items() if k != "kind"}
-        unknown = sorted(set(given) - set(fields))
-        if unknown:
-            raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
-        missing = sorted(
-            n
-            for n, f in fields.items()
-            if n not in given
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        )
-        if missing:
-            raise ConfigError(f"{cls.kind}: missing keys {missing}")
-        return cls(**given)
 
 
 class Codec(ABC):
@@ -97,9 +67,20 @@ class Codec(ABC):
         weights: learned tensors by name; names start with ``encoder.``, ``decoder.`` or
             ``shared.`` so that one half can be loaded alone.
         weight_digests: hex SHA-256 by weight name, when only one half of the weights is here.
+
+    Raises:
+        ConfigError: a base of another length; weights where there are none, or that hold NaN or
+            Inf or are no plain tensors.
+        UpdateError: the table has tensors that this codec does not encode.
     """
 
     Config: ClassVar[type[CodecConfig]]
+    learned: ClassVar[bool] = False
+    """Whether there are weights."""
+    any_dtype: ClassVar[bool] = False
+    """Whether tensors of every dtype can be encoded, not floating ones alone."""
+    finite: ClassVar[bool] = False
+    """Whether a payload that decodes to NaN or Inf cannot be an encoder's."""
     linear: ClassVar[bool] = True
     """Codes add: ``decode(a) + decode(b) == decode(a + b)`` before quantisation."""
 
@@ -112,10 +93,24 @@ class Codec(ABC):
         weights: Mapping[str, Tensor] | None = None,
         weight_digests: Mapping[str, str] | None = None,
     ) -> None:
+        if not isinstance(config, CodecConfig) or config.kind != self.Config.kind:
+            raise ConfigError(f"{self.Config.kind}: expected its config, got {shown(config)}")
+        if spec is not None and not isinstance(spec, UpdateSpec):
+            raise ConfigError(
+                f"{config.kind}: expected an UpdateSpec to bind to, got {type(spec).__name__}; "
+                "pass UpdateSpec.of(update)"
+            )
+        if base is not None and (type(base) is not bytes or len(base) != wire.DIGEST_BYTES):
+            raise ConfigError(
+                f"{config.kind}: expected a base of {wire.DIGEST_BYTES} bytes, got {shown(base)}"
+            )
+        if spec is not None and not self.any_dtype:
+            layout.check_floating(spec)
         self.config = config
         self.spec = spec
         self.base = base
         self.weights: dict[str, Tensor] = dict(weights or {})
+        check_weights(config.kind, self.weights, self.learned)
         self._given_digests = dict(weight_digests) if weight_digests is not None else None
         self.notes: str | None = None
 
@@ -185,6 +180,7 @@ class Codec(ABC):
 
     def _encode_body(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
         # Tensor by tensor: the message names it, and what a transform drops is looked at as well.
+        layout.check_floating(spec)
         for t in spec:
             layout.check_finite(update[t.name], f"{self.config.kind}: {t.name!r}")
         return self._pack(self.to_code(update), seed)
@@ -198,7 +194,15 @@ class Codec(ABC):
             layout.check_floating(spec)
         except UpdateError as err:
             raise MalformedBodyError(f"{self.config.kind}: no encoder takes {err}") from err
-        return self._unpack(body, self.code_numel(spec))
+        z = self._unpack(body, self.code_numel(spec))
+        if self.finite:
+            # Finite scales are not enough: of code 0 at 4 bits, which no encoder writes, and of
+            # sums in a rotation the values can be beyond fp32 where all levels are not.
+            try:
+                layout.check_finite(z, self.config.kind)
+            except NonFiniteError as err:
+                raise MalformedBodyError(f"no encoder makes this body: {err}") from err
+        return z
 
     def _check_length(self, body: bytes, spec: UpdateSpec) -> None:
         expected = self.nbytes(spec)
@@ -213,15 +217,18 @@ class Codec(ABC):
     def write_code(self, z: Tensor, *, seed: int = 0) -> Payload:
         """Quantise and pack a code that is already there; the codec must be bound."""
         spec = self._known_spec(None)
+        check_tensor("code", z)
         m = self.code_numel(spec)
         if z.numel() != m:
             raise ConfigError(f"{self.config.kind}: expected a code of {m} values, got {z.numel()}")
+        z = z.detach().float()
         layout.check_finite(z, "code")
-        return self._payload(self._pack(z.detach(), seed))
+        return self._payload(self._pack(z, seed))
 
     def read_code(self, payload: Payload) -> Tensor:
         """The dequantised code ``z`` ``[m]`` of a payload, fp32."""
-        return self._checked_unpack(payload.body, self._open(payload))
+        spec = self._open(payload)
+        return self._checked_unpack(payload.body, spec)
 
     # -- bare vectors: what collectives and hooks exchange ------------------------------------
 
@@ -331,7 +338,11 @@ class Codec(ABC):
     @classmethod
     def from_config(cls, data: Mapping[str, Any], **parts: Any) -> Codec:
         """Codec of this family from ``config.to_dict()`` output and the constructor's arguments."""
-        return cls(cls.Config.from_dict(data), **parts)
+        return cls._of(cls.Config.from_dict(data), **parts)
+
+    @classmethod
+    def _of(cls, config: CodecConfig, **parts: Any) -> Codec:
+        return cls(config, **parts)
 
     def _remade(self, **changes: Any) -> Self:
         parts: dict[str, Any] = {"spec": self.spec, "base": self.base, "weights": self.weights}
@@ -347,6 +358,7 @@ class Codec(ABC):
 
     def _spec_of(self, update: Update) -> UpdateSpec:
         if self.spec is None:
+            check_update(update)
             return UpdateSpec.of(update)
         self.spec.check(update)
         return self.spec
@@ -355,7 +367,12 @@ class Codec(ABC):
         return Payload(self.config.kind, self.digest, body, spec, self.base)
 
     def _open(self, payload: Payload) -> UpdateSpec:
-        """Check that a payload is this codec's, and return its tensor table."""
+        """Check that a payload is this codec's, and only then read its tensor table."""
+        if not isinstance(payload, Payload):
+            raise ConfigError(
+                f"expected a Payload, got {type(payload).__name__}; of bytes that came, pass "
+                "Payload.from_bytes(blob)"
+            )
         if payload.codec != self.config.kind:
             raise CodecMismatchError(f"expected codec {self.config.kind!r}, got {payload.codec!r}")
         if payload.digest != self.digest:
@@ -366,8 +383,8 @@ class Codec(ABC):
         if self.base is not None and payload.base != self.base:
             came = None if payload.base is None else payload.base.hex()
             raise CodecMismatchError(f"expected an update of base {self.base.hex()}, got {came}")
-        if (payload.spec is None) != (self.spec is not None):
-            have = "none" if payload.spec is None else "one"
+        if payload.has_table == (self.spec is not None):
+            have = "one" if payload.has_table else "none"
             raise CodecMismatchError(f"{self}: tensor table in the payload: {have}")
         return self._known_spec(payload.spec)
 
@@ -393,12 +410,17 @@ class Codec(ABC):
 
         Raises:
             HubError: the folder or repository cannot be read, or its files do not fit together.
-            ConfigError: the config has an unknown kind, version or key.
+            ConfigError: the config has an unknown kind, version or key, its weights do not fit, or
+                its table claims more than ``MAX_EXPANSION`` allows.
         """
         folder = hub.read(name, revision=revision, half=half)
-        codec = codec_class(folder.kind).from_config(
-            folder.config, spec=folder.spec, weights=folder.weights, weight_digests=folder.digests
-        )
+        parts = {"spec": folder.spec, "weights": folder.weights, "weight_digests": folder.digests}
+        try:
+            codec = codec_class(folder.kind).from_config(folder.config, **parts)
+            if codec.spec is not None:
+                check_claim(codec.config.kind, codec.spec, codec.nbytes())
+        except (ConfigError, UpdateError) as err:
+            raise ConfigError(f"{name}: {err}") from err
         folder.check_digest(codec.digest)
         codec.notes = folder.notes
         return codec
@@ -415,6 +437,8 @@ class Codec(ABC):
         return hub.push(repo_id, self._folder(), **options)
 
     def _folder(self) -> hub.Folder:
+        if self.spec is not None:
+            check_claim(self.config.kind, self.spec, self.nbytes())
         return hub.Folder(
             self.config.to_dict(),
             self.spec,
@@ -467,7 +491,8 @@ class Decoder:
             CodecMismatchError: the payload is of another codec, other weights or another base.
             MalformedBodyError: the body cannot come from this codec's encoder.
         """
-        return self.codec._decode_body(payload.body, self.codec._open(payload))
+        spec = self.codec._open(payload)
+        return self.codec._decode_body(payload.body, spec)
 
     @torch.no_grad()
     def decode_mean(
@@ -480,6 +505,7 @@ class Decoder:
         Raises:
             ConfigError: no payload, or weights that are not as many positive finite numbers.
         """
+        payloads = list(payloads)
         shares = mean_shares(len(payloads), weights)
         codec = self.codec
         spec = codec._open(payloads[0])
@@ -505,9 +531,13 @@ def mean_shares(count: int, weights: Sequence[float] | None) -> list[float]:
     """Weights normalised to sum to one; ``ConfigError`` unless ``count`` positive numbers."""
     if count == 0:
         raise ConfigError("a mean needs at least one payload")
-    given = [1.0] * count if weights is None else [float(w) for w in weights]
+    given = [1.0] * count if weights is None else list(weights)
+    try:
+        given = [float(w) for w in given]
+    except (TypeError, ValueError, OverflowError) as err:
+        raise ConfigError(f"expected {count} positive finite weights, got {shown(given)}") from err
     if len(given) != count or not all(w > 0 and math.isfinite(w) for w in given):
-        raise ConfigError(f"expected {count} positive finite weights, got {given}")
+        raise ConfigError(f"expected {count} positive finite weights, got {shown(given)}")
     total = sum(given)
     return [w / total for w in given]
 

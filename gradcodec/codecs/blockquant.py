@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, ops, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference import grid, two_means
 from gradcodec.reference.bitpack import packed_nbytes
@@ -42,15 +43,11 @@ class BlockQuantConfig(CodecConfig):
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in grid.BITS:
-            raise ConfigError(f"blockquant: expected bits of {grid.BITS}, got {self.bits!r}")
-        if not isinstance(self.block, int) or not 8 <= self.block <= 1 << 20:
-            raise ConfigError(f"blockquant: expected a block of 8..{1 << 20}, got {self.block!r}")
-        if self.scale not in _SCALES:
-            raise ConfigError(f"blockquant: expected a scale of {_SCALES}, got {self.scale!r}")
+        check_one_of(self.kind, "bits", self.bits, tuple(grid.BITS))
+        check_whole(self.kind, "block", self.block, 8, 1 << 20)
+        check_one_of(self.kind, "scale", self.scale, _SCALES)
         for name in ("rotate", "stochastic"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"blockquant: expected {name} to be a bool")
+            check_one_of(self.kind, name, getattr(self, name), (True, False))
         if self.rotate and self.block != ops.CHUNK:
             raise ConfigError(
                 f"blockquant: rotate needs a block of {ops.CHUNK} values, got {self.block}"
@@ -103,6 +100,7 @@ class BlockQuant(Codec):
 
     Config = BlockQuantConfig
     config: BlockQuantConfig
+    finite: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or BlockQuantConfig(), **parts)
@@ -148,8 +146,8 @@ class BlockQuant(Codec):
         return self._coded(vector.detach(), seed, residual)
 
     def _coded(self, z: Tensor, seed: int, residual: Tensor | None) -> Tensor:
-        layout.check_finite(z, "blockquant")
         values = z if z.dtype in (torch.float32, torch.bfloat16, torch.float16) else z.float()
+        layout.check_finite(values, "blockquant")
         if self._fitted:
             packed, scales = two_means.encode(values, self.config.block)
         else:

@@ -9,7 +9,7 @@ import torch
 
 from gradcodec.codecs.base import register
 from gradcodec.codecs.identity import Identity, IdentityConfig
-from gradcodec.errors import ConfigError
+from gradcodec.codecs.settings import check_one_of
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -22,8 +22,7 @@ class CastConfig(IdentityConfig):
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
-            raise ConfigError(f"cast: expected dtype of {sorted(_DTYPES)}, got {self.dtype!r}")
+        check_one_of(self.kind, "dtype", self.dtype, tuple(_DTYPES))
 
 
 @register

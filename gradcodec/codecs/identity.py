@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -29,6 +30,7 @@ class Identity(Codec):
     """
 
     Config = IdentityConfig
+    any_dtype: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or self.Config(), **parts)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec, CodecConfig, codec_class, register
+from gradcodec.codecs.base import Codec, codec_class, register
+from gradcodec.codecs.settings import CodecConfig
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload
@@ -31,9 +33,36 @@ class PerTensorConfig(CodecConfig):
         count = range(len(self.parts))
         if any(type(i) is not int or i not in count for i in self.part_of):
             raise ConfigError(f"per_tensor: expected part_of within 0..{len(count) - 1}")
-        nested = [c.kind for c in self.parts if isinstance(c, PerTensorConfig)]
-        if nested:
-            raise ConfigError("per_tensor: a part cannot be per_tensor itself")
+        for part in self.parts:
+            if not isinstance(part, CodecConfig) or isinstance(part, PerTensorConfig):
+                raise ConfigError(f"per_tensor: expected parts of other kinds, got {shown(part)}")
+
+    @property
+    def stages(self) -> int:
+        """Those of the deepest part, and this one."""
+        return 1 + max(part.stages for part in self.parts)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``: parts from nested settings."""
+        keys = {"kind", "parts", "part_of"}
+        if not isinstance(data, Mapping) or {"kind", *data} != keys:
+            came = list(data) if isinstance(data, Mapping) else data
+            raise ConfigError(f"per_tensor: expected keys {sorted(keys)}, got {shown(came)}")
+        parts, part_of = data["parts"], data["part_of"]
+        if not isinstance(parts, list) or not isinstance(part_of, list):
+            raise ConfigError(
+                f"per_tensor: expected two lists, got {shown(parts)}, {shown(part_of)}"
+            )
+        if not 1 <= len(parts) <= MAX_PARTS:
+            raise ConfigError(f"per_tensor: expected 1..{MAX_PARTS} parts, got {len(parts)}")
+        made: list[CodecConfig] = []
+        for part in parts:
+            kind = part.get("kind", "") if isinstance(part, Mapping) else ""
+            if kind == cls.kind:
+                raise ConfigError("per_tensor: expected parts of other kinds")
+            made.append(codec_class(kind).Config.from_dict(part))
+        return cls(tuple(made), tuple(part_of))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain JSON values."""
@@ -57,9 +86,10 @@ class PerTensor(Codec):
     def __init__(
         self, parts: Sequence[Codec], part_of: Sequence[int], spec: UpdateSpec, base: bytes | None
     ) -> None:
-        learned = [p for p in parts if p.weights or p._given_digests]
+        learned = [p for p in parts if p.learned]
         if len(learned) > 1:
             raise ConfigError("per_tensor: expected at most one part with learned weights")
+        self.parts = tuple(parts)
         config = PerTensorConfig(tuple(p.config for p in parts), tuple(part_of))
         super().__init__(
             config,
@@ -94,6 +124,16 @@ class PerTensor(Codec):
         if missing:
             raise ConfigError(f"per_tensor: {missing[0]!r} is in no group")
         return cls(parts, [number[t.name] for t in spec], spec, None)
+
+    @property
+    def learned(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts has weights."""
+        return any(p.learned for p in self.parts)
+
+    @property
+    def any_dtype(self) -> bool:  # type: ignore[override]
+        """Each part looks at its own tensors."""
+        return True
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -195,28 +235,19 @@ class PerTensor(Codec):
         return self._known_spec(None)
 
     @classmethod
-    def from_config(cls, data: Mapping[str, Any], **given: Any) -> Codec:
-        """Parts from their configs; the weights are those of the one part that has any."""
-        unknown = sorted(set(data) - {"kind", "parts", "part_of"})
-        parts, part_of, spec = data.get("parts"), data.get("part_of"), given.get("spec")
-        if unknown or not (isinstance(parts, list) and isinstance(part_of, list)):
-            raise ConfigError(f"per_tensor: expected keys ['part_of', 'parts'], got {sorted(data)}")
+    def _of(cls, config: CodecConfig, **given: Any) -> Codec:
+        assert isinstance(config, PerTensorConfig)
+        spec = given.get("spec")
         if spec is None:
             raise ConfigError("per_tensor: a spec is needed; the parts belong to named tensors")
-        kinds = [p.get("kind") if isinstance(p, Mapping) else None for p in parts]
-        wrong = any(not isinstance(k, str) or k == cls.Config.kind for k in kinds)
-        if not 1 <= len(parts) <= MAX_PARTS or wrong:
-            raise ConfigError(
-                f"per_tensor: expected 1..{MAX_PARTS} parts of other kinds, got {kinds[:8]}"
-            )
-        tables = _tables(spec, part_of, len(parts))
-        learned = {"weights": given.get("weights"), "weight_digests": given.get("weight_digests")}
+        learned = {n: given.get(n) for n in ("weights", "weight_digests")}
         made = []
-        for part, table in zip(parts, tables, strict=True):
-            family = codec_class(part["kind"])
-            takes = learned if _learns(part) else {}
-            made.append(family.from_config(part, spec=table, **takes))
-        return cls(made, part_of, spec, given.get("base"))
+        for part, table in zip(
+            config.parts, _tables(spec, config.part_of, len(config.parts)), strict=True
+        ):
+            family = codec_class(part.kind)
+            made.append(family._of(part, spec=table, **(learned if _learns(part) else {})))
+        return cls(made, config.part_of, spec, given.get("base"))
 
     def _remade(self, **changes: Any) -> PerTensor:
         spec = changes.get("spec", self.spec)
@@ -229,13 +260,12 @@ class PerTensor(Codec):
         return PerTensor(parts, self.config.part_of, spec, base)
 
 
-def _learns(config: Mapping[str, Any]) -> bool:
+def _learns(config: CodecConfig) -> bool:
     """Whether codecs of this config have weights; of a chain its outer stage says so."""
-    kind = config.get("kind")
-    outer = config.get("outer")
-    if kind == "chain" and isinstance(outer, Mapping):
+    outer = getattr(config, "outer", None)
+    if isinstance(outer, CodecConfig):
         return _learns(outer)
-    return kind in ("subspace", "autoencoder")
+    return codec_class(config.kind).learned is True
 
 
 def _tables(spec: UpdateSpec, part_of: Sequence[int], count: int) -> list[UpdateSpec]:

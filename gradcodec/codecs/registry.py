@@ -14,6 +14,7 @@ from gradcodec.codecs.per_tensor import PerTensor
 from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Subspace
 from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
 from gradcodec.ops import CHUNK
 from gradcodec.wire import CODEC_IDS
@@ -66,6 +67,6 @@ def make_codec(name: str) -> Codec:
 
     Trained ones come from ``Codec.from_pretrained`` or ``gradcodec.tgap``.
     """
-    if name not in UNTRAINED:
-        raise ConfigError(f"expected a codec name of {sorted(UNTRAINED)}, got {name!r}")
+    if not isinstance(name, str) or name not in UNTRAINED:
+        raise ConfigError(f"expected a codec name of {sorted(UNTRAINED)}, got {shown(name)}")
     return UNTRAINED[name]()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig, check_whole
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.hadamard import random_signs, rotate, rotate_back
@@ -27,10 +28,10 @@ class RotatedSignConfig(CodecConfig):
 
     def __post_init__(self) -> None:
         block, kept = self.block, self.kept
-        if type(block) is not int or not 8 <= block <= 4096 or block & (block - 1):
-            raise ConfigError(f"rotsign: expected a power of two 8..4096 as block, got {block!r}")
-        if type(kept) is not int or not 1 <= kept <= block:
-            raise ConfigError(f"rotsign: expected kept of 1..block={block}, got {kept!r}")
+        check_whole(self.kind, "block", block, 8, 4096)
+        if block & (block - 1):
+            raise ConfigError(f"rotsign: expected a power of two as block, got {block}")
+        check_whole(self.kind, "kept", kept, 1, block)
 
 
 @register
@@ -54,6 +55,7 @@ class RotatedSign(Codec):
 
     Config = RotatedSignConfig
     config: RotatedSignConfig
+    finite: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or RotatedSignConfig(), **parts)

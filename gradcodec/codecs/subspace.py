@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
+from gradcodec.codecs.settings import CodecConfig, check_number, check_one_of, check_whole
 from gradcodec.codecs.subspace_basis import BASIS_DTYPES, BITS, FLOATS, dequantise, quantise
 from gradcodec.codecs.subspace_groups import SHARES, group_names, groups
+from gradcodec.encodable import MAX_NUMEL
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 
@@ -48,24 +50,13 @@ class SubspaceConfig(CodecConfig):
     share: str = "none"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.ratio, int | float) and 1 <= self.ratio < math.inf):
-            raise ConfigError(f"subspace: expected a ratio of at least 1, got {self.ratio!r}")
-        if self.allocation not in ALLOCATIONS:
-            raise ConfigError(
-                f"subspace: expected allocation of {ALLOCATIONS}, got {self.allocation!r}"
-            )
-        if self.side not in SIDES:
-            raise ConfigError(f"subspace: expected side of {SIDES}, got {self.side!r}")
-        if not (isinstance(self.temper, int | float) and 0 <= self.temper <= 1):
-            raise ConfigError(f"subspace: expected temper within 0..1, got {self.temper!r}")
-        if not (isinstance(self.min_rank, int) and self.min_rank >= 1):
-            raise ConfigError(f"subspace: expected min_rank of at least 1, got {self.min_rank!r}")
-        if self.basis_dtype not in BASIS_DTYPES:
-            raise ConfigError(
-                f"subspace: expected basis_dtype of {BASIS_DTYPES}, got {self.basis_dtype!r}"
-            )
-        if self.share not in SHARES:
-            raise ConfigError(f"subspace: expected share of {SHARES}, got {self.share!r}")
+        check_number(self.kind, "ratio", self.ratio, 1, MAX_NUMEL)
+        check_one_of(self.kind, "allocation", self.allocation, ALLOCATIONS)
+        check_one_of(self.kind, "side", self.side, SIDES)
+        check_number(self.kind, "temper", self.temper, 0, 1)
+        check_whole(self.kind, "min_rank", self.min_rank, 1, MAX_NUMEL)
+        check_one_of(self.kind, "basis_dtype", self.basis_dtype, BASIS_DTYPES)
+        check_one_of(self.kind, "share", self.share, SHARES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``share`` came later and is left out of codecs that do not use it."""
@@ -126,6 +117,7 @@ class Subspace(Codec):
 
     Config = SubspaceConfig
     config: SubspaceConfig
+    learned: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig, **parts: Any) -> None:
         super().__init__(config, **parts)
@@ -304,6 +296,16 @@ def allocate(
     return ranks
 
 
+def _basis(stored: Tensor, scales: Tensor | None, size: int, config: SubspaceConfig) -> Tensor:
+    """A basis ``[size, k]`` as it is stored, dequantised where it is not stored in floats."""
+    bits = BITS.get(config.basis_dtype)
+    if bits is not None:
+        return dequantise(stored, scales, size, bits)
+    if stored.dtype != FLOATS[config.basis_dtype]:
+        raise ConfigError(f"expected {FLOATS[config.basis_dtype]}, got {stored.dtype}")
+    return stored
+
+
 def _match(
     spec: UpdateSpec, weights: Mapping[str, Tensor], config: SubspaceConfig
 ) -> dict[str, tuple[Axis, Tensor]]:
@@ -326,10 +328,10 @@ def _match(
                 left_over.discard(key)
                 if bits is not None:
                     left_over.discard(beside)
-                    try:
-                        loaded[key] = dequantise(weights[key], weights.get(beside), axis.size, bits)
-                    except ConfigError as err:
-                        raise ConfigError(f"subspace: basis of {t}: {err}") from err
+                try:
+                    loaded[key] = _basis(weights[key], weights.get(beside), axis.size, config)
+                except ConfigError as err:
+                    raise ConfigError(f"subspace: basis of {t}: {err}") from err
             u = loaded[key]
             if u.ndim != 2 or u.shape[0] != axis.size or u.shape[1] > axis.size:
                 raise ConfigError(f"subspace: basis of {t} has shape {list(u.shape)}")

@@ -58,7 +58,8 @@ def dequantise(codes: Tensor, scales: Tensor | None, size: int, bits: int) -> Te
     Raises:
         ConfigError: shapes, dtypes or scales that ``quantise`` does not make.
     """
-    k, width, blocks = len(codes), packed_nbytes(size, bits), -(-size // BLOCK)
+    k = len(codes) if codes.ndim else 0
+    width, blocks = packed_nbytes(size, bits), -(-size // BLOCK)
     if codes.dtype != torch.uint8 or codes.shape != (k, width):
         raise ConfigError(
             f"expected uint8 codes [k, {width}], got {codes.dtype} {list(codes.shape)}"
@@ -66,8 +67,10 @@ def dequantise(codes: Tensor, scales: Tensor | None, size: int, bits: int) -> Te
     if scales is None or scales.dtype != torch.bfloat16 or scales.shape != (k, blocks):
         came = "none" if scales is None else f"{scales.dtype} {list(scales.shape)}"
         raise ConfigError(f"expected bfloat16 scales {[k, blocks]}, got {came}")
-    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-        raise ConfigError("expected finite, non-negative scales")
+    # Of the lowest level too, which is beyond fp32 where a scale is near the end of bf16's range.
+    lowest = scales.float() * (1 << bits - 1)
+    if not bool((torch.isfinite(lowest) & (scales >= 0)).all()):
+        raise ConfigError("expected scales that are not negative and levels that are finite")
     per_row = width * 8 // bits
     rows = unpack_bits(codes.reshape(-1), bits, k * per_row).view(k, per_row)[:, :size]
     rows = functional.pad(rows, (0, blocks * BLOCK - size))

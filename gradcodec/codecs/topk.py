@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, ops, wire
-from gradcodec.codecs.base import Codec, CodecConfig, register
+from gradcodec.codecs.base import Codec, register
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
 from gradcodec.codecs.topk_positions import FORMS, Positions
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.reference.top_rows import ROW
@@ -43,19 +44,15 @@ class TopKConfig(CodecConfig):
     index: str = "packed"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.chunk, int) and 2 <= self.chunk <= 1 << 16):
-            raise ConfigError(f"topk: expected a chunk of 2..{1 << 16}, got {self.chunk!r}")
-        if not (isinstance(self.k, int) and 1 <= self.k <= self.chunk):
-            raise ConfigError(f"topk: expected k of 1..chunk={self.chunk}, got {self.k!r}")
-        if self.structure not in STRUCTURES:
-            raise ConfigError(f"topk: expected a structure of {STRUCTURES}, got {self.structure!r}")
+        check_whole(self.kind, "chunk", self.chunk, 2, 1 << 16)
+        check_whole(self.kind, "k", self.k, 1, self.chunk)
+        check_one_of(self.kind, "structure", self.structure, STRUCTURES)
         if self.structure == "rows" and (self.chunk != ROW or self.k > 2):
             raise ConfigError(
                 f"topk: structure 'rows' keeps 1 or 2 of chunks of {ROW}, got k={self.k}, "
                 f"chunk={self.chunk}"
             )
-        if self.index not in FORMS:
-            raise ConfigError(f"topk: expected an index of {FORMS}, got {self.index!r}")
+        check_one_of(self.kind, "index", self.index, FORMS)
         BlockQuantConfig(self.bits, self.value_block)
 
     @property
@@ -80,6 +77,7 @@ class TopK(Codec):
 
     Config = TopKConfig
     config: TopKConfig
+    finite: ClassVar[bool] = True
 
     def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
         super().__init__(config or TopKConfig(), **parts)

@@ -27,17 +27,22 @@ from gradcodec import layout, wire
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
+from gradcodec.encodable import check_update
 from gradcodec.errors import CodecMismatchError
 from gradcodec.federated.envelope import FIXED, INCREMENT, VALUES, Broadcast, Part
 from gradcodec.federated.tensors import Split
-from gradcodec.types import Update, UpdateSpec
+from gradcodec.types import Update, UpdateSpec, named_digest
 from gradcodec.wire import Payload
 
 
 def state_digest(state: Update) -> bytes:
-    """8 bytes of SHA-256 over names, dtypes, shapes, values: what updates are relative to."""
-    sums = "\n".join(f"{name} {wire.tensor_digest(t)}" for name, t in state.items())
-    return hashlib.sha256(sums.encode()).digest()[: wire.DIGEST_BYTES]
+    """8 bytes of SHA-256 over names, dtypes, shapes, values: what updates are relative to.
+
+    Raises:
+        UpdateError: these are not plain tensors by name.
+    """
+    check_update(state)
+    return named_digest([(name, wire.tensor_digest(t)) for name, t in state.items()], " ")
 
 
 def for_state(codec: Codec, initial: Update) -> Codec:

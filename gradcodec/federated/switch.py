@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec, codec_class
+from gradcodec.codecs.compose import ChainConfig
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.settings import CodecConfig
 from gradcodec.errors import (
     CodecMismatchError,
+    ConfigError,
     LimitError,
     MalformedBodyError,
     TrailingBytesError,
     TruncatedError,
-    WireError,
+    UpdateError,
 )
 from gradcodec.federated.replica import for_state, state_digest
 from gradcodec.types import Update, UpdateSpec
@@ -35,7 +38,6 @@ from gradcodec.wire import Payload
 
 _HEAD: Final = struct.Struct("<I8s8s8sIQQ")
 MAX_SETTINGS_BYTES: Final = 1 << 16
-_MAX_STAGES: Final = 4
 
 #: Codec families that a broadcast may bring: linear ones whose cost is that of the tensors that
 #: the receiver has anyway, whatever the settings say.
@@ -215,24 +217,21 @@ def _check_finite(tensors: Update, what: str) -> None:
 def _build(config: Any, **parts: Any) -> Codec:
     """A codec of one of ``KINDS``, all stages included."""
     try:
-        _check_kinds(config)
-        return codec_class(config["kind"]).from_config(config, **parts)
-    except WireError:
-        raise
-    # What settings of wrong types run into, beside the named errors (which are ValueErrors).
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as err:
+        kind = config.get("kind", "") if isinstance(config, dict) else ""
+        settings = codec_class(kind).Config.from_dict(config)
+        _check_kinds(settings)
+        return codec_class(kind)._of(settings, **parts)
+    except (ConfigError, UpdateError) as err:
         raise MalformedBodyError(f"codec: its settings and weights make none: {err}") from err
 
 
-def _check_kinds(config: Any, stages: int = 1) -> None:
-    kind = config.get("kind") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise MalformedBodyError(f"codec: expected a kind of {sorted(KINDS)}, got {kind!r}")
-    if stages > _MAX_STAGES:
-        raise MalformedBodyError(f"codec: expected at most {_MAX_STAGES} stages in each other")
-    if kind == "chain":
-        for stage in ("outer", "inner"):
-            _check_kinds(config.get(stage), stages + 1)
+def _check_kinds(config: CodecConfig) -> None:
+    """Raise ``ConfigError`` unless all stages are of ``KINDS``."""
+    if config.kind not in KINDS:
+        raise ConfigError(f"expected a kind of {sorted(KINDS)}, got {config.kind!r}")
+    if isinstance(config, ChainConfig):
+        _check_kinds(config.outer)
+        _check_kinds(config.inner)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

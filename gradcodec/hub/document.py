@@ -9,9 +9,10 @@ from importlib import metadata
 from typing import Any, Final
 
 from gradcodec import wire
+from gradcodec.encodable import DTYPE_CODES, MAX_TENSORS, shown
 from gradcodec.errors import ConfigError, HubError, UpdateError
 from gradcodec.hub.folder import CONFIG_NAME, PREFIXES, Folder
-from gradcodec.types import DTYPE_CODES, TensorSpec, UpdateSpec
+from gradcodec.types import TensorSpec, UpdateSpec
 
 SCHEMA = 1
 MAX_CONFIG_BYTES: Final = 1 << 26
@@ -59,11 +60,14 @@ def parse(text: bytes) -> dict[str, Any]:
         raise HubError(f"{CONFIG_NAME}: expected JSON, got {text[:40]!r}: {err}") from err
     keys = sorted(document) if isinstance(document, dict) else type(document).__name__
     if not isinstance(document, dict) or not _is_size(document.get("schema")):
-        raise ConfigError(f"{CONFIG_NAME}: expected a gradcodec config with a 'schema', got {keys}")
+        raise ConfigError(
+            f"{CONFIG_NAME}: expected a gradcodec config with a 'schema', got {shown(keys)}"
+        )
     if document["schema"] > SCHEMA:
         raise ConfigError(
-            f"{CONFIG_NAME}: expected a schema of at most {SCHEMA}, got {document['schema']}, "
-            f"written by {document.get('library')!r}: upgrade gradcodec"
+            f"{CONFIG_NAME}: expected a schema of at most {SCHEMA}, got "
+            f"{shown(document['schema'])}, written by {shown(document.get('library'))}: "
+            "upgrade gradcodec"
         )
     while document["schema"] < SCHEMA:
         schema = document["schema"]
@@ -80,7 +84,7 @@ def _check(document: dict[str, Any]) -> None:
     if missing or unknown:
         raise ConfigError(
             f"{CONFIG_NAME}: expected keys {sorted(_REQUIRED)} and perhaps {sorted(_OPTIONAL)}, "
-            f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+            f"missing {sorted(missing)}, unknown {shown(sorted(unknown))}"
         )
     codec, weights = document["codec"], document["weights"]
     rules = {
@@ -92,11 +96,11 @@ def _check(document: dict[str, Any]) -> None:
             and all(n.startswith(PREFIXES) and _is_hex(v, 32) for n, v in weights.items()),
         ),
         "digest": ("of 8 hex bytes", _is_hex(document["digest"], wire.DIGEST_BYTES)),
-        "notes": ("as text", isinstance(document.get("notes", ""), str)),
+        "notes": ("as text", _is_text(document.get("notes", ""))),
     }
     for key, (expected, holds) in rules.items():
         if not holds:
-            came = _short(document[key])
+            came = shown(document[key])
             raise ConfigError(f"{CONFIG_NAME}: expected {key!r} {expected}, got {came}")
 
 
@@ -104,33 +108,30 @@ def spec_from_rows(rows: Any) -> UpdateSpec | None:
     """The tensor table of a document; ``None`` for a codec that is not bound to one."""
     if rows is None:
         return None
+    if isinstance(rows, list) and len(rows) > MAX_TENSORS:
+        raise ConfigError(f"{CONFIG_NAME}: expected at most {MAX_TENSORS} tensors, got {len(rows)}")
     tensors = []
     for row in rows if isinstance(rows, list) else [rows]:
         match row:
-            case [str(name), list(shape), str(dtype)] if (
-                dtype in _DTYPE_NAMES and len(shape) <= wire.MAX_DIMS and all(map(_is_size, shape))
+            case [str(name), list(shape), str(dtype)] if dtype in _DTYPE_NAMES and all(
+                map(_is_size, shape)
             ):
                 tensors.append(TensorSpec(name, tuple(shape), _DTYPE_NAMES[dtype]))
             case _:
                 raise ConfigError(
                     f"{CONFIG_NAME}: expected spec rows [name, [sizes], dtype] with a dtype of "
-                    f"{sorted(_DTYPE_NAMES)}, got {_short(row)}"
+                    f"{sorted(_DTYPE_NAMES)}, got {shown(row)}"
                 )
     try:
-        spec = UpdateSpec(tuple(tensors))
+        return UpdateSpec(tuple(tensors))
     except UpdateError as err:
         raise ConfigError(f"{CONFIG_NAME}: {err}") from err
-    if spec.numel > wire.MAX_NUMEL:
-        raise ConfigError(
-            f"{CONFIG_NAME}: {spec.numel} elements, at most {wire.MAX_NUMEL} expected"
-        )
-    return spec
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise ValueError(f"a key comes twice among {[k for k, _ in pairs][:10]}")
+        raise ValueError(f"a key comes twice among {shown([k for k, _ in pairs[:10]])}")
     return out
 
 
@@ -142,10 +143,10 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_text(value: Any) -> bool:
+    """Whether UTF-8 can write it: halves of a surrogate pair, which JSON can hold, it cannot."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
 def _is_hex(value: Any, nbytes: int) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{2 * nbytes}}}", value) is not None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcodec import wire
+from gradcodec.encodable import DTYPE_CODES, shown
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.hub.card import make_card
 from gradcodec.hub.document import MAX_CONFIG_BYTES, parse, spec_from_rows, to_document
@@ -26,7 +27,6 @@ from gradcodec.hub.folder import (
     WEIGHTS_NAME,
     Folder,
 )
-from gradcodec.types import DTYPE_CODES
 
 
 def write(path: str | Path, folder: Folder, *, card: str | None = None) -> None:
@@ -114,8 +114,8 @@ def _load_weights(path: Path, digests: Mapping[str, str], half: str | None) -> d
             if names != set(digests):
                 raise HubError(
                     f"{WEIGHTS_NAME}: expected the {len(digests)} weights that {CONFIG_NAME} "
-                    f"names, missing {sorted(set(digests) - names)[:3]}, "
-                    f"not expected {sorted(names - set(digests))[:3]}"
+                    f"names, missing {shown(sorted(set(digests) - names)[:3])}, "
+                    f"not expected {shown(sorted(names - set(digests))[:3])}"
                 )
             # Cloned off the memory map: what was checked is what is used, whatever happens to
             # the file later.
@@ -129,7 +129,7 @@ def _load_weights(path: Path, digests: Mapping[str, str], half: str | None) -> d
         came = wire.tensor_digest(tensor) if tensor.dtype in DTYPE_CODES else str(tensor.dtype)
         if came != digests[name]:
             raise HubError(
-                f"weight {name!r}: expected SHA-256 {digests[name]}, got {came}: altered"
+                f"weight {shown(name)}: expected SHA-256 {digests[name]}, got {came}: altered"
             )
     return weights
 

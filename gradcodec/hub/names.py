@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.hub.folder import HALVES, Folder
 from gradcodec.hub.local import bundled, bundled_path, read_folder
@@ -26,8 +27,14 @@ def read(name: str | Path, *, revision: str | None = None, half: str | None = No
     """
     if half is not None and half not in HALVES:
         raise ConfigError(f"expected half of {sorted(HALVES)} or None, got {half!r}")
+    if not isinstance(name, str | Path):
+        raise ConfigError(f"expected a codec's name or folder, got {shown(name)}")
     local = bundled_path(name) if isinstance(name, str) and name in bundled() else Path(name)
-    if local.is_dir() and str(name):
+    try:
+        here = local.is_dir()
+    except OSError as err:  # a name too long for a file system
+        raise HubError(_wrong_name(shown(name))) from err
+    if here and str(name):
         if revision is not None:
             raise HubError(f"{name} is the folder {local}; only a Hub repository has a {revision=}")
         return read_folder(local, str(name), half)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradcodec.errors import ConfigError
 from gradcodec.native.library import current
 from gradcodec.native.memory import at, typed
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.reference.encode import padded_numel
-from gradcodec.reference.grid import SCALES
+from gradcodec.reference.grid import SCALES, check_grid, check_scale
 from gradcodec.reference.hadamard import CHUNK
 
 _MASK = (1 << 64) - 1
@@ -21,8 +22,10 @@ _MASK = (1 << 64) - 1
 
 def random_bytes(start: int, count: int, seed: int) -> Tensor:
     """``gradcodec.reference.philox.random_bytes``; ``start`` a multiple of 16."""
+    if start < 0 or count < 0 or start % 16:
+        raise ConfigError(f"expected a start of whole 16s and a count, got {start} and {count}")
     out = torch.empty(count + 256, dtype=torch.uint8)  # whole groups of counters are written
-    current().call("random_bytes", start // 16 * 16, count, seed & _MASK, out.data_ptr())
+    current().call("random_bytes", start, count, seed & _MASK, out.data_ptr())
     return out[:count]
 
 
@@ -43,6 +46,8 @@ def encode(
     Sums of ``l1`` and ``rms`` are of fp64 in another order, so a scale may differ in its last bit
     where it lies halfway between two bf16 numbers.
     """
+    check_grid(bits, block, rotate)
+    check_scale(scale, bits)
     numel, total = values.numel(), padded_numel(values.numel(), rotate)
     packed, used = _outputs(total, bits, block)
     current().call(
@@ -70,7 +75,9 @@ def reduce_requant(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``gradcodec.reference.reduce_requant.reduce_requant``, in one pass."""
-    world = len(packed)
+    check_grid(bits, block)
+    check_scale(scale, bits)
+    world = _world(packed)
     out, used = _outputs(numel, bits, block)
     current().call(
         "reduce_requant",
@@ -89,6 +96,7 @@ def chunk_absmax(
     values: Tensor, *, block: int = CHUNK, rotate: bool = False, residual: Tensor | None = None
 ) -> Tensor:
     """``gradcodec.reference.chunk_absmax.chunk_absmax``."""
+    check_grid(8, block, rotate)
     numel, total = values.numel(), padded_numel(values.numel(), rotate)
     peaks = torch.empty(-(-total // block))
     current().call(
@@ -148,22 +156,32 @@ def _decode(
     out: Tensor | None,
     shared: bool,
 ) -> Tensor:
+    check_grid(bits, block, rotate)
+    total, world = padded_numel(numel, rotate), _world(packed)
+    if numel < 0:
+        raise ConfigError(f"expected a number of values, got {numel}")
+    # Before the memory for what is decoded, which is as large as `numel` says.
+    nbytes, blocks = packed_nbytes(total, bits), -(-total // block)
+    coded = at("packed", packed, world * nbytes, torch.uint8)
+    deltas = at("scales", scales, blocks if shared else world * blocks, torch.bfloat16)
+    shares = at("weights", weights, world, torch.float32)
     if out is None:
         out = torch.empty(numel, dtype=dtype)
     at("out", out, numel, dtype)
-    total, world = padded_numel(numel, rotate), len(packed)
-    blocks, nbytes = -(-total // block), packed_nbytes(total, bits)
     memory, its_dtype = typed("out", out, numel)
     current().call(
         "decode",
-        at("packed", packed, world * nbytes, torch.uint8),
-        nbytes,
-        at("scales", scales, blocks if shared else world * blocks, torch.bfloat16),
-        *(blocks, world),
-        at("weights", weights, world, torch.float32),
+        *(coded, nbytes, deltas, blocks, world, shares),
         *(numel, total, bits, block, rotate, shared, its_dtype, memory),
     )
     return out
+
+
+def _world(packed: Tensor) -> int:
+    """How many payloads there are: rows of ``packed [W, bytes]``."""
+    if packed.ndim != 2 or not len(packed):
+        raise ConfigError(f"packed: expected [W, bytes] with W >= 1, got {list(packed.shape)}")
+    return len(packed)
 
 
 def _outputs(total: int, bits: int, block: int) -> tuple[Tensor, Tensor]:

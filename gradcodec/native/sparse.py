@@ -62,6 +62,11 @@ def sparse_mean(kept: Tensor, index: Tensor, numel: int, *, chunk: int = CHUNK) 
     Raises:
         MalformedBodyError: a position is beyond its chunk.
     """
+    if kept.ndim != 3 or not len(kept) or not 1 <= chunk <= 1 << 16 or numel < 0:
+        raise ConfigError(
+            f"expected values [W, chunks, k] with W >= 1, a chunk of 1..{1 << 16} and a number of "
+            f"values, got {list(kept.shape)}, {chunk} and {numel}"
+        )
     world, chunks, k = kept.shape
     if chunks != -(-numel // chunk):
         raise ConfigError(f"expected {-(-numel // chunk)} chunks for {numel} values, got {chunks}")

@@ -61,8 +61,8 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """See ``gradcodec.reference.encode.encode``; raises ``ConfigError`` for what does not fit."""
     _check_vector("values", values)
-    _check_grid(bits, block, rotate)
-    _check_scale(scale, bits)
+    grid.check_grid(bits, block, rotate)
+    grid.check_scale(scale, bits)
     total = padded_numel(values.numel(), rotate)
     _check_residual(residual, total, values)
     if scales is not None:
@@ -87,7 +87,7 @@ def decode_mean(
     impl: Impl | None = None,
 ) -> Tensor:
     """See ``gradcodec.reference.decode_mean.decode_mean``."""
-    _check_grid(bits, block, rotate)
+    grid.check_grid(bits, block, rotate)
     _check_payloads(packed, scales, padded_numel(numel, rotate), bits, block)
     if weights is not None:
         _check_shape("weights", weights, (len(packed),), torch.float32)
@@ -110,7 +110,7 @@ def decode_sum_shared(
     impl: Impl | None = None,
 ) -> Tensor:
     """See ``gradcodec.reference.decode_sum_shared.decode_sum_shared``."""
-    _check_grid(bits, block, rotate)
+    grid.check_grid(bits, block, rotate)
     total = padded_numel(numel, rotate)
     _check_shape("scales", scales, (-(-total // block),), torch.bfloat16)
     _check_payloads(packed, scales.expand(max(1, len(packed)), -1), total, bits, block)
@@ -133,8 +133,8 @@ def reduce_requant(
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``gradcodec.reference.reduce_requant.reduce_requant``."""
-    _check_grid(bits, block, False)
-    _check_scale(scale, bits)
+    grid.check_grid(bits, block, False)
+    grid.check_scale(scale, bits)
     _check_payloads(packed, scales, numel, bits, block)
     _check_residual(residual, numel, packed)
     op = backends.pick("reduce_requant", packed.device, impl)
@@ -162,7 +162,7 @@ def chunk_absmax(
 ) -> Tensor:
     """See ``gradcodec.reference.chunk_absmax.chunk_absmax``."""
     _check_vector("values", values)
-    _check_grid(8, block, rotate)
+    grid.check_grid(8, block, rotate)
     _check_residual(residual, padded_numel(values.numel(), rotate), values)
     op = backends.pick("chunk_absmax", values.device, impl)
     peaks: Tensor = op(values.contiguous(), block, rotate, residual)
@@ -204,9 +204,14 @@ def sparse_mean(
     kept: Tensor, index: Tensor, numel: int, *, chunk: int = CHUNK, impl: Impl | None = None
 ) -> Tensor:
     """See ``gradcodec.reference.sparse_mean.sparse_mean``."""
-    if kept.dim() != 3 or kept.shape != index.shape or kept.shape[1] != -(-numel // chunk):
+    if not 1 <= chunk <= 1 << 16 or index.is_floating_point():
         raise ConfigError(
-            f"expected values and positions [W, {-(-numel // chunk)}, k], got "
+            f"expected a chunk of 1..{1 << 16} and whole positions, got {chunk}, {index.dtype}"
+        )
+    chunks = -(-numel // chunk)
+    if kept.dim() != 3 or kept.shape != index.shape or kept.shape[1] != chunks or not len(kept):
+        raise ConfigError(
+            f"expected values and positions [W, {chunks}, k] with W >= 1, got "
             f"{list(kept.shape)} and {list(index.shape)}"
         )
     op = backends.pick("sparse_mean", kept.device, impl)
@@ -225,8 +230,8 @@ def project_quantise(
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``gradcodec.reference.project_quantise.project_quantise``."""
-    _check_grid(bits, block, False)
-    _check_scale(scale, bits)
+    grid.check_grid(bits, block, False)
+    grid.check_scale(scale, bits)
     if (
         grad.dim() != 2
         or left.dim() != 2
@@ -251,23 +256,6 @@ def _check_vector(what: str, tensor: Tensor) -> None:
         raise ConfigError(
             f"{what}: expected one dimension of float32, bfloat16 or float16, got {tensor.dtype} "
             f"{list(tensor.shape)}"
-        )
-
-
-def _check_grid(bits: int, block: int, rotate: bool) -> None:
-    if bits not in grid.BITS:
-        raise ConfigError(f"expected bits of {grid.BITS}, got {bits!r}")
-    if not 8 <= block <= 1 << 20:
-        raise ConfigError(f"expected a block of 8..{1 << 20}, got {block!r}")
-    if rotate and block != CHUNK:
-        raise ConfigError(f"rotation works on blocks of {CHUNK} values, got a block of {block}")
-
-
-def _check_scale(scale: str, bits: int) -> None:
-    if scale not in grid.SCALES or bits not in grid.FACTORS.get(scale, grid.TOP):
-        raise ConfigError(
-            f"expected a scale of {grid.SCALES} ('l1' at 1 and 2 bits only), got {scale!r} at "
-            f"{bits} bits"
         )
 
 

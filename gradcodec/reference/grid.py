@@ -22,6 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradcodec.errors import ConfigError
+from gradcodec.reference.hadamard import CHUNK
+
 BITS = (1, 2, 4, 8)
 SCALES = ("absmax", "l1", "rms")
 
@@ -37,6 +40,25 @@ FACTORS = {
 HEADROOM = 1.0 + 2.0**-7
 #: Below the end of the fp32 range, where rounding to bf16 could make an infinity.
 _LARGEST = 3e38
+
+
+def check_grid(bits: int, block: int, rotate: bool = False) -> None:
+    """Raise ``ConfigError`` unless values can be coded in these bits and blocks."""
+    if bits not in BITS:
+        raise ConfigError(f"expected bits of {BITS}, got {bits!r}")
+    if not isinstance(block, int) or not 8 <= block <= 1 << 20:
+        raise ConfigError(f"expected a block of 8..{1 << 20}, got {block!r}")
+    if rotate and block != CHUNK:
+        raise ConfigError(f"rotation works on blocks of {CHUNK} values, got a block of {block}")
+
+
+def check_scale(scale: str, bits: int) -> None:
+    """Raise ``ConfigError`` unless there is such a scale at so many bits."""
+    if scale not in SCALES or bits not in FACTORS.get(scale, TOP):
+        raise ConfigError(
+            f"expected a scale of {SCALES} ('l1' at 1 and 2 bits only), got {scale!r} at "
+            f"{bits} bits"
+        )
 
 
 def deltas(rows: Tensor, counts: Tensor, bits: int, scale: str, stochastic: bool) -> Tensor:

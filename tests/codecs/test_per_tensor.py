@@ -101,7 +101,7 @@ def test_training_in_its_code_space_moves_every_tensor() -> None:
             [(subspace(), ["a"]), (subspace("b"), ["b"]), (Identity(), ["count"])],
             "at most one part with learned weights",
         ),
-        ([(fitted(), ["a", "b", "count"])], "cannot be per_tensor itself"),
+        ([(fitted(), ["a", "b", "count"])], "expected parts of other kinds"),
     ],
     ids=["missing", "of others", "two learned", "nested"],
 )
@@ -116,11 +116,11 @@ def test_groups_that_do_not_fit_are_named(groups: Any, message: str) -> None:
         ({"part_of": [0, 1]}, "a part for each of 3 tensors"),
         ({"part_of": [0, 1, 9]}, r"part_of within 0\.\.2"),
         ({"part_of": [0, 1, True]}, r"part_of within 0\.\.2"),
-        ({"part_of": None}, "expected keys"),
+        ({"part_of": None}, "expected two lists"),
         ({"parts": []}, "expected 1"),
         ({"parts": [{"kind": "identity"}] * (MAX_PARTS + 1)}, "expected 1"),
         ({"parts": [{"kind": "per_tensor"}] * 3}, "of other kinds"),
-        ({"parts": ["identity"] * 3}, "expected 1"),
+        ({"parts": ["identity"] * 3}, "expected a codec kind"),
         ({"extra": 1}, "expected keys"),
     ],
 )

@@ -21,6 +21,8 @@ from gradcodec.codecs.subspace import (
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import TensorSpec, UpdateSpec
 
+FP32 = SubspaceConfig(basis_dtype="float32")
+
 
 def spec_of(**shapes: tuple[int, ...]) -> UpdateSpec:
     return UpdateSpec(tuple(TensorSpec(n, s) for n, s in shapes.items()))
@@ -274,19 +276,19 @@ def test_a_spec_is_needed() -> None:
 )
 def test_a_basis_that_does_not_fit_is_named(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=f"basis of {name[-1]}: float32"):
-        Subspace(SubspaceConfig(), spec=SPEC, weights={name: torch.zeros(shape)})
+        Subspace(FP32, spec=SPEC, weights={name: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("name", ["shared.left.v", "shared.up.w", "w"])
 def test_a_basis_of_nothing_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown parameters.*{name}"):
-        Subspace(SubspaceConfig(), spec=SPEC, weights={name: torch.zeros(6, 2)})
+        Subspace(FP32, spec=SPEC, weights={name: torch.zeros(6, 2)})
 
 
 def test_two_bases_of_one_parameter_are_refused() -> None:
     weights = {"shared.left.w": torch.zeros(6, 2), "shared.right.w": torch.zeros(4, 2)}
     with pytest.raises(ConfigError, match=r"w: float32.* either side"):
-        Subspace(SubspaceConfig(), spec=SPEC, weights=weights)
+        Subspace(FP32, spec=SPEC, weights=weights)
 
 
 def test_the_side_is_part_of_a_square_matrixs_basis() -> None:
@@ -328,13 +330,13 @@ def test_a_parameter_without_a_basis_comes_back_zero() -> None:
 def test_an_empty_parameter_may_have_a_basis(side: str, shape: tuple[int, int]) -> None:
     size = shape[0] if side == "left" else shape[1]
     weights = {f"shared.{side}.w": torch.zeros(size, min(size, 2))}
-    codec = Subspace(SubspaceConfig(), spec=spec_of(w=shape), weights=weights)
+    codec = Subspace(FP32, spec=spec_of(w=shape), weights=weights)
     decoded = codec.decoder.decode(codec.encoder.encode({"w": torch.zeros(shape)}))
     assert decoded["w"].shape == shape
 
 
 def test_a_basis_of_no_columns_has_no_step_scales() -> None:
-    codec = Subspace(SubspaceConfig(), spec=SPEC, weights={"shared.left.w": torch.zeros(6, 0)})
+    codec = Subspace(FP32, spec=SPEC, weights={"shared.left.w": torch.zeros(6, 0)})
     assert codec.step_scales().numel() == codec.code_numel(SPEC) == 0
 
 

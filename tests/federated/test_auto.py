@@ -452,7 +452,11 @@ BAD_CODECS: dict[str, tuple[bytes, type[WireError]]] = {
         remade(json.dumps(SWITCH.settings).replace('"ratio": 2', '"ratio": 1e999').encode()),
         MalformedBodyError,
     ),
-    "other setting": (with_settings(uplink={"kind": "blockquant"}), CodecMismatchError),
+    "other setting": (
+        remade(json.dumps(SWITCH.settings).replace('"ratio": 2', '"ratio": 3').encode()),
+        CodecMismatchError,
+    ),
+    "a codec without weights": (with_settings(uplink={"kind": "blockquant"}), MalformedBodyError),
     "NaN weight": (with_weights(not_a_number()), MalformedBodyError),
     "shape of a weight": (
         with_weights({n: t[:-1] for n, t in WEIGHTS.items()}),

@@ -66,6 +66,11 @@ def test_bad_config_is_refused_by_name(saved: Path, case: str) -> None:
         Codec.from_pretrained(saved)
 
 
+def test_a_table_of_too_many_rows_is_refused_before_it_is_read() -> None:
+    with pytest.raises(ConfigError, match="at most 1048576 tensors"):
+        schema.spec_from_rows([["nonsense"]] * ((1 << 20) + 1))
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema": NaN}', b'{"schema": 1, "schema": 1}'],

@@ -25,6 +25,7 @@ class Halves(Identity):
     """Behaves as identity; only its weights matter."""
 
     Config = HalvesConfig
+    learned = True
 
 
 @pytest.fixture

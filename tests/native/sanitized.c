@@ -1,5 +1,8 @@
-/* Every op over odd sizes on memory of exactly the size it is promised, to be built with
- * -fsanitize=address,undefined: whatever is read or written beyond it ends the process. */
+/* Every op on memory of exactly the size it is promised, to be built with
+ * -fsanitize=address,undefined: whatever is read or written beyond it ends the process. First over
+ * odd sizes with ordinary values; then, as often as the argument says, over random sizes and
+ * settings with bits that no honest sender makes: NaN, Inf and negative scales, values and weights,
+ * codes that no encoder writes, positions beyond their chunk, out of order and many times over. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +26,7 @@ int gradcodec_topk(int, const void *, int, size_t, size_t, size_t, void *, int, 
 void gradcodec_rows(int, const void *, int, size_t, size_t, void *, int, void *, uint8_t *);
 int gradcodec_sparse_mean(int, const void *, int, const uint16_t *, size_t, size_t, size_t, size_t,
                           size_t, float *);
+void gradcodec_random_bytes(int, uint64_t, size_t, uint64_t, uint8_t *);
 
 static uint32_t state = 1;
 
@@ -89,7 +93,89 @@ static void sparse(int level, size_t numel, size_t chunk, size_t k, int dtype) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
-int main(void) {
+/* A number below `end`. */
+static size_t below(size_t end) {
+    state = state * 1664525u + 1013904223u;
+    return (size_t)(state >> 8) % end;
+}
+
+/* Memory of exactly so many bytes: any bits, and half of the time 32-bit patterns that are special
+ * in fp32, bf16 or fp16. */
+static void *any(size_t bytes) {
+    static const uint32_t special[] = {0x7F800000, 0xFF800000, 0x7FC00001, 0x80000000, 0x7F7FFFFF,
+                                       0x7F807F80, 0xFF80FF80, 0x7F7F7F7F, 0xFFFFFFFF, 1};
+    uint8_t *memory = filled(bytes, -1);
+    if (below(2))
+        for (size_t i = 0; i + 4 <= bytes; i += 4 * (1 + below(3)))
+            memcpy(memory + i, special + below(sizeof special / sizeof *special), 4);
+    return memory;
+}
+
+static void hostile_coding(int level) {
+    const size_t blocks_of[] = {8, 9, 10, 64, 100, 256, 4096, 8192, 1 << 20};
+    int bits = 1 << below(4), dtype = (int)below(3), rotate = below(3) == 0, other = (int)below(3);
+    int scale = bits <= 2 ? (int)below(3) : (int)below(2) * 2, stochastic = (int)below(2);
+    size_t block = rotate ? 4096 : blocks_of[below(sizeof blocks_of / sizeof *blocks_of)];
+    size_t world = 1 + below(below(8) ? 4 : 600);
+    size_t numel = below(world > 4 || below(2) ? 70 : 9000);
+    size_t total = rotate ? ceiling(numel, 4096) * 4096 : numel, width = dtype == FP32 ? 4 : 2;
+    size_t blocks = ceiling(total, block), bytes = ceiling(total * (size_t)bits, 8);
+    void *values = any(numel * width), *residual = any(total * (other == FP32 ? 4 : 2));
+    uint8_t *packed = any(world * bytes), *out = any(bytes);
+    uint16_t *deltas = any(world * blocks * 2), *used = any(blocks * 2);
+    float *weights = any(world * 4), *peaks = any(blocks * 4);
+    void *decoded = any(numel * width), *e = below(2) ? residual : NULL;
+    const float *shares = below(2) ? weights : NULL;
+    uint64_t seed = (uint64_t)state << 32 | state;
+    gradcodec_decode(level, packed, bytes, deltas, blocks, world, shares, numel, total, bits, block,
+                     rotate, 0, dtype, decoded);
+    gradcodec_decode(level, packed, bytes, deltas, blocks, world, NULL, numel, total, bits, block,
+                     rotate, 1, dtype, decoded);
+    gradcodec_chunk_absmax(level, values, dtype, numel, total, block, rotate, e, other, peaks);
+    gradcodec_reduce_requant(level, packed, bytes, deltas, blocks, world, total, bits, block, scale,
+                             stochastic, seed, e, other, out, used);
+    gradcodec_encode(level, values, dtype, numel, total, bits, block, scale, rotate, stochastic,
+                     seed, e, other, below(2) ? used : NULL, out, deltas);
+    void *all[] = {values, residual, packed, out, deltas, used, weights, peaks, decoded};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void hostile_lists(int level) {
+    const size_t chunks_of[] = {2, 63, 64, 65, 100, 4096, 65535, 65536};
+    size_t chunk = chunks_of[below(sizeof chunks_of / sizeof *chunks_of)];
+    size_t numel = below(below(8) ? 9000 : 140000), chunks = ceiling(numel, chunk);
+    size_t k = numel > 9000 ? 1 : 1 + below(chunk < 300 ? chunk : 300);
+    size_t rows = ceiling(numel, 64), world = 1 + below(3);
+    int dtype = (int)below(3);
+    size_t width = dtype == FP32 ? 4 : 2;
+    void *values = any(numel * width), *residual = any(numel * width);
+    void *kept = any(world * chunks * k * width), *of_rows = any(rows * 2 * width);
+    uint16_t *index = any(world * chunks * k * 2);
+    uint8_t *places = any(rows * 2);
+    float *out = any(numel * 4);
+    gradcodec_sparse_mean(level, kept, dtype, index, world, chunks, k, chunk, numel, out);
+    for (size_t i = 0; i < world * chunks * k; i++)
+        index[i] = (uint16_t)below(below(50) ? chunk : 65536);
+    gradcodec_sparse_mean(level, kept, dtype, index, world, chunks, k, chunk, numel, out);
+    gradcodec_topk(level, values, dtype, numel, k, chunk, below(2) ? residual : NULL, dtype, kept,
+                   index);
+    for (size_t i = 0; i < chunks * k; i++)
+        if (index[i] >= chunk) abort();
+    gradcodec_rows(level, values, dtype, numel, 1 + below(2), below(2) ? residual : NULL, dtype,
+                   of_rows, places);
+    void *all[] = {values, residual, kept, of_rows, index, places, out};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void dither(int level) {
+    size_t count = below(9000);
+    uint8_t *out = malloc(count + 256); /* whole groups of counters are written */
+    gradcodec_random_bytes(level, below(1 << 20) * 16, count, state, out);
+    free(out);
+}
+
+int main(int count, char **arguments) {
+    size_t rounds = count > 1 ? strtoul(arguments[1], NULL, 10) : 0;
     const size_t sizes[] = {0, 1, 65, 4095, 2 * 4096 + 17};
     const size_t blocks[] = {64, 4096, 10, 8192};
     for (int level = 0; level < gradcodec_levels(); level++) {
@@ -105,6 +191,11 @@ int main(void) {
                 sparse(level, sizes[s], 100, 99, dtype);
                 sparse(level, sizes[s], 40000, 40000, dtype);
             }
+        for (size_t i = 0; i < rounds; i++) {
+            hostile_coding(level);
+            hostile_lists(level);
+            dither(level);
+        }
         printf("%s\n", gradcodec_level(level));
     }
     return 0;

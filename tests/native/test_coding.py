@@ -287,3 +287,40 @@ def test_what_memory_is_short_of_is_refused(native_library: library.Library) -> 
         native.encode(values.double(), bits=4)
     with pytest.raises(ConfigError, match="packed: expected 100 contiguous"):
         native.decode_mean(torch.zeros(2, 49, dtype=torch.uint8), torch.zeros(2, 1), 100, bits=4)
+
+
+HALF = torch.zeros(2, 50, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.bfloat16)
+REFUSED: dict[str, Callable[[], object]] = {
+    "bits": lambda: native.encode(torch.zeros(100), bits=3),
+    "a block of 0": lambda: native.encode(torch.zeros(100), bits=4, block=0),
+    "a negative block": lambda: native.chunk_absmax(torch.zeros(100), block=-8),
+    "a scale": lambda: native.encode(torch.zeros(100), bits=4, scale="l2"),
+    "rotated short blocks": lambda: native.encode(torch.zeros(100), bits=4, block=48, rotate=True),
+    "more values than are coded": lambda: native.decode_mean(*HALF, 1 << 40, bits=4),
+    "a negative number of values": lambda: native.decode_mean(*HALF, -1, bits=4),
+    "no payloads": lambda: native.decode_mean(HALF[0][:0], HALF[1][:0], 100, bits=4),
+    "payloads in a row": lambda: native.decode_mean(HALF[0].view(-1), HALF[1], 100, bits=4),
+    "scales": lambda: native.decode_sum_shared(*HALF, 100, bits=4),
+    "bits of a mean": lambda: native.reduce_requant(*HALF, 100, bits=5),
+    "dithers before the first": lambda: native.random_bytes(-16, 10, 0),
+    "a negative number of dithers": lambda: native.random_bytes(0, -1, 0),
+    "dithers between counters": lambda: native.random_bytes(8, 10, 0),
+    "a chunk of 0": lambda: native.sparse_mean(
+        torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 1, chunk=0
+    ),
+    "no lists": lambda: native.sparse_mean(torch.zeros(0, 1, 1), torch.zeros(0, 1, 1), 1),
+    "more values than lists": lambda: native.sparse_mean(
+        torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 1 << 40
+    ),
+    "more positions than values": lambda: native.sparse_mean(
+        torch.zeros(1, 1, 1), torch.zeros(1, 1, 2), 1
+    ),
+    "a chunk beyond 16 bits": lambda: native.topk_encode(torch.zeros(9), k=1, chunk=1 << 17),
+    "more kept than there are": lambda: native.topk_encode(torch.zeros(9), k=9, chunk=8),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_never_reaches_c(what: str, native_library: library.Library) -> None:
+    with pytest.raises(ConfigError, match=r"expected|rotation works on"):
+        REFUSED[what]()

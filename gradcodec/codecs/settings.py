@@ -1,0 +1,80 @@
+"""What a codec's settings are, and their checks: they may come from a folder or the wire.
+
+Type first, then range, and exact types: a ``bool`` is an ``int`` to Python, and ``True`` and ``1``
+would be two digests of one setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from gradcodec.encodable import shown
+from gradcodec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Settings of one codec; what is saved, hashed and pinned by every payload."""
+
+    kind: ClassVar[str]
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stages(self) -> int:
+        """How many configs lie in each other, this one included."""
+        return 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, ``kind`` included.
+
+        Settings in ``LATER``, which came after codecs with this config were published, are left out
+        at their defaults: such codecs keep their digests.
+        """
+        fields = dataclasses.asdict(self)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        told = {n: v for n, v in fields.items() if n not in self.LATER or v != defaults[n]}
+        return {"kind": self.kind, **told}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or data.get("kind", cls.kind) != cls.kind:
+            raise ConfigError(f"{cls.kind}: expected settings of this kind, got {shown(data)}")
+        given = {k: v for k, v in data.items() if k != "kind"}
+        unknown = sorted(shown(k) for k in set(given) - set(fields))[:10]
+        if unknown:
+            raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
+        missing = sorted(
+            n
+            for n, f in fields.items()
+            if n not in given
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        )
+        if missing:
+            raise ConfigError(f"{cls.kind}: missing keys {missing}")
+        return cls(**given)
+
+
+def check_whole(kind: str, name: str, value: Any, low: int, high: int) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an int within ``low..high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(
+            f"{kind}: expected {name}, a whole number of {low}..{high}, got {shown(value)}"
+        )
+
+
+def check_number(kind: str, name: str, value: Any, low: float, high: float) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an int or float within ``low..high``."""
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ConfigError(f"{kind}: expected {name} within {low}..{high}, got {shown(value)}")
+
+
+def check_one_of(kind: str, name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of ``known``, of the same type."""
+    if not any(type(value) is type(k) and value == k for k in known):
+        raise ConfigError(f"{kind}: expected {name} of {known}, got {shown(value)}")
