@@ -46,7 +46,8 @@ class PerTensorConfig(CodecConfig):
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of ``to_dict``: parts from nested settings."""
         keys = {"kind", "parts", "part_of"}
-        if not isinstance(data, Mapping) or {"kind", *data} != keys:
+        kind = data.get("kind", cls.kind) if isinstance(data, Mapping) else None
+        if kind != cls.kind or {"kind", *data} != keys:
             came = list(data) if isinstance(data, Mapping) else data
             raise ConfigError(f"per_tensor: expected keys {sorted(keys)}, got {shown(came)}")
         parts, part_of = data["parts"], data["part_of"]
@@ -58,10 +59,10 @@ class PerTensorConfig(CodecConfig):
             raise ConfigError(f"per_tensor: expected 1..{MAX_PARTS} parts, got {len(parts)}")
         made: list[CodecConfig] = []
         for part in parts:
-            kind = part.get("kind", "") if isinstance(part, Mapping) else ""
-            if kind == cls.kind:
+            part_kind = part.get("kind", "") if isinstance(part, Mapping) else ""
+            if part_kind == cls.kind:
                 raise ConfigError("per_tensor: expected parts of other kinds")
-            made.append(codec_class(kind).Config.from_dict(part))
+            made.append(codec_class(part_kind).Config.from_dict(part))
         return cls(tuple(made), tuple(part_of))
 
     def to_dict(self) -> dict[str, Any]:

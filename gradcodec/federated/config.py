@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gradcodec.codecs.base import Codec
@@ -50,9 +51,9 @@ class ServerConfig:
             raise ConfigError(f"latent mode sends updates, got {self.representation!r}")
         if self.aggregation not in AGGREGATIONS:
             raise ConfigError(f"expected aggregation of {AGGREGATIONS}, got {self.aggregation!r}")
-        if not (self.lr > 0 and 0 <= self.momentum < 1):
+        if not (0 < self.lr < math.inf and 0 <= self.momentum < 1):
             raise ConfigError(
-                f"expected lr > 0 and momentum in [0, 1), got {self.lr}, {self.momentum}"
+                f"expected a finite lr > 0 and momentum in [0, 1), got {self.lr}, {self.momentum}"
             )
         plain = self.lr == 1.0 and self.momentum == 0.0
         if self.representation != "update" and not plain:

@@ -17,7 +17,8 @@ from gradcodec.codecs.base import Codec, codec_class
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.claims import MAX_EXPANSION, MAX_UNPAID, check_claim
 from gradcodec.codecs.compose import MAX_STAGES, Chain, ChainConfig
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.identity import Identity, IdentityConfig
+from gradcodec.codecs.per_tensor import PerTensorConfig
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
 from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.errors import ConfigError
@@ -34,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "subspace": SubspaceConfig(share="kind").to_dict(),
     "autoencoder": AutoencoderConfig().to_dict(),
     "chain": Chain(Identity(), BlockQuant()).config.to_dict(),
+    "per_tensor": PerTensorConfig((IdentityConfig(), BlockQuantConfig()), (0, 1, 0)).to_dict(),
 }
 JSON = st.recursive(
     st.none()

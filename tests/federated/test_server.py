@@ -290,6 +290,7 @@ def test_latent_mode_needs_one_code_space() -> None:
         ({"mode": "latent", "representation": "state"}, "latent mode sends updates"),
         ({"aggregation": "median"}, "'median'"),
         ({"lr": 0.0}, "lr > 0"),
+        ({"lr": float("inf")}, "a finite lr > 0"),
         ({"momentum": 1.0}, "momentum"),
         ({"momentum": float("nan")}, "momentum"),
         ({"representation": "state", "lr": 0.5}, "not on states"),
