@@ -236,8 +236,10 @@ def test_error_feedback_makes_one_bit_enough(more: Results) -> None:
 def test_steps_before_the_start_are_dense(more: Results) -> None:
     for rank in more["fsdp2_started_late"]:
         first, second, third, fourth, fifth = rank["sent"]
-        assert first == second == third > 4 * fourth
-        assert fourth == fifth > 0
+        # In the first step, and where another codec begins, ranks agree on each unit: 48 bytes.
+        agreed = 4 * 48
+        assert first - agreed == second == third > 4 * fourth
+        assert fourth - agreed == fifth > 0
 
 
 @slow
