@@ -11,6 +11,7 @@ from torch import Tensor
 from gradcodec import files
 from gradcodec.errors import ConfigError
 from gradcodec.federated.loop import Federation, RoundReport
+from gradcodec.federated.participants import client_id
 
 ANEW = "delete it to start again from round 0"
 
@@ -47,7 +48,7 @@ def save(
     """
     meta = {
         "finished": federation.finished,
-        "versions": {str(c): v for c, v in federation.versions.items()},
+        "versions": [[c, v] for c, v in federation.versions.items()],
         "reports": [r.to_dict() for r in reports],
         # Stands for the sampling: another one would make another run of it.
         "next": federation.config.sample(federation.finished),
@@ -73,7 +74,7 @@ def load(
     tensors, meta = files.load_tensors(path, ANEW)
     try:
         finished = int(meta["finished"])
-        versions = {int(c): int(v) for c, v in meta["versions"].items()}
+        versions = {client_id(c): int(v) for c, v in meta["versions"]}
         reports = [RoundReport.from_dict(row) for row in meta["reports"]]
         sample = federation.config.sample(finished)
         if meta["next"] != sample:

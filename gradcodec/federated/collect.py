@@ -17,6 +17,7 @@ from gradcodec.errors import ConfigError
 from gradcodec.federated import checkpoint
 from gradcodec.federated.checkpoint import Kept
 from gradcodec.federated.loop import Federation, LoopConfig, Task
+from gradcodec.federated.participants import ClientId, in_order
 from gradcodec.federated.server import Server
 from gradcodec.types import Update
 
@@ -126,7 +127,7 @@ def _local(
     filled: Mapping[str, Kept],
     initial: dict[str, torch.Tensor],
 ) -> Collected:
-    clients = sorted({c for r in range(config.rounds) for c in config.sample(r)})
+    clients = sorted({c for r in range(config.rounds) for c in config.sample(r)}, key=in_order)
     finished, seconds = 0, 0.0
     if path is not None and path.exists():
         finished, seconds = _load_local(path, clients, filled)
@@ -153,7 +154,9 @@ def _local(
     return Collected(0, 0, None, seconds)
 
 
-def _load_local(path: Path, clients: list[int], filled: Mapping[str, Kept]) -> tuple[int, float]:
+def _load_local(
+    path: Path, clients: Sequence[ClientId], filled: Mapping[str, Kept]
+) -> tuple[int, float]:
     """How many clients are finished, and the seconds they took; fills ``filled``."""
     tensors, meta = files.load_tensors(path, ANEW)
     try:

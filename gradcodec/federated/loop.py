@@ -21,6 +21,7 @@ from gradcodec.errors import ConfigError, EmptyClientError, NonFiniteError, Trai
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated.client import Client
 from gradcodec.federated.envelope import KINDS, Broadcast, Reply
+from gradcodec.federated.participants import ClientId, client_id, in_order
 from gradcodec.federated.server import Server
 from gradcodec.representation import represent
 from gradcodec.types import Update
@@ -49,7 +50,7 @@ class Task(Protocol):
     def optimizer_options(self) -> Mapping[str, Any]:
         """Its settings, ``lr`` and so on."""
 
-    def train(self, client: int, round: int, optimizer: torch.optim.Optimizer) -> LocalResult:
+    def train(self, client: Any, round: int, optimizer: torch.optim.Optimizer) -> LocalResult:
         """Train ``parameters`` in place on one client's data; seeded by client and round alone."""
 
     def evaluate(self) -> float:
@@ -61,7 +62,7 @@ class LoopConfig:
     """Who takes part: ``per_round`` of ``clients`` in each of ``rounds``, sampled by ``seed``."""
 
     rounds: int
-    clients: Sequence[int]
+    clients: Sequence[ClientId]
     per_round: int
     seed: int = 0
 
@@ -72,10 +73,11 @@ class LoopConfig:
                 f"got {self.rounds} and {self.per_round}"
             )
 
-    def sample(self, round: int) -> list[int]:
+    def sample(self, round: int) -> list[ClientId]:
         """The clients of one round, the same for every scheme."""
         rng = np.random.default_rng([self.seed, round])
-        return sorted(int(c) for c in rng.choice(self.clients, self.per_round, replace=False))
+        chosen = rng.choice(len(self.clients), self.per_round, replace=False)
+        return sorted((client_id(self.clients[int(i)]) for i in chosen), key=in_order)
 
 
 @dataclass
@@ -85,8 +87,8 @@ class RoundReport:
     round: int
     loss: float
     train_loss: float
-    participants: list[int]
-    rejected: dict[int, str]
+    participants: list[ClientId]
+    rejected: dict[ClientId, str]
     uplink_payload_bytes: int = 0
     uplink_bytes: int = 0
     downlink_payload_bytes: int = 0
@@ -98,14 +100,15 @@ class RoundReport:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; ``rejected`` as pairs, since JSON's keys are strings."""
+        return {**asdict(self), "rejected": [list(pair) for pair in self.rejected.items()]}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> RoundReport:
-        """Inverse of ``to_dict``, also after a trip through JSON (whose keys are strings)."""
-        rejected = {int(client): text for client, text in row["rejected"].items()}
-        return cls(**{**row, "rejected": rejected})
+        """Inverse of ``to_dict``; also reads the object by number that it once gave."""
+        told = row["rejected"]
+        pairs = told if isinstance(told, list) else [(int(c), t) for c, t in told.items()]
+        return cls(**{**row, "rejected": dict(pairs)})
 
 
 @dataclass
@@ -144,8 +147,8 @@ class Federation:
     ) -> None:
         self.task, self.server, self.config, self.watch = task, server, config, watch
         self.observe = observe
-        self.clients: dict[int, Client] = {}
-        self.versions: dict[int, int] = {}
+        self.clients: dict[ClientId, Client] = {}
+        self.versions: dict[ClientId, int] = {}
         self.finished = 0
 
     def run(self) -> Iterator[RoundReport]:
@@ -166,14 +169,16 @@ class Federation:
         report = RoundReport(self.finished, 0.0, 0.0, [], {})
         losses, sums, snrs = [], _Sums(), []
         decoded: list[Update] = []
-        for client in self.config.sample(self.finished):
+        invited = self.config.sample(self.finished)
+        self.server.invite(invited)
+        for client in invited:
             start = self._deliver(client, report)
             self._load(start)
             try:
                 blob, result, true = self._train(client, start, report)
                 report.uplink_bytes += len(blob)  # a refused reply has crossed the wire as well
                 clock = time.perf_counter()
-                reply = self.server.receive(blob)
+                reply = self.server.receive(blob, sender=client)
                 report.decode_s += time.perf_counter() - clock
             except (NonFiniteError, WireError, EmptyClientError) as err:
                 report.rejected[client] = f"{type(err).__name__}: {err}"
@@ -194,6 +199,9 @@ class Federation:
             self.observe(decoded)
         clock = time.perf_counter()
         self.server.close_round()
+        for client in self.server.dropped:
+            report.participants.remove(client)
+            report.rejected[client] = "dropped: it would have made the state infinite"
         report.decode_s += time.perf_counter() - clock
         self.load_global()
         report.loss = self.task.evaluate()
@@ -204,7 +212,7 @@ class Federation:
         self.finished += 1
         return report
 
-    def _deliver(self, number: int, report: RoundReport) -> Update:
+    def _deliver(self, number: ClientId, report: RoundReport) -> Update:
         """Send a client what it missed, and return the state it arrives at."""
         client = self.clients.get(number)
         if client is None:
@@ -221,7 +229,7 @@ class Federation:
         return state
 
     def _train(
-        self, number: int, start: Update, report: RoundReport
+        self, number: ClientId, start: Update, report: RoundReport
     ) -> tuple[bytes, LocalResult, dict[str, Tensor]]:
         """Local training and the reply's bytes, beside what a lossless reply would have said."""
         task, client = self.task, self.clients[number]

@@ -45,6 +45,7 @@ from gradcodec.federated.envelope import (
     part_nbytes,
 )
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
+from gradcodec.federated.participants import ClientId
 from gradcodec.federated.server import Server
 from gradcodec.federated.switch import MAX_SETTINGS_BYTES, Switch
 from gradcodec.tgap import SignalMoments, fit_subspace, moments
@@ -65,9 +66,9 @@ class Spy(AutoServer):
         self.up: list[bytes] = []
         self.down: list[bytes] = []
 
-    def receive(self, blob: bytes) -> Reply:
+    def receive(self, blob: bytes, *, sender: ClientId | None = None) -> Reply:
         self.up.append(blob)
-        return super().receive(blob)
+        return super().receive(blob, sender=sender)
 
     def broadcast(self, version: int = 0) -> bytes:
         self.down.append(super().broadcast(version))

@@ -1,5 +1,6 @@
 """Laws of the whole loop: nothing is lost or added by it, and every byte is counted."""
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gradcodec.federated.collect import collect
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Broadcast, Reply
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
+from gradcodec.federated.participants import ClientId
 from gradcodec.federated.server import Server
 from gradcodec.tgap.recorder import GradientRecorder
 from gradcodec.wire import Payload
@@ -35,11 +37,11 @@ class Spy(Server):
         self.up: list[bytes] = []
         self.down: list[bytes] = []
 
-    def receive(self, blob: bytes) -> Reply:
+    def receive(self, blob: bytes, *, sender: ClientId | None = None) -> Reply:
         if Reply.from_bytes(blob).client in self.corrupt:
             blob = blob[:40] + bytes([blob[40] ^ 1]) + blob[41:]
         self.up.append(blob)
-        return super().receive(blob)
+        return super().receive(blob, sender=sender)
 
     def broadcast(self, version: int = 0) -> bytes:
         self.down.append(super().broadcast(version))
@@ -336,3 +338,38 @@ def test_toy_has_a_vector_and_learns_it() -> None:
     made, _ = run(Identity())
     assert made.task.parameters[BIAS].ndim == 1
     assert bool(made.task.parameters[BIAS].any())
+
+
+def test_clients_may_have_names_and_survive_a_trip_through_json() -> None:
+    names: list[Any] = ["a", 2**63, "b", 7]
+
+    class Named(Toy):
+        def train(self, client: Any, round: int, optimizer: torch.optim.Optimizer) -> Any:
+            return super().train(names.index(client), round, optimizer)
+
+    made = federation(task=Named(), loop=LoopConfig(2, names, 3, seed=1))
+    made.server.corrupt = ["a"]  # type: ignore[attr-defined]
+    for report in made.run():
+        again = RoundReport.from_dict(json.loads(json.dumps(report.to_dict())))
+        assert again == report
+        assert set(report.participants) | set(report.rejected) == set(
+            made.config.sample(report.round)
+        )
+
+
+def test_a_dropped_reply_is_reported() -> None:
+    class Loud(Toy):
+        def train(self, client: int, round: int, optimizer: torch.optim.Optimizer) -> Any:
+            result = super().train(client, round, optimizer)
+            if client == 2:
+                with torch.no_grad():
+                    self.parameters[BIAS].fill_(3e38)
+            return result
+
+    config = ServerConfig(aggregation="sum")
+    loop = Sampled(2, range(4), 3, plan=((0, 1, 2), (0, 1, 2)))
+    made = federation(task=Loud(), config=config, loop=loop)
+    made.server.residual = torch.full_like(made.server.residual, 1e38)
+    report = made.step()
+    assert (report.participants, list(report.rejected)) == ([0, 1], [2])
+    assert "infinite" in report.rejected[2]
