@@ -1,17 +1,18 @@
 """Federated learning with a codec in both directions, framework-free.
 
 ``envelope`` is what surrounds payloads in a message; ``replica`` one participant's copy of the
-global state; ``server`` aggregates replies and catches late clients up; ``client`` receives and
-encodes what was trained; ``loop`` is the plain loop around them; ``checkpoint`` puts it on disk;
-``collect`` gathers gradients for TGAP. ``auto`` is a federation that needs no codec to begin with;
-``switch`` the codec that it broadcasts.
+global state; ``client`` receives it and encodes what was trained; ``server`` collects replies
+(``rounds``, ``exact``), closes rounds and catches late clients up (``history``). ``schedule`` says
+which codecs a federation uses when, ``switch`` is a codec in a broadcast, ``tensors`` what is not
+coded at all. ``loop`` is the plain loop around them; ``checkpoint`` puts it on disk; ``collect``
+gathers gradients for TGAP.
 """
 
-from gradcodec.federated.auto import AutoClient, AutoConfig, AutoServer, server_for
-from gradcodec.federated.client import Client
+from gradcodec.federated.client import AutoClient, Client
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.loop import Federation, LocalResult, LoopConfig, RoundReport, Task
-from gradcodec.federated.server import Server
+from gradcodec.federated.schedule import AutoConfig
+from gradcodec.federated.server import AutoServer, Server, server_for
 
 __all__ = [
     "AutoClient",

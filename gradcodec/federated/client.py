@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,10 +15,12 @@ from gradcodec.codecs.base import Codec
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
-from gradcodec.federated.envelope import Reply
+from gradcodec.federated.envelope import CODEC, FIXED, KINDS, Broadcast, Part, Reply
 from gradcodec.federated.participants import ClientId, client_id, example_count
 from gradcodec.federated.replica import Replica
-from gradcodec.federated.tensors import State, check_kept, check_rules, split, tensors_of
+from gradcodec.federated.schedule import AutoConfig, FitSubspace, Fixed, Schedule
+from gradcodec.federated.switch import Switch
+from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split, tensors_of
 from gradcodec.parameters import plain_names, unwrap_optimizer
 from gradcodec.representation import represent
 from gradcodec.types import Update, UpdateSpec
@@ -54,12 +57,21 @@ class Client:
         downlink: Codec | None = None,
         config: ServerConfig | None = None,
     ) -> None:
+        self._start(number, initial, Fixed(uplink, downlink, config or ServerConfig()), FIXED)
+
+    def _start(
+        self, number: ClientId, initial: State, schedule: Schedule, kinds: tuple[int, ...]
+    ) -> None:
+        """Begin at round 0 of a schedule; ``kinds``: what broadcasts may bring."""
         self.number = client_id(number)
-        self.config = config or ServerConfig()
+        self._schedule, self._kinds = schedule, kinds
+        stage = schedule.first
+        self.config = stage.config
         parts = split(initial, self.config.rules)
         check_rules(self.config.rules, parts.names)
-        self.codec, broadcasts = codecs_for(parts.coded, uplink, downlink, self.config)
+        self.codec, broadcasts = codecs_for(parts.coded, stage.uplink, stage.downlink, self.config)
         self.replica = Replica(parts.whole, space_of(broadcasts, self.config))
+        self._first = self.codec, self.config, self.replica.copy()
 
     @property
     def version(self) -> int:
@@ -71,17 +83,48 @@ class Client:
 
         Raises:
             CodecMismatchError: it belongs to another history than this client's; see ``reset``.
-            WireError: the bytes are damaged or belong to other codecs. The state is then as before.
+            WireError: the bytes are damaged or belong to other codecs. Nothing has changed then.
         """
-        self.replica.receive(blob)
+        message = Broadcast.from_bytes(blob, self._kinds)
+        self.replica.check_order(message)
+        self.move(message.parts, message.round, message.lineage, message.lineage is None)
         return self.replica.state()
+
+    def move(
+        self,
+        parts: Sequence[Part],
+        until: int,
+        lineage: bytes | None,
+        version_1: bool = False,
+    ) -> None:
+        """Follow the parts of a broadcast, codecs included; arguments as of ``Replica.apply``."""
+        codec, config, replica = self.codec, self.config, self.replica.copy()
+        switches = [Switch.from_bytes(part) for kind, part in parts if kind == CODEC]
+        ends = [*(s.first for s in switches), until]
+        whole = [i for i, switch in enumerate(switches) if switch.state]
+        begin = whole[-1] + 1 if whole else 0  # a state makes what came before it needless
+        for i, steps in enumerate(_split(parts)):
+            if i < begin:
+                continue
+            if i:
+                switch = switches[i - 1]
+                state = switch.whole_state(replica.spec)
+                state = replica.moved() if state is None else state
+                codec, downlink = switch.codecs(state)
+                config = self._schedule.config(switch.mode)
+                now = Split(tuple(replica.initial), dict(state), replica.kept)
+                replica = Replica(now.whole, space_of(downlink, config), switch.first)
+            last = i == len(switches)
+            replica.apply(steps, ends[i], lineage if last else None, version_1)
+        self.codec, self.config, self.replica = codec, config, replica
 
     def reset(self) -> None:
         """Go back to the initial state, from which any broadcast of version 0 leads on.
 
         For a client whose server has lost rounds, or that has lost some itself.
         """
-        self.replica = Replica(self.replica.initial, self.replica.space)
+        self.codec, self.config, first = self._first
+        self.replica = first.copy()
 
     def reply(
         self, trained: State | LatentOptimizer, examples: int, *, buffers: State | None = None
@@ -169,6 +212,33 @@ class Client:
         who = self.number
         name = who.encode() if isinstance(who, str) else struct.pack("<Q", who)
         return zlib.crc32(name + struct.pack("<Q", self.version))
+
+
+class AutoClient(Client):
+    """One participant of a ``subspace:auto`` federation; see ``Client`` for its use.
+
+    ``config.mode`` says after each ``receive`` how this round is trained: ``"post"``, with any
+    optimiser, or ``"latent"``, through a ``LatentOptimizer`` with ``codec``.
+
+    Args:
+        number: this client's id.
+        initial: the state that every participant derives by itself.
+        config: as the server's; only ``first`` and ``first_down`` matter here.
+    """
+
+    def __init__(self, number: ClientId, initial: State, config: AutoConfig | None = None) -> None:
+        self._start(number, initial, FitSubspace(config or AutoConfig()), KINDS)
+
+
+def _split(parts: Sequence[Part]) -> list[list[Part]]:
+    """The steps before, between and after the codecs of a broadcast."""
+    out: list[list[Part]] = [[]]
+    for kind, part in parts:
+        if kind == CODEC:
+            out.append([])
+        else:
+            out[-1].append((kind, part))
+    return out
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

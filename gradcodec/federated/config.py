@@ -31,7 +31,9 @@ class ServerConfig:
         rules: ``(pattern, codec)`` by tensor name, the first match wins, in both directions:
             ``(("*.bias", "fp32"), ("*embed*", "int8"))``. Integers and buffers need none, they
             travel bit for bit (``gradcodec.federated.tensors``).
-        max_replies: replies that a round holds at most; each takes as much memory as its bytes.
+        max_replies: most replies of a round.
+        hold_bytes: most bytes of replies that a round holds back from its running sum, the loudest
+            ones, so that they can be dropped (``Server.close_round``).
     """
 
     mode: str = "post"
@@ -41,7 +43,8 @@ class ServerConfig:
     momentum: float = 0.0
     feedback: bool = True
     rules: Rules = ()
-    max_replies: int = 10_000
+    max_replies: int = 1_000_000
+    hold_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         check(self.representation, SENT)
@@ -58,8 +61,10 @@ class ServerConfig:
         plain = self.lr == 1.0 and self.momentum == 0.0
         if self.representation != "update" and not plain:
             raise ConfigError("server lr and momentum act on updates, not on states")
-        if type(self.max_replies) is not int or self.max_replies < 1:
-            raise ConfigError(f"expected max_replies of at least 1, got {self.max_replies!r}")
+        for name, least in (("max_replies", 1), ("hold_bytes", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"expected {name} of at least {least}, got {value!r}")
         for rule in self.rules:
             pair = isinstance(rule, tuple) and len(rule) == 2
             if not pair or not (isinstance(rule[0], str) and isinstance(rule[1], str | Codec)):

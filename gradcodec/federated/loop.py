@@ -170,6 +170,7 @@ class Federation:
         losses, sums, snrs = [], _Sums(), []
         decoded: list[Update] = []
         invited = self.config.sample(self.finished)
+        self.server.abandon_round()  # what an attempt that failed may have left
         self.server.invite(invited)
         for client in invited:
             start = self._deliver(client, report)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec, mean_shares
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.registry import make_codec
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,
@@ -20,30 +20,18 @@ from gradcodec.errors import (
     TrainingError,
     UnexpectedReplyError,
 )
+from gradcodec.federated.client import AutoClient, Client
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
-from gradcodec.federated.envelope import (
-    INCREMENT,
-    SNAPSHOT,
-    VALUES,
-    Broadcast,
-    Part,
-    Reply,
-    part_nbytes,
-)
+from gradcodec.federated.envelope import INCREMENT, VALUES, Broadcast, Part, Reply
+from gradcodec.federated.history import History, as_bytes, as_tensor, recorded
 from gradcodec.federated.participants import ClientId, client_id, in_order
 from gradcodec.federated.replica import WAY_BACK, Replica
-from gradcodec.federated.tensors import (
-    KeptMean,
-    Split,
-    State,
-    check_kept,
-    check_rules,
-    split,
-)
+from gradcodec.federated.rounds import Round, Values
+from gradcodec.federated.schedule import AutoConfig, FitSubspace, Fixed, Schedule, Stage
+from gradcodec.federated.switch import Switch
+from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split
+from gradcodec.types import Update
 from gradcodec.wire import Payload
-
-if TYPE_CHECKING:
-    from gradcodec.federated.client import Client
 
 logger = logging.getLogger("gradcodec.federated")
 
@@ -68,7 +56,9 @@ class Server:
     3. ``receive(blob)``      <- bytes of a reply; a bad one raises and changes nothing
     4. ``close_round()``         aggregates, encodes the increment, applies what it decodes to
 
-    A round holds its replies as the bytes that came, at most ``config.max_replies`` of them.
+    A round takes the memory of a few states, however many reply: they are added up as they come,
+    exactly, so that the order of arrival does not matter. Only the loudest replies are held back,
+    as the bytes that came and within ``config.hold_bytes``: they are those that may be dropped.
 
     Args:
         initial: the state that every participant derives by itself: a module, or tensors by name.
@@ -89,41 +79,50 @@ class Server:
         downlink: Codec | None = None,
         config: ServerConfig | None = None,
     ) -> None:
-        config = config or ServerConfig()
-        parts = split(initial, config.rules)
-        check_rules(config.rules, parts.names)
-        self._begin(parts, uplink, downlink, config)
+        self._start(initial, Fixed(uplink, downlink, config or ServerConfig()))
 
-    def _begin(
-        self,
-        parts: Split,
-        uplink: Codec,
-        downlink: Codec | None,
-        config: ServerConfig,
-        round: int = 0,
+    def _start(self, initial: State, schedule: Schedule) -> None:
+        """Begin round 0 of a schedule."""
+        self.schedule = schedule
+        rules = schedule.first.config.rules
+        parts = split(initial, rules)
+        check_rules(rules, parts.names)
+        self.history = History()
+        self.kept_since = 0  # the round whose closing last changed kept tensors
+        self.dropped: tuple[ClientId, ...] = ()
+        stage = schedule.first
+        self._use(stage.config, *codecs_for(parts.coded, *_both(stage), stage.config), parts, 0)
+        self._first = self.replica
+        schedule.check(self.replica.spec)
+
+    def _use(
+        self, config: ServerConfig, uplink: Codec, downlink: Codec, parts: Split, round: int
     ) -> None:
-        """Start at a state with these codecs, as the state of a round."""
-        self.config = config
-        self.uplink, self.downlink = codecs_for(parts.coded, uplink, downlink, config)
-        latent = self.config.mode == "latent"
-        self.space = space_of(self.downlink, self.config)
-        same = self.uplink.code_space == self.downlink.code_space
+        """Go on with these bound codecs from a state, which is that of ``round``."""
+        self.config, self.uplink, self.downlink = config, uplink, downlink
+        latent = config.mode == "latent"
+        self.space = space_of(downlink, config)
+        same = uplink.code_space == downlink.code_space
         if latent and not same:
-            raise ConfigError(
-                f"latent mode: {self.uplink} and {self.downlink} differ in code space"
-            )
+            raise ConfigError(f"latent mode: {uplink} and {downlink} differ in code space")
         # Codes are averaged as codes where both ends mean the same by them; else values are.
         self.codes_cross = latent or (same and self.space.in_code)
         self.replica = Replica(parts.whole, self.space, round)
-        self.increments: list[bytes] = []
-        self.kept_since = round  # the round whose closing last changed kept tensors
-        self._replies: dict[ClientId, Reply] = {}
-        self._invited: frozenset[ClientId] | None = None
-        self.dropped: tuple[ClientId, ...] = ()
         spec = self.replica.spec
-        size = self.uplink.code_numel(spec) if self.codes_cross else spec.numel
+        size = uplink.code_numel(spec) if self.codes_cross else spec.numel
         self.momentum = torch.zeros(size)
         self.residual = torch.zeros(size)
+        self._open_round()
+
+    def _open_round(self) -> None:
+        self._invited: frozenset[ClientId] | None = None
+        self._replies = Round(
+            len(self.momentum),
+            self.replica.kept,
+            self._values_of,
+            self.config.hold_bytes,
+            self.config.aggregation == "sum",
+        )
 
     @property
     def round(self) -> int:
@@ -133,68 +132,90 @@ class Server:
     @property
     def replies(self) -> tuple[ClientId, ...]:
         """Who has replied in this round so far, in order of ids."""
-        return tuple(sorted(self._replies, key=in_order))
+        return self._replies.clients
+
+    @property
+    def increments(self) -> list[bytes]:
+        """What was broadcast in the rounds of the current codec."""
+        return self.history.current.increments
+
+    @property
+    def initial(self) -> Update:
+        """The state that round 0 began with."""
+        return self._first.initial
 
     def client(self, number: ClientId, version: int = 0) -> Client:
         """A client of this federation in this process, at the state of round ``version``.
 
         It shares the server's initial tensors; what it would have received before is not counted.
         """
-        from gradcodec.federated.client import Client
-
-        client = Client(number, self.replica.first, self.uplink, self.downlink, self.config)
-        replica = client.replica
-        replica.share(self.replica)
-        for blob in self.increments[:version]:
-            replica.advance(blob)
+        client = self._new_client(number)
+        client.replica.share(self._first)
+        client.move(self.history.until(version), version, None)
         if version >= self.kept_since:
-            replica.kept = self.replica.kept
+            client.replica.kept = self.replica.kept
         return client
+
+    def _new_client(self, number: ClientId) -> Client:
+        stage = self.schedule.first
+        return Client(number, self._first.first, *_both(stage), stage.config)
 
     def invite(self, clients: Iterable[ClientId] | None) -> None:
         """Take replies of these clients only, in this round; ``None``: of anybody.
 
-        Replies that came from others are dropped.
+        Call it before the first reply.
 
         Raises:
-            ConfigError: an id that is none.
+            ConfigError: an id that is none, or somebody has replied who is not invited.
         """
         invited = None if clients is None else frozenset(client_id(c) for c in clients)
+        strangers = [c for c in self.replies if invited is not None and c not in invited]
+        if strangers:
+            raise ConfigError(
+                f"{strangers[0]!r} has replied and is not invited: invite clients before they "
+                "reply, or abandon_round() first"
+            )
         self._invited = invited
-        if invited is not None:
-            self._replies = {c: r for c, r in self._replies.items() if c in invited}
 
     def broadcast(self, version: int = 0) -> bytes:
         """What a client at ``version`` needs to be at the current round, in the fewest bytes.
 
-        Either the increments that it missed or one snapshot of the whole position; both are exact.
+        The increments that it missed or one snapshot of the whole position; both are exact. Where
+        the codec has changed since, for each codec that it missed rounds of, and the codecs; or
+        else the current codec with the state that it began at.
 
         Raises:
             ConfigError: this server has not been at ``version``.
         """
-        self._check_version(version)
-        parts = [*self._missed(version), *self._values(version)]
-        return Broadcast(self.round, tuple(parts), self.replica.lineage).to_bytes()
-
-    def _check_version(self, version: int) -> None:
         if not 0 <= version <= self.round:
             raise ConfigError(
                 f"expected a version of 0..{self.round}, got {version}: this server has not been "
                 f"there, or was restarted from an older checkpoint; {WAY_BACK}"
             )
+        steps = self.history.since(version, self._snapshot, whole=self.space.absolute)
+        led = self._message([*steps, *self._kept_values(version)])
+        if self.history.spans(version) < 2 or len(led) <= self.replica.spec.nbytes:
+            return led
+        return min(led, self.broadcast_whole(), key=len)
 
-    def _missed(self, version: int) -> list[Part]:
-        """The increments after ``version``, or what is shorter."""
-        if self.space.absolute:
-            last = self.increments[-1:] if version < self.round else []
-            return [(INCREMENT, b) for b in last]
-        missed: list[Part] = [(INCREMENT, b) for b in self.increments[version:]]
-        if len(missed) < 2:
-            return missed
-        whole: list[Part] = [(SNAPSHOT, self.replica.snapshot().to_bytes())]
-        return min(missed, whole, key=part_nbytes)
+    def broadcast_whole(self) -> bytes:
+        """What brings any client to the current round: its codec, the state it began at, its steps.
 
-    def _values(self, version: int) -> list[Part]:
+        Also for a replica that was refused for another digest: decoding multiplies matrices, which
+        machines may round differently, and what counts then is the server's state.
+        """
+        if self.history.current.switch is None:
+            return self.broadcast(0)
+        steps = self.history.anew(self.replica.coded, self._snapshot)
+        return self._message([*steps, *self._kept_values(0)])
+
+    def _message(self, parts: list[Part]) -> bytes:
+        return Broadcast(self.round, tuple(parts), self.replica.lineage).to_bytes()
+
+    def _snapshot(self) -> bytes:
+        return self.replica.snapshot().to_bytes()
+
+    def _kept_values(self, version: int) -> list[Part]:
         """Kept tensors, for a client at a version in which they had other values."""
         if version >= self.kept_since:
             return []
@@ -219,14 +240,14 @@ class Server:
         reply = Reply.from_bytes(blob)
         self._check_expected(reply, sender)
         reply = self._rebased(reply)
-        value = self._read(reply.payload)
+        value, kept = self._values_of(reply)
         bad = int((~torch.isfinite(value)).sum())
         if bad:
             raise MalformedBodyError(f"client {reply.client!r}: {bad} values are NaN or Inf")
-        if reply.values is not None:
-            kept = self.replica.read_kept(reply.values)
+        if kept is not None:
             check_kept(kept, self.replica.kept, f"client {reply.client!r}")
-        self._replies[reply.client] = reply
+        self._replies.add(reply, len(blob), (value, kept))
+        self.schedule.hear(reply, value)
         return reply
 
     def _check_expected(self, reply: Reply, sender: ClientId | None) -> None:
@@ -260,34 +281,40 @@ class Server:
             )
         return replace(reply, payload=replace(reply.payload, base=self.uplink.base))
 
-    def _read(self, payload: Payload) -> Tensor:
+    def _values_of(self, reply: Reply) -> Values:
+        """What a reply decodes to: a code or values, and kept tensors."""
+        kept = None if reply.values is None else self.replica.read_kept(reply.values)
         if self.codes_cross:
-            return self.uplink.read_code(payload)
-        return layout.flatten(self.uplink.decoder.decode(payload), self.replica.spec)
+            return self.uplink.read_code(reply.payload), kept
+        update = self.uplink.decoder.decode(reply.payload)
+        return layout.flatten(update, self.replica.spec), kept
 
     def drop(self, client: ClientId) -> None:
         """Forget a client's reply of this round; it may reply again.
 
         Raises:
-            ConfigError: it has not replied.
+            ConfigError: it has not replied, or its reply is in the running sum already.
         """
-        if client not in self._replies:
-            raise ConfigError(f"expected a client that has replied, of {self.replies}: {client!r}")
-        del self._replies[client]
+        self._replies.drop(client)
+
+    def abandon_round(self) -> None:
+        """Forget all replies and the invitation; the round begins anew from the same state."""
+        self._open_round()
 
     @torch.no_grad()
     def close_round(self) -> bytes:
         """Aggregate the replies into the next global state; returns the increment's bytes.
 
-        Replies are added in the order of client ids, so arrival order does not matter. Where the
-        next state would not be finite, the loudest replies are dropped, as few as make it so; a log
-        line names them, and ``dropped`` holds them until the next round is closed.
+        Where the next state would not be finite, the loudest replies are dropped, as few as make it
+        so; a log line names them, and ``dropped`` holds them until the next round is closed. Then
+        the schedule may switch to other codecs; the increment is written in those of the round.
 
         Raises:
-            TrainingError: no reply was accepted, or the state would not be finite with any of them
-                alone. The round stays open, and ``drop`` can take replies out.
+            TrainingError: no reply was accepted, or the state would not be finite with any of the
+                replies that are held. The round stays open: ``drop`` takes replies out,
+                ``abandon_round`` all.
         """
-        if not self._replies:
+        if not len(self._replies):
             raise TrainingError(f"round {self.round}: expected at least one good reply, got none")
         step, dropped = self._finite_step()
         for client in dropped:
@@ -297,29 +324,35 @@ class Server:
                 self.round,
                 client,
             )
-        self.momentum, self.residual = step.momentum, step.residual
+        counted = {*self.replies}.difference(dropped)
+        self.momentum, self.residual, self.dropped = step.momentum, step.residual, dropped
         if step.replica.kept is not self.replica.kept:
             self.kept_since = step.replica.version
         self.replica = step.replica
-        self.increments.append(step.increment)
-        self._replies, self._invited, self.dropped = {}, None, dropped
+        self.history.add(step.increment)
+        stage = self.schedule.next(self.round, self.replica.spec, self.config.mode, counted)
+        if stage is None:
+            self._open_round()
+        else:
+            state = self.replica.moved()
+            self._enter(Switch.to(*_both(stage), stage.config.mode, self.round, state))
         return step.increment
 
     def _finite_step(self) -> tuple[_Step, tuple[ClientId, ...]]:
         """The step with the fewest replies dropped that leads to a finite state; who they are."""
         try:
-            return self._step(self._replies), ()
+            return self._step(frozenset()), ()
         except NonFiniteError as err:
             reason = err
-        loudest = sorted(self._replies, key=self._loudness, reverse=True)
+        loudest = self._replies.loudest
         found: tuple[_Step, tuple[ClientId, ...]] | None = None
         # Fewer are left the more are dropped: bisection finds the smallest number.
-        low, high = 1, len(loudest) - 1
+        low, high = 1, min(len(loudest), len(self._replies) - 1)
         while low <= high:
             count = (low + high) // 2
-            gone = set(loudest[:count])
+            gone = frozenset(loudest[:count])
             try:
-                step = self._step({c: r for c, r in self._replies.items() if c not in gone})
+                step = self._step(gone)
                 found, high = (step, tuple(sorted(gone, key=in_order))), count - 1
             except NonFiniteError:
                 low = count + 1
@@ -329,24 +362,10 @@ class Server:
             ) from reason
         return found
 
-    def _loudness(self, client: ClientId) -> float:
-        """The largest value that a reply brings, times its weight."""
-        reply = self._replies[client]
-        weight = 1 if self.config.aggregation == "sum" else reply.examples
-        value = self._read(reply.payload)
-        return weight * float(value.abs().amax()) if value.numel() else 0.0
-
-    def _step(self, replies: Mapping[ClientId, Reply]) -> _Step:
-        """What these replies lead to; ``NonFiniteError`` if any of it would not be finite."""
-        ordered = [replies[c] for c in sorted(replies, key=in_order)]
-        shares = mean_shares(len(ordered), [r.examples for r in ordered])
-        kept = KeptMean(self.replica.kept)
-        total = torch.zeros_like(self.momentum)
-        for reply, share in zip(ordered, shares, strict=True):
-            weight = 1.0 if self.config.aggregation == "sum" else share
-            total.add_(self._read(reply.payload), alpha=weight)
-            kept.add(None if reply.values is None else self.replica.read_kept(reply.values), share)
-        momentum = self.config.momentum * self.momentum + total
+    def _step(self, without: frozenset[ClientId]) -> _Step:
+        """What the replies lead to; ``NonFiniteError`` if any of it would not be finite."""
+        aggregate = self._replies.aggregate(without)
+        momentum = self.config.momentum * self.momentum + aggregate.update
         wanted = self.config.lr * momentum + self.residual
         layout.check_finite(wanted, "aggregate")
         payload, sent = self._encode(wanted)
@@ -358,7 +377,7 @@ class Server:
         blob = replace(payload, base=self.replica.lineage).to_bytes()
         replica = self.replica.copy()
         replica.advance(blob)
-        replica.kept = kept.result() if kept.changed else replica.kept
+        replica.kept = replica.kept if aggregate.kept is None else aggregate.kept
         for name, t in replica.moved().items():
             layout.check_finite(t, name)
         return _Step(blob, momentum, residual, replica)
@@ -372,61 +391,157 @@ class Server:
         payload = self.downlink.encoder.encode(update, seed=self.round)
         return payload, layout.flatten(self.downlink.decoder.decode(payload), self.replica.spec)
 
+    @torch.no_grad()
+    def _enter(self, switch: Switch) -> None:
+        """Make the current state the origin of new codecs, read as every client reads them."""
+        replica, before = self.replica, self.uplink
+        codecs = switch.codecs(replica.moved())
+        carried = [before.from_code(self.momentum), before.from_code(self.residual)]
+        self.history.enter(switch, self._snapshot())
+        parts = Split(tuple(replica.initial), replica.moved(), replica.kept)
+        self._use(self.schedule.config(switch.mode), *codecs, parts, switch.first)
+        self.momentum, self.residual = (self.uplink.to_code(value) for value in carried)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as plain tensors."""
-        out = {"momentum": self.momentum, "residual": self.residual, **self._kept_state()}
-        for i, blob in enumerate(self.increments):
-            out[f"increment.{i:06d}"] = as_tensor(blob)
-        return out
-
-    def _kept_state(self) -> dict[str, Tensor]:
-        """The format of a state dict, since when kept tensors are what they are, and they."""
-        out = {"format": torch.tensor([STATE_FORMAT, self.kept_since])}
+        out = {
+            "momentum": self.momentum,
+            "residual": self.residual,
+            "format": torch.tensor([STATE_FORMAT, self.kept_since]),
+            **self.history.state_dict(),
+            **self.schedule.state_dict(),
+        }
         if self.replica.kept:
             out["kept"] = as_tensor(self.replica.pack_kept(self.replica.kept).to_bytes())
         return out
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of ``state_dict``: replays the increments, which restores it to the bit.
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of ``state_dict``: replays what was sent, which restores it to the bit.
 
         Raises:
             ConfigError, WireError: the state is another federation's; nothing is changed then.
         """
-        for name in ("momentum", "residual"):
-            size, came = len(self.momentum), state.get(name, torch.empty(0)).shape
-            if tuple(came) != (size,):
-                raise ConfigError(f"server state: expected {name} [{size}], got {list(came)}")
-        replica = Replica(self.replica.initial, self.space)
-        keys = sorted(k for k in state if k.startswith("increment."))
-        increments = []
-        for key in keys:
-            blob = state[key].numpy().tobytes()
-            increments.append(blob if "format" in state else replica.of_version_1(blob))
-            replica.advance(increments[-1])
-        since = self._load_kept(state, replica)
-        self.momentum, self.residual = state["momentum"].clone(), state["residual"].clone()
-        self.replica, self.increments, self.kept_since = replica, increments, since
-        self._replies, self._invited, self.dropped = {}, None, ()
-
-    @staticmethod
-    def _load_kept(state: dict[str, Tensor], replica: Replica) -> int:
-        """Put kept tensors into a replica that is at its round; since when they are these."""
-        if "format" not in state:  # written before tensors were kept
-            return 0
-        number, since = (int(n) for n in state["format"].tolist())
-        if number != STATE_FORMAT or not 0 <= since <= replica.version:
-            raise ConfigError(
-                f"server state: expected format {STATE_FORMAT} and a round of "
-                f"0..{replica.version}, got {number} and {since}"
-            )
-        if replica.kept:
-            if "kept" not in state:
-                raise ConfigError("server state: the kept tensors are missing")
-            payload = Payload.from_bytes(state["kept"].numpy().tobytes())
-            replica.kept = replica.read_kept(payload)
-        return since
+        known = {"momentum", "residual", "format", "kept"}
+        strange = [n for n in state if n not in known and not n.startswith(_NAMED)]
+        if strange:
+            raise ConfigError(f"server state: not expected: {sorted(strange)[:3]}")
+        made = type(self).__new__(type(self))
+        made._start(self._first.first, self.schedule)
+        for kind, blob in recorded(state):
+            if kind == INCREMENT:
+                blob = blob if "format" in state else made.replica.of_version_1(blob)
+                made.replica.advance(blob)
+                made.history.add(blob)
+            else:
+                made._enter(Switch.from_bytes(blob))
+        made.kept_since = _load_kept(state, made.replica)
+        for name, mine in (("momentum", made.momentum), ("residual", made.residual)):
+            came = state.get(name, torch.empty(0)).shape
+            if came != mine.shape:
+                raise ConfigError(
+                    f"server state: expected {name} {list(mine.shape)}, got {list(came)}"
+                )
+        made.momentum, made.residual = state["momentum"].clone(), state["residual"].clone()
+        latent = [p for p in made.history.phases if p.switch and p.switch.mode == "latent"]
+        self.schedule.load_state_dict(state, made.replica.spec, len(latent))
+        for name in _RESTORED:
+            setattr(self, name, getattr(made, name))
+        self._open_round()
 
 
-def as_tensor(blob: bytes) -> Tensor:
-    """Bytes as a tensor, uint8."""
-    return torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+_NAMED = ("increment.", "codec.", "seen.")
+_RESTORED = (
+    *("config", "uplink", "downlink", "space", "codes_cross", "replica"),
+    *("history", "momentum", "residual", "kept_since", "dropped"),
+)
+
+
+def _load_kept(state: Mapping[str, Tensor], replica: Replica) -> int:
+    """Put kept tensors into a replica that is at its round; since when they are these."""
+    if "format" not in state:  # written before tensors were kept
+        return 0
+    number, since = (int(n) for n in state["format"].tolist())
+    if number != STATE_FORMAT or not 0 <= since <= replica.version:
+        raise ConfigError(
+            f"server state: expected format {STATE_FORMAT} and a round of "
+            f"0..{replica.version}, got {number} and {since}"
+        )
+    if replica.kept:
+        if "kept" not in state:
+            raise ConfigError("server state: the kept tensors are missing")
+        replica.kept = replica.read_kept(Payload.from_bytes(as_bytes("kept", state["kept"])))
+    return since
+
+
+def _both(stage: Stage) -> tuple[Codec, Codec]:
+    return stage.uplink, stage.downlink
+
+
+class AutoServer(Server):
+    """The server of a ``subspace:auto`` federation: no preparation, a subspace fitted on the way.
+
+    It begins with a codec that needs no training. From the replies of its first rounds it fits a
+    subspace, which it broadcasts once to each client as a part of the stream, and all train in it
+    from then on. A refresh goes back to the first codec for a round and fits again.
+
+        round        0 .. warmup_rounds - 1    warmup_rounds ..    refresh   ..
+        replies      first codec, post         codes, latent       post      codes, latent
+        broadcasts   first codec               CODEC, codes        CODEC     CODEC, codes
+
+    At a switch the state of the round becomes the origin that codes are relative to; codecs are
+    bound to its digest, which proves that all replicas agree to the bit. Which codec a round has is
+    known from the stream alone; clients need to know the first one only.
+
+    .. code-block:: python
+
+        server = AutoServer(initial)
+        client = AutoClient(7, initial)
+        state = client.receive(server.broadcast(client.version))
+        ...                               # client.config.mode: "post" or "latent" in this round
+        server.receive(client.reply(trained, examples))
+        server.close_round()              # fits and switches when the rounds for it are over
+
+    ``uplink``, ``downlink``, ``config``, ``increments``, ``momentum`` and ``residual`` are those of
+    the current codec.
+
+    Args:
+        initial: the state that every participant derives by itself.
+        config: when to switch, and to what.
+
+    Raises:
+        ConfigError: the subspace's settings cannot be met by these tensors.
+    """
+
+    def __init__(self, initial: State, config: AutoConfig | None = None) -> None:
+        self.auto = config or AutoConfig()
+        self._start(initial, FitSubspace(self.auto))
+
+    @property
+    def fits(self) -> int:
+        """How often a subspace was fitted and sent."""
+        return sum(p.switch is not None and p.switch.mode == "latent" for p in self.history.phases)
+
+    def _new_client(self, number: ClientId) -> AutoClient:
+        return AutoClient(number, self._first.first, self.auto)
+
+
+def server_for(
+    codec: str | Codec, initial: State, config: ServerConfig | AutoConfig | None = None
+) -> Server:
+    """A server by the name of its codec; ``server.client(number)`` makes clients that go with it.
+
+    Args:
+        codec: ``"subspace:auto"``, a name that ``make_codec`` knows, or a codec.
+        initial: the state that every participant derives by itself.
+        config: an ``AutoConfig`` for ``"subspace:auto"``, else a ``ServerConfig``.
+
+    Raises:
+        ConfigError: an unknown name, or the settings of the other kind.
+    """
+    automatic = codec == "subspace:auto"
+    if isinstance(config, ServerConfig if automatic else AutoConfig):
+        raise ConfigError(f"{codec!r} does not go with {type(config).__name__}")
+    if automatic:
+        return AutoServer(initial, config if isinstance(config, AutoConfig) else None)
+    made = make_codec(codec) if isinstance(codec, str) else codec
+    return Server(initial, made, config=config if isinstance(config, ServerConfig) else None)

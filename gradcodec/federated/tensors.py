@@ -23,6 +23,7 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.per_tensor import PerTensor
 from gradcodec.codecs.registry import make_codec
 from gradcodec.errors import ConfigError, MalformedBodyError
+from gradcodec.federated.exact import ExactSum
 from gradcodec.parameters import named_buffers, named_parameters, plain_names
 from gradcodec.types import Update, UpdateSpec
 
@@ -149,28 +150,41 @@ class KeptMean:
 
     def __init__(self, before: Mapping[str, Tensor]) -> None:
         self.before = before
-        self._sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in before.items()}
-        self._weight = 0.0
-        self._most = dict(before)
         self.changed = False
+        self._sums = {n: ExactSum(t.numel()) for n, t in before.items() if t.is_floating_point()}
+        self._most = {n: t for n, t in before.items() if n not in self._sums}
+        self._unchanged = 0  # examples of replies without values
 
-    def add(self, values: Mapping[str, Tensor] | None, weight: float) -> None:
+    def add(self, values: Mapping[str, Tensor] | None, weight: int) -> None:
         """One reply's values, ``None`` where they are those of the round."""
-        self.changed |= values is not None
-        self._weight += weight
-        for name, t in (values or self.before).items():
-            if t.is_floating_point():
-                self._sums[name].add_(t.double(), alpha=weight)
-            else:
-                self._most[name] = torch.maximum(self._most[name], t)
+        if values is None:
+            self._unchanged += weight
+            return
+        self.changed = True
+        for name, total in self._sums.items():
+            # What is infinite or NaN (a mask) is so everywhere (``check_kept``), and stays.
+            finite = torch.nan_to_num(values[name].reshape(-1), 0.0, 0.0, 0.0)
+            total.add(finite, weight)
+        for name, most in self._most.items():
+            self._most[name] = torch.maximum(most, values[name])
+
+    def copy(self) -> KeptMean:
+        """One that goes on by itself."""
+        made = KeptMean(self.before)
+        made.changed, made._unchanged = self.changed, self._unchanged
+        made._sums = {n: total.copy() for n, total in self._sums.items()}
+        made._most = dict(self._most)
+        return made
 
     def result(self) -> dict[str, Tensor]:
         """The next values."""
         out = {}
         for name, t in self.before.items():
-            if t.is_floating_point():
-                mean = (self._sums[name] / self._weight).to(t.dtype)
-                # What is infinite or NaN here (a mask) was so everywhere (``check_kept``).
+            if name in self._sums:
+                total = self._sums[name].copy()
+                if self._unchanged:
+                    total.add(torch.nan_to_num(t.reshape(-1), 0.0, 0.0, 0.0), self._unchanged)
+                mean = (total.total() / float(total.weight)).to(t.dtype).view(t.shape)
                 out[name] = torch.where(torch.isfinite(t), mean, t)
             else:
                 out[name] = self._most[name]

@@ -31,8 +31,7 @@ from gradcodec.errors import (
     WireError,
 )
 from gradcodec.faf import LatentOptimizer
-from gradcodec.federated import checkpoint
-from gradcodec.federated.auto import AutoClient, AutoConfig, AutoServer, server_for
+from gradcodec.federated import AutoClient, AutoConfig, AutoServer, checkpoint, server_for
 from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import (
@@ -234,7 +233,7 @@ def test_a_catch_up_takes_the_shorter_route() -> None:
     (kind, coded), *_ = parts(server.broadcast(0))
     assert (kind, bool(Switch.from_bytes(coded).state)) == (CODEC, True)
     assert server.broadcast(0) == server.broadcast_whole()
-    last = server._phases[-1].first
+    last = server.history.phases[-1].first
     assert CODEC not in kinds(server.broadcast(last))
     before = parts(server.broadcast(last - 1))
     assert [kind for kind, _ in before][:2] == [INCREMENT, CODEC]
@@ -249,7 +248,7 @@ def test_a_long_phase_that_is_over_is_caught_up_by_its_snapshot() -> None:
     world = World(config).to_round(40)
     blob = world.server.broadcast(2)
     assert kinds(blob) == [SNAPSHOT, CODEC]
-    assert len(parts(blob)[0][1]) < sum(map(len, world.server._phases[1].increments))
+    assert len(parts(blob)[0][1]) < sum(map(len, world.server.history.phases[1].increments))
     client = world.server.client(1, 2)
     client.receive(blob)
     assert_in_step(client, world.server)
@@ -300,7 +299,7 @@ def test_each_codec_reaches_each_client_once(config: AutoConfig) -> None:
     world = World(config)
     for number in range(ROUNDS):
         world.round([0, 1, 2 + number % 4])
-    phases = [phase.switch for phase in world.server._phases if phase.switch is not None]
+    phases = [phase.switch for phase in world.server.history.phases if phase.switch is not None]
     assert len(phases) == 1 + 2 * len(config.refresh_rounds)
     came = [
         Switch.from_bytes(part).first
@@ -320,7 +319,7 @@ def test_each_codec_reaches_each_client_once(config: AutoConfig) -> None:
     # The round of the switch, by hand: envelope, the increment, and the codec with its weights.
     switch, weights = phases[0], world.server.uplink
     blob = world.received[0][PLAIN.warmup_rounds]
-    increment = world.server._phases[0].increments[-1]
+    increment = world.server.history.phases[0].increments[-1]
     coded = [(INCREMENT, increment), (CODEC, switch.to_bytes())]
     assert len(blob) == 3 + 1 + 8 + part_nbytes(coded) + 4
     if config is PLAIN:
@@ -329,7 +328,7 @@ def test_each_codec_reaches_each_client_once(config: AutoConfig) -> None:
 
 def test_going_back_to_the_first_codec_costs_no_weights() -> None:
     world = World(REFRESHED).to_round(5)
-    switch = world.server._phases[-1].switch
+    switch = world.server.history.phases[-1].switch
     assert switch is not None
     assert (switch.mode, switch.weights, switch.state) == ("post", b"", b"")
     assert len(switch.to_bytes()) < 200
@@ -682,7 +681,7 @@ def test_momentum_and_residual_are_carried_over_as_far_as_the_codec_can_say_them
     back = server.uplink.from_code(momentum)
     assert torch.allclose(server.uplink.to_code(back), momentum, atol=1e-2)
     world = World(REFRESHED).to_round(5)  # back in full space, after some rounds in the subspace
-    codec = world.server._phases[1].switch
+    codec = world.server.history.phases[1].switch
     assert codec is not None
     assert len(world.server.momentum) == spec().numel
     assert flat(world.server.uplink.from_code(world.server.momentum)).any()

@@ -1,6 +1,7 @@
 """Laws of the whole loop: nothing is lost or added by it, and every byte is counted."""
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def load(task: Toy, v: Tensor) -> None:
 def plain_fedavg(task: Toy, config: LoopConfig, what: str) -> tuple[Tensor, list[float]]:
     """Federated averaging (McMahan et al.) with no codec, no message and no server class.
 
-    The global model is ``initial + sum of mean updates`` or the mean of states, in fp32.
+    The global model is ``initial + sum of mean updates`` or the mean of states, in fp32; means are
+    exact, so that clients may come in any order.
     """
     initial = vector(task.parameters)
     moved, state, losses = torch.zeros_like(initial), initial, []
@@ -103,9 +105,10 @@ def plain_fedavg(task: Toy, config: LoopConfig, what: str) -> tuple[Tensor, list
             examples.append(task.train(client, number, optimizer).examples)
             end = vector(task.parameters)
             sent.append(end - state if what == "update" else end)
-        mean = torch.zeros_like(initial)
-        for value, count in zip(sent, examples, strict=True):
-            mean.add_(value, alpha=count / sum(examples))
+        # Exactly, then rounded: each value's products and their sum in fp64.
+        products = [v.double() * count for v, count in zip(sent, examples, strict=True)]
+        sums = [math.fsum(column) for column in torch.stack(products).T.tolist()]
+        mean = (torch.tensor(sums, dtype=torch.float64) / sum(examples)).float()
         if what == "update":
             moved = moved + mean
             state = initial + moved

@@ -117,8 +117,11 @@ def test_clients_of_stochastic_codecs_draw_seeds_of_their_own() -> None:
 def test_only_invited_clients_are_heard_and_their_memory_is_what_they_sent() -> None:
     server = Server(INITIAL, Identity())
     server.receive(client(9).reply(INITIAL, 1))
+    with pytest.raises(ConfigError, match=r"9 has replied and is not invited"):
+        server.invite([1, "b"])
+    server.abandon_round()
     server.invite([1, "b"])
-    assert server.replies == ()  # who came before is forgotten
+    assert server.replies == ()
     with pytest.raises(UnexpectedReplyError, match="client 9 was not invited to round 0"):
         server.receive(client(9).reply(INITIAL, 1))
     server.receive(client("b").reply(INITIAL, 1))

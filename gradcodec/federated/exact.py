@@ -1,0 +1,94 @@
+"""Sums that do not depend on the order of their terms, to the bit, in memory that does not grow."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradcodec.errors import NonFiniteError
+
+_LOWEST = -149
+"""Exponent of the smallest positive fp32 value: every product with a whole weight is a multiple."""
+_WIDTH = 32
+_LEVELS = 36
+"""Reach from 2^-149 to 2^1003, for fp64 values too."""
+_CHUNK = 1 << 16
+
+
+class ExactSum:
+    """``sum_i w_i x_i`` of vectors ``x_i`` ``[n]`` with whole weights ``0 < w_i < 2^63``.
+
+    Each product is rounded once, to fp64; from there on nothing is. It is cut into integers of 32
+    bits, ``q_k = round(r / 2^(32 k - 149))`` of what higher ones leave over, and integers of one
+    ``k`` are added in int64: sums of integers are exact, so their order does not matter (the binned
+    sums of Demmel and Nguyen, 2015, with fixed bins). There is room for 2^30 terms. Levels that no
+    term has reached take no memory; gradients reach three, 24 bytes a value. fp64 values lose what
+    is below 2^-149.
+
+    Args:
+        numel: length ``n`` of the vectors.
+    """
+
+    def __init__(self, numel: int) -> None:
+        self.numel = numel
+        self.weight = 0
+        self._levels: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, values: Tensor, weight: int = 1) -> None:
+        """Add ``weight * values``; ``values`` are finite, ``[n]``, on the CPU.
+
+        Raises:
+            NonFiniteError: a product leaves fp64; nothing is added then.
+        """
+        products = [
+            # In pieces that stay in a core's cache: each level reads and writes them once more.
+            values[start : start + _CHUNK].double() * weight
+            for start in range(0, self.numel, _CHUNK)
+        ]
+        peaks = [float(rest.abs().max()) for rest in products]
+        if not max(peaks, default=0.0) < 2.0 ** (_LOWEST + _WIDTH * (_LEVELS - 1)):
+            raise NonFiniteError(f"expected values within fp64, got {max(peaks)}")
+        self.weight += weight
+        for number, (rest, peak) in enumerate(zip(products, peaks, strict=True)):
+            start = number * _CHUNK
+            while peak >= 2.0**_LOWEST:
+                level = (math.frexp(peak)[1] - 1 - _LOWEST) // _WIDTH
+                unit = 2.0 ** (_LOWEST + _WIDTH * level)
+                counts = (rest / unit).round_()
+                rest -= counts * unit
+                self._level(level)[start : start + len(rest)] += counts.long()
+                peak = float(rest.abs().max())
+
+    def total(self) -> Tensor:
+        """The sum, fp64 ``[n]``: its integers are brought into one form first."""
+        carry = torch.zeros(self.numel, dtype=torch.int64)
+        digits = {}
+        for level in range(_LEVELS + 1):
+            if level not in self._levels and not bool(carry.any()):
+                continue
+            whole = carry + self._levels.get(level, 0)
+            carry = (whole + (1 << (_WIDTH - 1))) >> _WIDTH
+            digits[level] = whole - (carry << _WIDTH)
+        out = torch.zeros(self.numel, dtype=torch.float64)
+        for level in sorted(digits, reverse=True):
+            out += digits[level].double() * 2.0 ** (_LOWEST + _WIDTH * level)
+        return out
+
+    def mean(self) -> Tensor:
+        """The sum over the sum of weights, rounded to fp64 and then to fp32 ``[n]``."""
+        return (self.total() / float(self.weight)).float()
+
+    def copy(self) -> ExactSum:
+        """One that goes on by itself."""
+        made = ExactSum(self.numel)
+        made.weight = self.weight
+        made._levels = {level: t.clone() for level, t in self._levels.items()}
+        return made
+
+    def _level(self, level: int) -> Tensor:
+        if level not in self._levels:
+            self._levels[level] = torch.zeros(self.numel, dtype=torch.int64)
+        return self._levels[level]

@@ -1,0 +1,165 @@
+"""What a federation has broadcast, and the fewest bytes that bring a client from there to now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradcodec.errors import ConfigError
+from gradcodec.federated.envelope import CODEC, INCREMENT, SNAPSHOT, Part, part_nbytes
+from gradcodec.federated.switch import Switch
+from gradcodec.types import Update
+
+Parts = list[Part]
+
+
+@dataclass
+class Phase:
+    """A stretch of rounds with one codec.
+
+    Attributes:
+        first: its first round.
+        switch: what led to it; ``None`` for the first phase.
+        increments: bytes of its rounds so far.
+        end: snapshot of the position it ended at, if that is shorter than its increments.
+    """
+
+    first: int = 0
+    switch: Switch | None = None
+    increments: list[bytes] = field(default_factory=list)
+    end: bytes = b""
+
+
+class History:
+    """The phases of a federation; one whose codec is fixed has one."""
+
+    def __init__(self) -> None:
+        self.phases = [Phase()]
+
+    @property
+    def current(self) -> Phase:
+        """The phase of the next round."""
+        return self.phases[-1]
+
+    def add(self, increment: bytes) -> None:
+        """A round was closed."""
+        self.current.increments.append(increment)
+
+    def enter(self, switch: Switch, end: bytes) -> None:
+        """The next round has another codec; ``end`` is a snapshot of where the phase ended."""
+        missed: Parts = [(INCREMENT, b) for b in self.current.increments]
+        if part_nbytes([(SNAPSHOT, end)]) < part_nbytes(missed):
+            self.current.end = end
+        self.phases.append(Phase(switch.first, switch))
+
+    def since(self, version: int, snapshot: Callable[[], bytes], *, whole: bool) -> Parts:
+        """What a client at ``version`` needs to be at the current round.
+
+        For each phase that it has missed rounds of, the increments or a snapshot, whichever is
+        shorter, and the next codec.
+
+        Args:
+            version: the round that the client is at.
+            snapshot: of the current position.
+            whole: whether an increment is a whole state: then the last one is enough.
+        """
+        parts: Parts = []
+        for phase in self.phases[self._phase_of(version) :]:
+            if phase.first > version:
+                assert phase.switch is not None
+                parts.append((CODEC, phase.switch.to_bytes()))
+            parts += self._steps(phase, max(version, phase.first), snapshot, whole)
+        return parts
+
+    def spans(self, version: int) -> int:
+        """In how many phases the rounds after ``version`` lie."""
+        return len(self.phases) - self._phase_of(version)
+
+    def anew(self, state: Update, snapshot: Callable[[], bytes]) -> Parts:
+        """What brings any client to the current round: its codec, the state it began at, its steps.
+
+        ``state`` is that of the current phase's first round.
+        """
+        phase = self.current
+        assert phase.switch is not None
+        coded: Parts = [(CODEC, phase.switch.to_bytes(state))]
+        return coded + self._steps(phase, phase.first, snapshot, whole=False)
+
+    def until(self, version: int) -> Parts:
+        """Every increment and codec up to a round."""
+        parts: Parts = []
+        for phase in self.phases:
+            if phase.first > version:
+                break
+            if phase.switch is not None:
+                parts.append((CODEC, phase.switch.to_bytes()))
+            parts += [(INCREMENT, b) for b in phase.increments[: version - phase.first]]
+        return parts
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Increments and codecs by round, as bytes."""
+        out: dict[str, Tensor] = {}
+        number = 0
+        for phase in self.phases:
+            if phase.switch is not None:
+                out[f"codec.{phase.first:06d}"] = as_tensor(phase.switch.to_bytes())
+            for blob in phase.increments:
+                out[f"increment.{number:06d}"] = as_tensor(blob)
+                number += 1
+        return out
+
+    def _phase_of(self, version: int) -> int:
+        return max(i for i, phase in enumerate(self.phases) if phase.first <= version)
+
+    def _steps(
+        self, phase: Phase, version: int, snapshot: Callable[[], bytes], whole: bool
+    ) -> Parts:
+        """The fewest bytes from ``version`` to the end of a phase."""
+        missed: Parts = [(INCREMENT, b) for b in phase.increments[version - phase.first :]]
+        if len(missed) < 2 or whole:
+            return missed[-1:] if whole else missed
+        end: Parts = [(SNAPSHOT, snapshot() if phase is self.current else phase.end)]
+        return end if end[0][1] and part_nbytes(end) < part_nbytes(missed) else missed
+
+
+def recorded(state: Mapping[str, Tensor]) -> Parts:
+    """Increments and codecs of a ``state_dict``, in the order in which they were broadcast.
+
+    Raises:
+        ConfigError: some are missing.
+    """
+    found = {n: as_bytes(n, t) for n, t in state.items() if n.startswith(_NAMES)}
+    parts: Parts = []
+    steps = sum(name.startswith("increment.") for name in found)
+    try:
+        for number in range(steps + 1):
+            coded = found.pop(f"codec.{number:06d}", None)
+            if coded is not None:
+                parts.append((CODEC, coded))
+            if number < steps:
+                parts.append((INCREMENT, found.pop(f"increment.{number:06d}")))
+    except KeyError as err:
+        raise ConfigError(f"server state: {err} is missing") from err
+    if found:
+        raise ConfigError(f"server state: not expected: {sorted(found)[:3]}")
+    return parts
+
+
+_NAMES = ("codec.", "increment.")
+
+
+def as_bytes(name: str, tensor: Tensor) -> bytes:
+    """Inverse of ``as_tensor``; ``ConfigError`` for a tensor that is none of bytes."""
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ConfigError(
+            f"server state: expected {name} as bytes, got {tensor.dtype} {list(tensor.shape)}"
+        )
+    return tensor.numpy().tobytes()
+
+
+def as_tensor(blob: bytes) -> Tensor:
+    """Bytes as a tensor, uint8."""
+    return torch.frombuffer(bytearray(blob), dtype=torch.uint8)

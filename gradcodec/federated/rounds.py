@@ -1,0 +1,130 @@
+"""The replies of one round and their aggregate, in memory that does not grow with clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcodec.errors import ConfigError
+from gradcodec.federated.envelope import Reply
+from gradcodec.federated.exact import ExactSum
+from gradcodec.federated.participants import ClientId, in_order
+from gradcodec.federated.tensors import KeptMean
+
+Values = tuple[Tensor, Mapping[str, Tensor] | None]
+"""What a reply says: its decoded update ``[n]``, and its kept tensors where they changed."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What replies come to.
+
+    Attributes:
+        update: their weighted mean, or their sum, fp32 ``[n]``.
+        kept: the next values of kept tensors; ``None`` if no reply changed any.
+    """
+
+    update: Tensor
+    kept: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Held:
+    reply: Reply
+    nbytes: int
+    loudness: float
+
+
+class Round:
+    """Collects replies: all of them in running sums but for the loudest, held as bytes.
+
+    Sums are exact (``ExactSum``), so the order of arrival does not matter. Held replies are those
+    that a server may have to drop: the loudest, as many as ``hold_bytes`` allow, hence all of a
+    small federation. When another one comes, the quietest goes into the sums.
+
+    Args:
+        numel: length ``n`` of an update.
+        kept: kept tensors of the round (``gradcodec.federated.tensors``).
+        read: decodes a reply.
+        hold_bytes: most bytes of held replies; the loudest is held in any case.
+        summed: whether updates are added up instead of averaged by examples.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        kept: Mapping[str, Tensor],
+        read: Callable[[Reply], Values],
+        hold_bytes: int,
+        summed: bool,
+    ) -> None:
+        self._updates, self._kept = ExactSum(numel), KeptMean(kept)
+        self._read, self._hold_bytes, self._summed = read, hold_bytes, summed
+        self._held: dict[ClientId, _Held] = {}
+        self._added: set[ClientId] = set()
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._held or client in self._added
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._added)
+
+    @property
+    def clients(self) -> tuple[ClientId, ...]:
+        """Who has replied, in order of ids."""
+        return tuple(sorted({*self._held, *self._added}, key=in_order))
+
+    @property
+    def loudest(self) -> list[ClientId]:
+        """Who is held, the loudest first."""
+        return sorted(self._held, key=lambda c: (-self._held[c].loudness, in_order(c)))
+
+    def add(self, reply: Reply, nbytes: int, values: Values) -> None:
+        """Take a reply of ``nbytes`` that was decoded to finite ``values``."""
+        update = values[0]
+        peak = float(update.abs().amax()) if update.numel() else 0.0
+        self._held[reply.client] = _Held(reply, nbytes, peak * self._weight(reply))
+        size = sum(one.nbytes for one in self._held.values())
+        for client in reversed(self.loudest[1:]):
+            if size <= self._hold_bytes:
+                break
+            one = self._held.pop(client)
+            size -= one.nbytes
+            known = values if client == reply.client else self._read(one.reply)
+            self._add(self._updates, self._kept, one.reply, known)
+            self._added.add(client)
+
+    def drop(self, client: ClientId) -> None:
+        """Forget a reply.
+
+        Raises:
+            ConfigError: the client has not replied, or its reply is in the sums already.
+        """
+        if client in self._added:
+            raise ConfigError(
+                f"the reply of client {client!r} is in the running sum already: hold more replies "
+                "(ServerConfig.hold_bytes), or give the round up (server.abandon_round())"
+            )
+        if client not in self._held:
+            raise ConfigError(f"expected a client that has replied, of {self.clients}: {client!r}")
+        del self._held[client]
+
+    @torch.no_grad()
+    def aggregate(self, without: frozenset[ClientId] = frozenset()) -> Aggregate:
+        """The aggregate of all replies but some of the held ones."""
+        updates, kept = self._updates.copy(), self._kept.copy()
+        for client, one in self._held.items():
+            if client not in without:
+                self._add(updates, kept, one.reply, self._read(one.reply))
+        total = updates.total().float() if self._summed else updates.mean()
+        return Aggregate(total, kept.result() if kept.changed else None)
+
+    def _add(self, updates: ExactSum, kept: KeptMean, reply: Reply, values: Values) -> None:
+        updates.add(values[0], self._weight(reply))
+        kept.add(values[1], reply.examples)
+
+    def _weight(self, reply: Reply) -> int:
+        return 1 if self._summed else reply.examples

@@ -1,0 +1,276 @@
+"""Which codecs a federation uses when: one for good, or a subspace fitted on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradcodec.codecs.base import Codec
+from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs.compose import Chain
+from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs.rotsign import RotatedSign
+from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
+from gradcodec.errors import ConfigError, TrainingError
+from gradcodec.federated.config import ServerConfig
+from gradcodec.federated.envelope import Reply
+from gradcodec.federated.history import as_bytes, as_tensor
+from gradcodec.federated.participants import ClientId, in_order
+from gradcodec.tgap import SignalMoments, fit_subspace
+from gradcodec.types import UpdateSpec
+from gradcodec.wire import Payload
+
+_LOUDEST = 1e15  # sums of squares beyond this may leave fp32; no fit looks at such a reply
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stretch of rounds uses.
+
+    Attributes:
+        uplink: codec of replies, not bound yet.
+        downlink: codec of broadcasts.
+        config: aggregation settings.
+    """
+
+    uplink: Codec
+    downlink: Codec
+    config: ServerConfig
+
+
+class Schedule(Protocol):
+    """Decides on the codecs of each round, from what the server has received."""
+
+    @property
+    def first(self) -> Stage:
+        """The stage of round 0, which every client knows."""
+
+    def config(self, mode: str) -> ServerConfig:
+        """Aggregation settings of later rounds of this mode, which a client has to know as well."""
+
+    def check(self, spec: UpdateSpec) -> None:
+        """Raise ``ConfigError`` if no later stage can fit these tensors."""
+
+    def hear(self, reply: Reply, value: Tensor) -> None:
+        """A reply of this round was taken; ``value`` is what it decodes to."""
+
+    def next(
+        self, round: int, spec: UpdateSpec, mode: str, counted: Container[ClientId]
+    ) -> Stage | None:
+        """The stage from ``round`` on; ``None`` to go on in that of ``mode``.
+
+        Args:
+            round: the round that begins.
+            spec: the coded tensors.
+            mode: of the round that was closed.
+            counted: clients whose replies counted in it.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it has to know after a restart."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor], spec: UpdateSpec, fits: int) -> None:
+        """Inverse of ``state_dict``; ``ConfigError`` if it is another one's."""
+
+
+class Fixed:
+    """One stage for good."""
+
+    def __init__(self, uplink: Codec, downlink: Codec | None, config: ServerConfig) -> None:
+        self.first = Stage(uplink, downlink or uplink, config)
+
+    def config(self, mode: str) -> ServerConfig:
+        """There is no later stage."""
+        return self.first.config
+
+    def check(self, spec: UpdateSpec) -> None:
+        """There is no later stage."""
+
+    def hear(self, reply: Reply, value: Tensor) -> None:
+        """Nothing depends on it."""
+
+    def next(
+        self, round: int, spec: UpdateSpec, mode: str, counted: Container[ClientId]
+    ) -> Stage | None:
+        """Never another one."""
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], spec: UpdateSpec, fits: int) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class AutoConfig:
+    """Settings of ``subspace:auto``.
+
+    Attributes:
+        warmup_rounds: rounds with the first codec before the first fit.
+        first: untrained codec of replies in those rounds, by the name that ``make_codec`` knows.
+        first_down: untrained codec of their broadcasts; what it loses is fed back.
+        subspace: ratio, allocation, sides and storage of the bases to fit.
+        bits: bits of a code value in replies, 1 (``RotatedSign``), 2, 4 or 8.
+        down_bits: bits of a code value in broadcasts.
+        refresh_rounds: later rounds that go back to the first codec, after which the subspace is
+            fitted again and sent again.
+        decay: at each fit, how much the rounds count that an earlier fit has seen, 0..1.
+        lr: server learning rate on the aggregated update.
+        momentum: server momentum; carried over a switch as far as the new codec can express it.
+        fit_replies: most replies of a round that a fit looks at, those of the lowest ids; they are
+            kept as bytes until the last fit.
+    """
+
+    warmup_rounds: int = 3
+    first: str = "rotsign"
+    first_down: str = "int2"
+    subspace: SubspaceConfig = field(
+        default=SubspaceConfig(allocation="tempered", basis_dtype="int8")
+    )
+    bits: int = 2
+    down_bits: int = 4
+    refresh_rounds: tuple[int, ...] = ()
+    decay: float = 0.5
+    lr: float = 1.0
+    momentum: float = 0.0
+    fit_replies: int = 256
+
+    def __post_init__(self) -> None:
+        for name in (self.first, self.first_down):
+            make_codec(name)
+        for bits in (self.bits, self.down_bits):
+            BlockQuantConfig(bits)
+        self.server("post")
+        if not (isinstance(self.warmup_rounds, int) and self.warmup_rounds >= 1):
+            raise ConfigError(f"auto: expected warmup_rounds >= 1, got {self.warmup_rounds!r}")
+        if any(r < self.warmup_rounds for r in self.refresh_rounds):
+            raise ConfigError(
+                f"auto: expected refresh_rounds from {self.warmup_rounds} on, "
+                f"got {self.refresh_rounds!r}"
+            )
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"auto: expected a decay of 0..1, got {self.decay!r}")
+        if type(self.fit_replies) is not int or self.fit_replies < 2:
+            raise ConfigError(f"auto: expected fit_replies of at least 2, got {self.fit_replies!r}")
+
+    def server(self, mode: str) -> ServerConfig:
+        """Aggregation settings of the rounds of one mode."""
+        return ServerConfig(mode=mode, lr=self.lr, momentum=self.momentum)
+
+    def codecs(self, transform: Subspace | None = None) -> tuple[Codec, Codec]:
+        """Uplink and downlink codec: the untrained ones, or those of a fitted subspace."""
+        if transform is None:
+            return make_codec(self.first), make_codec(self.first_down)
+        # One bit: clients' rotated signs average out; a broadcast has feedback for its errors.
+        up = RotatedSign() if self.bits == 1 else BlockQuant(BlockQuantConfig(self.bits))
+        return Chain(transform, up), Chain(transform, BlockQuant(BlockQuantConfig(self.down_bits)))
+
+    def untrained(self, round: int) -> bool:
+        """Whether the settings ask for the first codec in a round."""
+        return round < self.warmup_rounds or round in self.refresh_rounds
+
+
+class FitSubspace:
+    """``subspace:auto``: an untrained codec first, then a subspace fitted on what was received.
+
+    A fit needs replies that agree in some direction, hence a round of two or more. As long as there
+    is none, the switch waits, and every later round tries again.
+    """
+
+    def __init__(self, auto: AutoConfig) -> None:
+        self.auto = auto
+        self.first = Stage(*auto.codecs(), auto.server("post"))
+        self._heard: dict[ClientId, Reply] = {}
+        self._rounds: list[tuple[int, list[bytes]]] = []  # fits before it, payloads of its replies
+        self._fits = 0
+
+    def config(self, mode: str) -> ServerConfig:
+        """The settings' own."""
+        return self.auto.server(mode)
+
+    def check(self, spec: UpdateSpec) -> None:
+        """What can be fitted depends on shapes alone, so it is known before the first round."""
+        axes = {t.name: Axis.choose(t, self.auto.subspace) for t in spec if t.numel}
+        allocate(spec, {n: torch.ones(a.size) for n, a in axes.items()}, self.auto.subspace)
+
+    def hear(self, reply: Reply, value: Tensor) -> None:
+        """Keep it for the fit, if it is one of the lowest ids and not too loud."""
+        if value.numel() and float(value.abs().max()) >= _LOUDEST:
+            return
+        self._heard[reply.client] = reply
+        if len(self._heard) > 2 * self.auto.fit_replies:
+            self._heard = {r.client: r for r in self._lowest()}
+
+    def _lowest(self) -> list[Reply]:
+        found = sorted(self._heard.values(), key=lambda r: in_order(r.client))
+        return found[: self.auto.fit_replies]
+
+    def next(
+        self, round: int, spec: UpdateSpec, mode: str, counted: Container[ClientId]
+    ) -> Stage | None:
+        """To the first codec for a refresh; to a subspace, as soon as one can be fitted."""
+        heard = [r for r in self._lowest() if r.client in counted]
+        self._heard = {}
+        if mode == "post" and len(heard) >= 2:
+            self._rounds.append((self._fits, [r.payload.to_bytes() for r in heard]))
+        untrained = self.auto.untrained(round)
+        if untrained and mode == "latent":
+            return self.first
+        if untrained or mode == "latent":
+            return None
+        transform = self._fit(spec)
+        if transform is None:
+            return None
+        self._fits += 1
+        if all(r < round for r in self.auto.refresh_rounds):
+            self._rounds = []  # no later fit will want them
+        return Stage(*self.auto.codecs(transform), self.config("latent"))
+
+    @torch.no_grad()
+    def _fit(self, spec: UpdateSpec) -> Subspace | None:
+        """The subspace of what was received with the first codec; ``None``: no signal in it yet."""
+        reader = make_codec(self.auto.first).bind(spec).decoder
+        moments = SignalMoments(spec, self.auto.subspace)
+        for fits, replies in self._rounds:
+            # Moments are quadratic: the root of the weight on the values.
+            scale = math.sqrt(self.auto.decay ** (self._fits - fits))
+            updates = [
+                {n: t * scale for n, t in reader.decode(Payload.from_bytes(b)).items()}
+                for b in replies
+            ]
+            moments.add_round(updates)
+        try:
+            return fit_subspace(moments, self.auto.subspace)
+        except TrainingError:
+            return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The replies that later fits will look at, as bytes."""
+        return {
+            f"seen.{at:06d}.{fits:06d}.{i:06d}": as_tensor(blob)
+            for at, (fits, replies) in enumerate(self._rounds)
+            for i, blob in enumerate(replies)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], spec: UpdateSpec, fits: int) -> None:
+        """Inverse of ``state_dict``, after ``fits`` fits."""
+        rounds: list[tuple[int, list[bytes]]] = []
+        last, reader = "", make_codec(self.auto.first).bind(spec)
+        try:
+            for name in sorted(n for n in state if n.startswith("seen.")):
+                _, at, before, _ = name.split(".")
+                if at != last:
+                    rounds.append((int(before), []))
+                blob, last = as_bytes(name, state[name]), at
+                reader._open(Payload.from_bytes(blob))
+                rounds[-1][1].append(blob)
+        except ValueError as err:  # WireError is one
+            raise ConfigError(f"server state: not of this federation: {err!r}") from err
+        self._rounds, self._fits, self._heard = rounds, fits, {}
