@@ -19,23 +19,23 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, metrics, wire
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.cast import Cast, CastConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.per_tensor import PerTensor
-from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.codecs.subspace_groups import group_names
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import Autoencoder, BlockQuant, Cast, Identity, RotatedSign, Subspace, TopK
 from gradcodec.errors import (
     CodecMismatchError,
     MalformedBodyError,
     NonFiniteError,
     UpdateError,
 )
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.per_tensor import PerTensor
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
+from gradcodec.transforms.subspace.groups import group_names
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -678,7 +678,7 @@ def pullback_is_the_vector_jacobian_product(case: Case) -> None:
     z = codec.to_code(model())
     _, vjp = torch.func.vjp(lambda z: layout.flatten_any(codec.from_code(z), codec.spec), z)
     (expected,) = vjp(layout.flatten(model(seed=1), codec.spec))
-    assert distance(expected, codec.pullback(z, model(seed=1))) < FP32_NOISE
+    assert distance(expected, codec.transform.pullback(z, model(seed=1))) < FP32_NOISE
 
 
 def a_unit_step_in_code_space_has_the_norm_of_one_in_parameter_space(case: Case) -> None:
@@ -690,7 +690,7 @@ def a_unit_step_in_code_space_has_the_norm_of_one_in_parameter_space(case: Case)
     _, moved = torch.func.jvp(
         lambda z: layout.flatten_any(codec.from_code(z), codec.spec),
         (torch.zeros(m),),
-        (signs * codec.step_scales(),),
+        (signs * codec.transform.step_scales(),),
     )
     outer = codec.outer if isinstance(codec, Chain) else codec
     counted = sum(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conformance import CASES, CODEC_LAWS, UPDATE_LAWS, UPDATES, Case
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.encodable import DTYPE_CODES
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import CODEC_IDS
 

@@ -22,12 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig, space_of
@@ -45,7 +42,11 @@ from gradcodec.federated.replica import Replica
 from gradcodec.federated.server import Server, as_tensor
 from gradcodec.federated.switch import Switch
 from gradcodec.federated.tensors import Split, State
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import make_codec
 from gradcodec.tgap import SignalMoments, fit_subspace
+from gradcodec.transforms.subspace.allocate import allocate
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import Update
 from gradcodec.wire import Payload
 

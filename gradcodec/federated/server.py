@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec, mean_shares
+from gradcodec.codec import Codec, mean_shares
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,
