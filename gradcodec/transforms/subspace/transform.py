@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.errors import ConfigError
+from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.transforms.subspace.basis import BITS, FLOATS, dequantise, quantise
 from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.transforms.subspace.groups import group_names
@@ -131,6 +131,10 @@ class SubspaceTransform(Transform):
     def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
         """``U z`` or ``z V^T`` per parameter; zeros where there is no basis."""
         spec = self.table(spec)
+        if z.numel() != self.code_numel():
+            raise UpdateError(
+                f"subspace: expected a code of {self.code_numel()} values, got {z.numel()}"
+            )
         sizes = [p.code_numel for p in self.parts.values()]
         codes = dict(zip(self.parts, torch.split(z, sizes), strict=True)) if sizes else {}
         out = {}
