@@ -18,10 +18,11 @@ from benchmarks.codecs_data import Snapshot, flat
 from benchmarks.ddp_peers.checkout import EPFML
 from benchmarks.peers.optional import bitsandbytes_functional
 from gradcodec import ops
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, TopK
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.registry import make_codec
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Scheme:
 def _ours(name: str, make: Callable[[], Codec], *, feedback: bool = False) -> Scheme:
     def coder(example: Snapshot) -> Coder:
         codec, numel = make(), sum(t.numel() for t in example.values())
-        residual = torch.zeros(codec.residual_numel(numel)) if feedback else None
+        residual = torch.zeros(codec.packer.residual_numel(numel)) if feedback else None
         return Coder(
-            lambda s: codec.pack_flat(_vector(s), seed=1, residual=residual),
-            lambda body: codec.unpack_flat(body, numel),
+            lambda s: codec.packer.pack(_vector(s), seed=1, residual=residual),
+            lambda body: codec.packer.unpack(body, numel),
             lambda body: len(body),
         )
 

@@ -15,7 +15,7 @@ from benchmarks.codecs_coders import SCHEMES
 from benchmarks.codecs_data import SETS, Snapshot, flat, load
 from benchmarks.peers.rice import decode_positions, encode_positions
 from gradcodec import ops
-from gradcodec.codecs.topk_positions import FORMS, Positions
+from gradcodec.packers.positions import FORMS, Positions
 
 K, CHUNK = 64, 4096
 

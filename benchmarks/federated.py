@@ -23,15 +23,15 @@ from benchmarks.methods import Coded, Method
 from benchmarks.run import Options
 from benchmarks.scheme import Make, Scheme
 from benchmarks.world import World, play, world_of
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Identity, RotatedSign
 from gradcodec.errors import ConfigError
 from gradcodec.federated import AutoConfig, AutoServer, ServerConfig
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.recipes.settings import Settings
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 CASE = "federated"
 SEEDS = (0, 1, 2)

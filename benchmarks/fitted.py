@@ -25,10 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.methods import Coded
 from benchmarks.world import Parameters, World, play
-from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError
 from gradcodec.recipes.schemes import TRAINED
 from gradcodec.tgap import (
@@ -40,6 +38,8 @@ from gradcodec.tgap import (
     fit_subspace,
 )
 from gradcodec.tgap.moments import ExactMoment
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 CACHE = Path(__file__).parents[1] / "runs" / "bench-tgap"

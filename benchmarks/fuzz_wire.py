@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from gradcodec import describe
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import WireError
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import Payload, spec_to_bytes

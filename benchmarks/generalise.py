@@ -27,17 +27,16 @@ from benchmarks.methods import Coded, Method
 from benchmarks.peers.random_subspace import random_bases
 from benchmarks.run import Options
 from benchmarks.world import World, play, world_of
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Identity, RotatedSign
 from gradcodec.errors import ConfigError
 from gradcodec.federated import ServerConfig
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.recipes import corpus, data
 from gradcodec.recipes.data import Example
 from gradcodec.recipes.settings import Settings
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 CASE = "generalise"
 SEEDS = (0, 1)

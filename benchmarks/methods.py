@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated import Client, Server, ServerConfig
 

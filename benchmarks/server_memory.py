@@ -16,9 +16,9 @@ import time
 
 import torch
 
-from gradcodec.codecs.registry import make_codec
 from gradcodec.federated import Server, ServerConfig
 from gradcodec.federated.envelope import Reply
+from gradcodec.registry import make_codec
 
 
 def peak() -> int:

@@ -34,17 +34,18 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.run import Options
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.codecs.subspace_groups import groups
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.recipes import data, models
 from gradcodec.recipes.settings import Settings
 from gradcodec.recipes.task import LanguageTask
+from gradcodec.registry import make_codec
 from gradcodec.tgap.recorder import GradientRecorder
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
+from gradcodec.transforms.subspace.groups import groups
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload
 

@@ -5,16 +5,9 @@ See ``README.md`` for a tour, ``WIRE.md`` for the bytes, ``docs/architecture.md`
 
 from gradcodec import errors, metrics
 from gradcodec._version import __version__
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec, Decoder, Encoder
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.cast import Cast, CastConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.settings import CodecConfig
-from gradcodec.codecs.subspace import Subspace, SubspaceConfig
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec, Decoder, Encoder
+from gradcodec.codecs import Autoencoder, BlockQuant, Cast, Identity, Subspace, TopK
 from gradcodec.distributed import (
     CompressState,
     LowRank,
@@ -27,6 +20,11 @@ from gradcodec.distributed import (
     register_compressed_backend,
 )
 from gradcodec.faf import LatentOptimizer
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.registry import make_codec
+from gradcodec.settings import CodecConfig
 from gradcodec.tgap import (
     GradientRecorder,
     SecondMoments,
@@ -34,6 +32,8 @@ from gradcodec.tgap import (
     fit_autoencoder,
     fit_subspace,
 )
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload
 

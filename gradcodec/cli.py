@@ -112,7 +112,7 @@ def _drop_output() -> None:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from gradcodec.codecs.base import Codec
+    from gradcodec.codec import Codec
 
     codec = Codec.from_pretrained(options.folder)
     print(codec.push_to_hub(options.repo_id, private=options.private, message=options.message))

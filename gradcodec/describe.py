@@ -8,9 +8,9 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from gradcodec.codecs import autoencoder_nets as nets
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
+from gradcodec.transforms.autoencoder import nets as nets
 from gradcodec.wire import WIRE_VERSION, Payload
 
 ARCHITECTURES = ("resnet3", "cnn1d", "uformer")

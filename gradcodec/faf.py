@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcodec.anchor import Anchor
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.parameters import NamedParameters, all_parameters, gradient_of, sharded_by
 from gradcodec.types import Update, UpdateSpec
@@ -42,8 +42,8 @@ class LatentOptimizer(torch.optim.Optimizer):
     The parameters stay in ``param_groups``, so schedulers, gradient clipping, gradient scaling and
     accumulation act on them as ever; the group's settings are handed to the inner optimiser at each
     step. The inner optimiser sees one vector ``w`` with ``z = s * w``; the scales ``s`` keep the
-    norm of a step what it would be without a codec (``Codec.step_scales``), so a learning rate can
-    be kept. Weight decay acts on ``w``, which pulls the update (not the parameters) to zero.
+    norm of a step what it would be without a codec (``Transform.step_scales``), so a learning rate
+    can be kept. Weight decay acts on ``w``, which pulls the update (not the parameters) to zero.
 
     **What is found in the parameters is what training goes on from.** Values that somebody else
     wrote since the last step (``load_state_dict``, ``clamp_``, an average of weights) are the new
@@ -152,7 +152,7 @@ class LatentOptimizer(torch.optim.Optimizer):
         for name, p in self.named.items():
             gradient = gradient_of(p)
             gradients[name] = torch.zeros_like(p) if gradient is None else gradient
-        self._w.grad = self._scale * self.codec_on_device.pullback(self.code, gradients)
+        self._w.grad = self._scale * self.codec_on_device.transform.pullback(self.code, gradients)
         outer, inner = self.param_groups[0], self.inner.param_groups[0]
         inner.update({k: v for k, v in outer.items() if k != "params"})
         self.inner.step()
@@ -329,7 +329,7 @@ def _made(
 
 def _scales(scale: str | float, codec: Codec, m: int, kind: type) -> Tensor:
     if scale == "auto":
-        return torch.ones(m) if kind is torch.optim.SGD else codec.step_scales()
+        return torch.ones(m) if kind is torch.optim.SGD else codec.transform.step_scales()
     if isinstance(scale, int | float) and scale is not True and 0 < scale < math.inf:
         return torch.full((m,), float(scale))
     raise ConfigError(f"expected scale 'auto' or a positive number, got {scale!r}")

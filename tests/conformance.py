@@ -19,23 +19,24 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, metrics, wire
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.cast import Cast, CastConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.per_tensor import PerTensor
-from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.codecs.subspace_groups import group_names
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import Autoencoder, BlockQuant, Cast, Identity, RotatedSign, Subspace, TopK
 from gradcodec.errors import (
     CodecMismatchError,
     MalformedBodyError,
     NonFiniteError,
     UpdateError,
 )
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.per_tensor import PerTensor
+from gradcodec.reference.hadamard import CHUNK, rotate_chunks_back
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
+from gradcodec.transforms.subspace.groups import group_names
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -431,55 +432,78 @@ def the_body_has_the_promised_size(case: Case, update: Update) -> None:
     assert len(body) == codec.nbytes(UpdateSpec.of(update))
 
 
-def the_input_is_not_touched(case: Case, update: Update) -> None:
-    before = {n: t.clone() for n, t in update.items()}
-    for i, t in enumerate(update.values()):
-        t.requires_grad_(i % 2 == 0)
-    over_the_wire(case.for_(update), update)
-    assert differing(before, update) == []
-    assert [t.requires_grad for t in update.values()] == [i % 2 == 0 for i in range(len(update))]
-    assert [n for n, t in update.items() if t.grad is not None] == []
+def what_a_packer_says_it_lost_is_what_is_missing(case: Case, update: Update) -> None:
+    """``x + e == decoded + e'`` with the packer's own residual, in the second step of feedback."""
+    codec = case.for_(update)
+    first = codec.to_code(update)
+    n, packer = first.numel(), codec.packer
+    residual = torch.zeros(packer.residual_numel(n))
+    packer.pack(first, seed=1, residual=residual)
+    x, before = first.flip(0) * 0.7, lost_values(codec, residual, n)
+    decoded = packer.unpack(packer.pack(x, seed=2, residual=residual), n)
+    after = lost_values(codec, residual, n)
+    missing = x.double() + before - decoded.double()
+    size = x.double().abs() + before.abs() + decoded.double().abs()
+    if rotates(codec):
+        # Through two rotations in fp32: measured 2.4e-7 of the norm.
+        assert float((missing - after).norm()) <= FP32_NOISE * float(size.norm())
+    else:
+        # ``x + e`` and what is left of it round once each, ``scale * code`` once more.
+        assert bool(((missing - after).abs() <= 2.0**-22 * size).all())
 
 
-def outputs_carry_no_gradient(case: Case, update: Update) -> None:
-    for t in update.values():
-        t.requires_grad_()
-    decoded = over_the_wire(case.for_(update), update)
-    assert [n for n, t in decoded.items() if t.requires_grad] == []
+def rotates(codec: Codec) -> bool:
+    """Whether residuals are in rotated coordinates."""
+    return bool(getattr(getattr(codec.packer, "config", None), "rotate", False))
 
 
-def equal_input_and_seed_give_equal_bytes(case: Case, update: Update) -> None:
-    # A codec of its own, after another state of the global generator.
-    torch.rand(7)
-    made_again = case.make(UpdateSpec.of(update))
-    one, two = (c.encoder.encode(update, seed=3) for c in (case.for_(update), made_again))
-    assert one.to_bytes() == two.to_bytes()
-
-
-def payloads_survive_the_wire(case: Case, update: Update) -> None:
-    payload = case.for_(update).encoder.encode(update)
-    assert Payload.from_bytes(payload.to_bytes()) == payload
-
-
-def approximation_and_residual_are_the_input(case: Case, update: Update) -> None:
-    x, y = metrics.flat64(update), metrics.flat64(over_the_wire(case.for_(update), update))
-    # fl(x - y) and the sum round once each: 2^-53 |x - y| + 2^-53 |x|.
-    bound = 2.0**-52 * (x.abs() + y.abs())
-    assert bool(((y + (x - y) - x).abs() <= bound).all())
+def lost_values(codec: Codec, residual: Tensor, numel: int) -> Tensor:
+    """A residual as values, fp64 ``[numel]``."""
+    if not rotates(codec):
+        return residual.double()
+    return rotate_chunks_back(residual.view(-1, CHUNK)).reshape(-1)[:numel].double()
 
 
 UPDATE_LAWS = [
     names_order_shapes_dtypes_and_device_come_back,
     finite_comes_back_finite,
     the_body_has_the_promised_size,
-    the_input_is_not_touched,
-    outputs_carry_no_gradient,
-    equal_input_and_seed_give_equal_bytes,
-    payloads_survive_the_wire,
-    approximation_and_residual_are_the_input,
+    what_a_packer_says_it_lost_is_what_is_missing,
 ]
 
 # -- laws of the codec ---------------------------------------------------------------------------
+
+
+def the_input_is_not_touched(case: Case) -> None:
+    for update in (non_contiguous(), mixed(), model()):
+        before = {n: t.clone() for n, t in update.items()}
+        for i, t in enumerate(update.values()):
+            t.requires_grad_(i % 2 == 0)
+        over_the_wire(case.for_(update), update)
+        assert differing(before, update) == []
+        wants = [t.requires_grad for t in update.values()]
+        assert wants == [i % 2 == 0 for i in range(len(update))]
+        assert [n for n, t in update.items() if t.grad is not None] == []
+
+
+def outputs_carry_no_gradient(case: Case) -> None:
+    update = {n: t.requires_grad_() for n, t in model().items()}
+    decoded = over_the_wire(case.for_(update), update)
+    assert [n for n, t in decoded.items() if t.requires_grad] == []
+
+
+def equal_input_and_seed_give_equal_bytes(case: Case) -> None:
+    # A codec of its own, after another state of the global generator.
+    torch.rand(7)
+    made_again = case.make(UpdateSpec.of(model()))
+    one, two = (c.encoder.encode(model(), seed=3) for c in (case.for_(model()), made_again))
+    assert one.to_bytes() == two.to_bytes()
+
+
+def payloads_survive_the_wire(case: Case) -> None:
+    for update in ({}, mixed()):
+        payload = case.for_(update).encoder.encode(update)
+        assert Payload.from_bytes(payload.to_bytes()) == payload
 
 
 def the_error_is_within_two_sided_bounds(case: Case) -> None:
@@ -678,7 +702,7 @@ def pullback_is_the_vector_jacobian_product(case: Case) -> None:
     z = codec.to_code(model())
     _, vjp = torch.func.vjp(lambda z: layout.flatten_any(codec.from_code(z), codec.spec), z)
     (expected,) = vjp(layout.flatten(model(seed=1), codec.spec))
-    assert distance(expected, codec.pullback(z, model(seed=1))) < FP32_NOISE
+    assert distance(expected, codec.transform.pullback(z, model(seed=1))) < FP32_NOISE
 
 
 def a_unit_step_in_code_space_has_the_norm_of_one_in_parameter_space(case: Case) -> None:
@@ -690,7 +714,7 @@ def a_unit_step_in_code_space_has_the_norm_of_one_in_parameter_space(case: Case)
     _, moved = torch.func.jvp(
         lambda z: layout.flatten_any(codec.from_code(z), codec.spec),
         (torch.zeros(m),),
-        (signs * codec.step_scales(),),
+        (signs * codec.transform.step_scales(),),
     )
     outer = codec.outer if isinstance(codec, Chain) else codec
     counted = sum(
@@ -701,6 +725,10 @@ def a_unit_step_in_code_space_has_the_norm_of_one_in_parameter_space(case: Case)
 
 
 CODEC_LAWS = [
+    the_input_is_not_touched,
+    outputs_carry_no_gradient,
+    equal_input_and_seed_give_equal_bytes,
+    payloads_survive_the_wire,
     the_error_is_within_two_sided_bounds,
     different_updates_make_different_bodies,
     different_updates_decode_differently,

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.codec import Codec
+from gradcodec.codecs import Autoencoder, Subspace
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 EPS = torch.finfo(torch.float32).eps

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Subspace
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 ROOT = Path(__file__).parents[1]

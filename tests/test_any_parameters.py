@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.subspace import ALLOCATIONS, Subspace, SubspaceConfig
+from gradcodec.codec import Codec
+from gradcodec.codecs import Subspace
 from gradcodec.faf import LatentOptimizer
 from gradcodec.recipes.models import adapter_parameters
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.recorder import GradientRecorder
+from gradcodec.transforms.subspace.config import ALLOCATIONS, SubspaceConfig
 
 Named = dict[str, nn.Parameter]
 Loss = Callable[[], Tensor]

@@ -16,12 +16,12 @@ from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradcodec import make_codec
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant
-from gradcodec.codecs.registry import UNTRAINED
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant
 from gradcodec.encodable import MAX_DIMS, MAX_NAME_BYTES, MAX_NUMEL
 from gradcodec.errors import ConfigError, HubError, NonFiniteError, UpdateError
 from gradcodec.federated.replica import state_digest
+from gradcodec.registry import UNTRAINED
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload
 

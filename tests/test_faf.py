@@ -21,11 +21,11 @@ from faf_toy import (
 )
 from torch import Tensor, nn
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.errors import ConfigError, NonFiniteError, UpdateError
 from gradcodec.faf import LatentOptimizer
+from gradcodec.packers.blockquant import BlockQuantConfig
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

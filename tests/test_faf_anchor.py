@@ -20,8 +20,8 @@ from faf_toy import (
 )
 from torch import Tensor, nn
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.faf import LatentOptimizer
 
 Change = Callable[[nn.Module], None]

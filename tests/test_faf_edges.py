@@ -12,8 +12,7 @@ from faf_toy import batches, equal, loss_of, make_model, nonlinear, spec_of, sta
 from torch import nn
 from torch.optim import lr_scheduler
 
-from gradcodec.codecs.blockquant import BlockQuant
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.faf import LatentOptimizer
 

@@ -11,15 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradcodec import wire
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.cast import Cast, CastConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.per_tensor import PerTensor
-from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Cast, Identity, RotatedSign, Subspace, TopK
 from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import (
     BadFlagsError,
@@ -36,6 +30,12 @@ from gradcodec.errors import (
     UnsupportedVersionError,
     WireError,
 )
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.per_tensor import PerTensor
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import CODEC_IDS, Payload
 

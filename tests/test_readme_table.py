@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from benchmarks import readme_table
-from gradcodec.codecs.registry import UNTRAINED
+from gradcodec.registry import UNTRAINED
 
 
 def test_readme_table_is_made_from_the_committed_results() -> None:

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcodec import wire
-from gradcodec.codecs.blockquant import BlockQuant
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import (
     LimitError,

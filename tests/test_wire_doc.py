@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from gradcodec import wire
-from gradcodec.codecs.cast import Cast, CastConfig
+from gradcodec.codecs import Cast
 from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import WireError
+from gradcodec.packers.cast import CastConfig
 
 PAGE = (Path(__file__).parents[1] / "WIRE.md").read_text()
 

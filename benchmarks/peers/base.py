@@ -13,7 +13,7 @@ from benchmarks.methods import State
 from benchmarks.peers.downlink import States, raw_fp32, read_fp32
 from benchmarks.peers.envelope import Reply
 from gradcodec import layout
-from gradcodec.codecs.base import mean_shares
+from gradcodec.codec import mean_shares
 from gradcodec.errors import (
     CodecMismatchError,
     EmptyClientError,

@@ -7,11 +7,12 @@ import hashlib
 import torch
 
 from benchmarks.methods import Coded, State
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.errors import ConfigError
 from gradcodec.federated import ServerConfig
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.distributed import terms
 from gradcodec.distributed.agreement import Agreed, StoreChannel, alike
 from gradcodec.distributed.collectives import all_reduce

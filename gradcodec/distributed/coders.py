@@ -1,4 +1,4 @@
-"""How the parts of one parameter become bytes: raw, or through a codec's flat interface."""
+"""How the parts of one parameter become bytes: raw, or through a packer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.distributed.parts import ALIGN
 
 
@@ -104,29 +104,30 @@ class CodecCoder:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self.grain = codec.grain
+        self.packer = codec.packer
+        self.grain = self.packer.grain
         self.identity = int.from_bytes(codec.digest, "little")
         self._passes_infinities = isinstance(codec, Identity)
 
     def nbytes(self, numel: int) -> int:
-        """The codec's exact size."""
-        return self.codec.packed_nbytes(numel)
+        """The packer's exact size."""
+        return self.packer.nbytes(numel)
 
     def residual_numel(self, numel: int) -> int:
-        """The codec's; it may be kept in another domain."""
-        return self.codec.residual_numel(numel)
+        """The packer's; it may be kept in another domain."""
+        return self.packer.residual_numel(numel)
 
     def pack(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
-        """``Codec.pack_flat``."""
-        body = self.codec.pack_flat(x, seed=seed, residual=residual)
+        """``Packer.pack``."""
+        body = self.packer.pack(x, seed=seed, residual=residual)
         if residual is not None and self._passes_infinities:
             # A cast does not refuse what overflows it, and infinity minus infinity would stay.
             residual.nan_to_num_(0.0, 0.0, 0.0)
         return body
 
     def mean(self, bodies: Sequence[Tensor], numel: int) -> Tensor:
-        """``Codec.mean_flat``."""
-        return self.codec.mean_flat(torch.stack(list(bodies)), numel)
+        """``Packer.mean``."""
+        return self.packer.mean(torch.stack(list(bodies)), numel)
 
     def narrow(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Finite values that were rounded beyond a narrow dtype's range become its largest."""

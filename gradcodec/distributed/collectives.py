@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.distributed.agreement import LinkChannel, alike
 from gradcodec.distributed.exchange import TwoShot, mean_of
 from gradcodec.distributed.feedback import Residuals

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.distributed import fsdp1, fsdp2
 from gradcodec.distributed.agreement import LinkChannel, alike
 from gradcodec.distributed.backend import CompressedGroup

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.distributed.adaptive import LowRank
 from gradcodec.distributed.handed import check_count
 from gradcodec.distributed.routes import RAW, Route, flat_route, named_codec, routes

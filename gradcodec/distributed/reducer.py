@@ -19,8 +19,9 @@ from gradcodec.distributed.link import Link
 from gradcodec.distributed.parts import cut, derive_seed, turn
 from gradcodec.distributed.pieces import Piece, has_any
 from gradcodec.distributed.policy import Policy
-from gradcodec.distributed.routes import Projection, Route
+from gradcodec.distributed.routes import Route
 from gradcodec.distributed.slots import Slot
+from gradcodec.transforms.subspace.transform import Projection
 
 _BASIS = RawCoder(torch.bfloat16)
 """Of power iterations: rounding them changes which basis is taken, not what is lost."""

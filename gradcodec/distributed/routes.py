@@ -7,52 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant
-from gradcodec.codecs.cast import Cast
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.subspace import Axis, Subspace
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Cast, Identity, RotatedSign, Subspace
 from gradcodec.distributed.adaptive import LowRank
 from gradcodec.distributed.coders import CodecCoder, Coder, RawCoder
 from gradcodec.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One parameter's part of a learned linear codec: ``z = U^T g`` or ``g V``, and back."""
-
-    axis: Axis
-    basis: Tensor
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        axis = self.axis
-        return (axis.size, axis.other) if axis.left else (axis.other, axis.size)
-
-    @property
-    def code_numel(self) -> int:
-        """Length of a code."""
-        return self.basis.shape[1] * self.axis.other
-
-    def code(self, values: Tensor) -> Tensor:
-        """Flat gradient ``[n]`` -> flat code, fp32."""
-        g, u = values.reshape(self._shape).float(), self._basis_on(values)
-        return (u.T @ g if self.axis.left else g @ u).reshape(-1)
-
-    def values(self, code: Tensor) -> Tensor:
-        """Flat code -> flat gradient ``[n]``, fp32."""
-        u, k = self._basis_on(code), self.basis.shape[1]
-        if self.axis.left:
-            return (u @ code.reshape(k, -1)).reshape(-1)
-        return (code.reshape(-1, k) @ u.T).reshape(-1)
-
-    def _basis_on(self, like: Tensor) -> Tensor:
-        return self.basis.to(device=like.device, dtype=torch.float32)
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.transform import Projection
 
 
 @dataclass(frozen=True)
@@ -154,12 +117,13 @@ def routes(codec: Codec | str, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             f"subspace: fitted on {len(table)} parameters, {len(missing)} others came, for example "
             f"{missing[0]!r}; give them a rule"
         )
-    bases, out = outer.bases(), {}
+    out = {}
     for name, shape in shapes.items():
         if math.prod(table[name]) != math.prod(shape):
             raise ConfigError(f"subspace: {name!r} is {table[name]} in its table, not {shape}")
-        if name not in bases:
+        part = outer.transform.of(name)
+        if part is None:
             out[name] = RAW
             continue
-        out[name] = Route(inner.coder, Projection(*bases[name]), inner.feedback, "subspace")
+        out[name] = Route(inner.coder, part, inner.feedback, "subspace")
     return out

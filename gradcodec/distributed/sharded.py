@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.distributed import terms
 from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
 from gradcodec.distributed.collectives import all_reduce, reduce_scatter, scatter_residual_numel
@@ -308,10 +308,10 @@ class ShardedState:
         if not 0 < energy < float("inf"):
             return
         try:
-            body = codec.pack_flat(sample, seed=self._seed(unit))
+            body = codec.packer.pack(sample, seed=self._seed(unit))
         except NonFiniteError:
             return
-        lost = sample - codec.unpack_flat(body, sample.numel())
+        lost = sample - codec.packer.unpack(body, sample.numel())
         unit.nmse = float(lost.square().sum()) / energy
 
     def _count(self, unit: Unit, traffic: Traffic, dense_wire: int) -> None:

@@ -12,12 +12,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.registry import UNTRAINED, make_codec
+from gradcodec.codec import Codec
 from gradcodec.distributed.adaptive import Follower, LowRank
 from gradcodec.distributed.coders import CodecCoder
 from gradcodec.distributed.policy import Choice, Policy
-from gradcodec.distributed.routes import Projection, Route, named_codec
+from gradcodec.distributed.routes import Route, named_codec
+from gradcodec.registry import UNTRAINED, make_codec
+from gradcodec.transforms.subspace.transform import Projection
 from gradcodec.wire import tensor_digest
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gradcodec import files
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError
 from gradcodec.federated import checkpoint
 from gradcodec.federated.checkpoint import Kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
 from gradcodec.federated.replica import Space, for_state
 from gradcodec.federated.tensors import Rules, with_rules

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout, wire
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.encodable import check_update
 from gradcodec.errors import CodecMismatchError
 from gradcodec.federated.envelope import FIXED, INCREMENT, VALUES, Broadcast, Part

@@ -10,18 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.history import as_bytes, as_tensor
 from gradcodec.federated.participants import ClientId, in_order
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import make_codec
 from gradcodec.tgap import SignalMoments, fit_subspace
+from gradcodec.transforms.subspace.allocate import allocate
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import Payload
 

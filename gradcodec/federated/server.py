@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.registry import make_codec
+from gradcodec.codec import Codec
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,
@@ -30,6 +29,7 @@ from gradcodec.federated.rounds import Round, Values
 from gradcodec.federated.schedule import AutoConfig, FitSubspace, Fixed, Schedule, Stage
 from gradcodec.federated.switch import Switch
 from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split
+from gradcodec.registry import make_codec
 from gradcodec.types import Update
 from gradcodec.wire import Payload
 

@@ -19,10 +19,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec, codec_class
-from gradcodec.codecs.compose import ChainConfig
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.settings import CodecConfig
+from gradcodec.chain import ChainConfig
+from gradcodec.codec import Codec, codec_class
+from gradcodec.codecs import Identity
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,
@@ -33,6 +32,7 @@ from gradcodec.errors import (
     UpdateError,
 )
 from gradcodec.federated.replica import for_state, state_digest
+from gradcodec.settings import CodecConfig
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -220,7 +220,7 @@ def _build(config: Any, **parts: Any) -> Codec:
         kind = config.get("kind", "") if isinstance(config, dict) else ""
         settings = codec_class(kind).Config.from_dict(config)
         _check_kinds(settings)
-        return codec_class(kind)._of(settings, **parts)
+        return codec_class(kind).from_config(settings, **parts)
     except (ConfigError, UpdateError) as err:
         raise MalformedBodyError(f"codec: its settings and weights make none: {err}") from err
 

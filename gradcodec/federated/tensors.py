@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.per_tensor import PerTensor
-from gradcodec.codecs.registry import make_codec
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.federated.exact import ExactSum
 from gradcodec.parameters import named_buffers, named_parameters, plain_names
+from gradcodec.per_tensor import PerTensor
+from gradcodec.registry import make_codec
 from gradcodec.types import Update, UpdateSpec
 
 BUFFERS = ("*running_mean", "*running_var")

@@ -10,19 +10,19 @@ from pathlib import Path
 from types import TracebackType
 
 from gradcodec import describe
-from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.subspace import ALLOCATIONS, SubspaceConfig
-from gradcodec.codecs.subspace_basis import BASIS_DTYPES
-from gradcodec.codecs.subspace_groups import SHARES
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, RotatedSign
 from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.recipes import report, schemes
 from gradcodec.recipes.federated_llama import Experiment
 from gradcodec.recipes.results import summarise
 from gradcodec.recipes.run_folder import RunFolder
 from gradcodec.recipes.settings import PRESETS, Settings
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.basis import BASIS_DTYPES
+from gradcodec.transforms.subspace.config import ALLOCATIONS, SubspaceConfig
+from gradcodec.transforms.subspace.groups import SHARES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 
 from gradcodec import files
-from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, GradcodecError, TrainingError
 from gradcodec.federated import checkpoint
 from gradcodec.federated.collect import collect
@@ -44,6 +42,8 @@ from gradcodec.tgap import (
     fit_subspace,
 )
 from gradcodec.tgap.fit_autoencoder import FitRow
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 Progress = Callable[[str, int, int, Mapping[str, str]], None]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.errors import ConfigError
 from gradcodec.federated.config import ServerConfig
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import make_codec
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 Trained = Mapping[str, Codec]
 """Codecs that TGAP fitted, by their names in ``TRAINED``."""

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradcodec import layout
-from gradcodec.codecs.autoencoder import (
-    Autoencoder,
-    AutoencoderConfig,
-    ColumnDecoder,
-    ColumnEncoder,
-    build_nets,
-)
+from gradcodec.codecs import Autoencoder
 from gradcodec.errors import ConfigError, TrainingError
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.autoencoder.halves import ColumnDecoder, ColumnEncoder, build_nets
 from gradcodec.types import Update, UpdateSpec
 
 Snapshots = Sequence[Update] | Callable[[], Iterable[Update]]

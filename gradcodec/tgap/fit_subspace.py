@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
+from gradcodec.codecs import Subspace
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.tgap.moments import SecondMoments
+from gradcodec.transforms.subspace.allocate import allocate
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 
 
 def fit_subspace(moments: SecondMoments, config: SubspaceConfig | None = None) -> Subspace:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.subspace import Axis, SubspaceConfig
-from gradcodec.codecs.subspace_groups import groups
 from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
+from gradcodec.transforms.subspace.groups import groups
 from gradcodec.types import Update, UpdateSpec
 
 EXACT_LIMIT = 2048

@@ -17,12 +17,12 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from gradcodec import layout
-from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.representation import RECORDED, check, represent
 from gradcodec.tgap.moments import SecondMoments
 from gradcodec.tgap.parts import parts_of
 from gradcodec.tgap.snapshots import SnapshotStore
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 

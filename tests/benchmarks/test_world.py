@@ -10,14 +10,14 @@ import torch
 from benchmarks import federated, fitted, peers
 from benchmarks.methods import Coded
 from benchmarks.world import World, play
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codecs import Identity
 from gradcodec.federated import Federation, Server
 from gradcodec.recipes.federated_llama import Experiment
 from gradcodec.recipes.run_folder import RunFolder
 from gradcodec.recipes.settings import Settings
 from gradcodec.recipes.task import LocalTraining
 from gradcodec.tgap import fit_subspace
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -9,21 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradcodec.codecs import autoencoder_nets as nets
-from gradcodec.codecs.autoencoder import (
-    NORMALISATIONS,
-    RATIOS,
-    VARIANTS,
-    Autoencoder,
-    AutoencoderConfig,
-)
-from gradcodec.codecs.layout_image import Columns, Image
+from gradcodec.codecs import Autoencoder
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,
     NonFiniteError,
     UpdateError,
 )
+from gradcodec.transforms.autoencoder import nets as nets
+from gradcodec.transforms.autoencoder.config import (
+    NORMALISATIONS,
+    RATIOS,
+    VARIANTS,
+    AutoencoderConfig,
+)
+from gradcodec.transforms.autoencoder.image import Columns, Image
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -290,7 +290,7 @@ def test_pullback_is_the_transposed_derivative_of_the_decoder(arch: str, variant
 
     step = 1e-3
     slope = (inner(z + step * direction) - inner(z - step * direction)) / (2 * step)
-    predicted = float(codec.pullback(z, gradients).double() @ direction.double())
+    predicted = float(codec.transform.pullback(z, gradients).double() @ direction.double())
     assert math.isclose(slope, predicted, rel_tol=0.05, abs_tol=0.02)
 
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcodec import native, ops
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs import BlockQuant
 from gradcodec.errors import ConfigError, MalformedBodyError, NonFiniteError
 from gradcodec.ops import CHUNK
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.reference.hadamard import rotate_chunks_back
 
@@ -46,7 +47,7 @@ UNBIASED = [c for c in CONFIGS if c.unbiased and c.block != 256 and c.scale == "
 
 
 def through(codec: BlockQuant, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return codec.unpack_flat(codec.pack_flat(x, seed=seed), len(x))
+    return codec.packer.unpack(codec.packer.pack(x, seed=seed), len(x))
 
 
 def nmse(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -126,12 +127,12 @@ def test_settings_that_do_not_fit_are_named(settings: dict[str, object], told: s
 @pytest.mark.parametrize("count", [0, 1, 63, 65, 4095, 4097])
 def test_sizes_are_exact(config: BlockQuantConfig, count: int) -> None:
     codec = BlockQuant(config)
-    body = codec.pack_flat(torch.randn(count))
-    assert len(body) == codec.packed_nbytes(count)
+    body = codec.packer.pack(torch.randn(count))
+    assert len(body) == codec.packer.nbytes(count)
     total = -(-count // CHUNK) * CHUNK if config.rotate else count
     scales = -(-total // config.block) * (2 if config.placed == "lloyd" else 1)
     assert len(body) == 2 * scales + packed_nbytes(total, config.bits)
-    assert codec.unpack_flat(body, count).shape == (count,)
+    assert codec.packer.unpack(body, count).shape == (count,)
 
 
 @BY_CONFIG
@@ -139,7 +140,7 @@ def test_equal_seeds_give_equal_bytes_and_others_only_where_dice_are_thrown(
     config: BlockQuantConfig,
 ) -> None:
     codec, x = BlockQuant(config), torch.randn(5000)
-    one, same, other = (codec.pack_flat(x, seed=s) for s in (1, 1, 2))
+    one, same, other = (codec.packer.pack(x, seed=s) for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert torch.equal(one, other) != config.stochastic
 
@@ -149,27 +150,27 @@ def test_every_implementation_gives_the_references_bytes(
     config: BlockQuantConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec, x = BlockQuant(config), torch.randn(5001)
-    bodies = torch.stack([codec.pack_flat(x * (1 + w), seed=w) for w in range(3)])
-    mean = codec.mean_flat(bodies, 5001)
+    bodies = torch.stack([codec.packer.pack(x * (1 + w), seed=w) for w in range(3)])
+    mean = codec.packer.mean(bodies, 5001)
     encode, decode = ops.encode, ops.decode_mean
     for impl in ("reference", *(["native"] if native.available() else [])):
         monkeypatch.setattr(ops, "encode", lambda *a, i=impl, **k: encode(*a, impl=i, **k))
         monkeypatch.setattr(ops, "decode_mean", lambda *a, i=impl, **k: decode(*a, impl=i, **k))
-        again = torch.stack([codec.pack_flat(x * (1 + w), seed=w) for w in range(3)])
+        again = torch.stack([codec.packer.pack(x * (1 + w), seed=w) for w in range(3)])
         assert torch.equal(again, bodies)
-        assert torch.equal(codec.mean_flat(again, 5001), mean)
+        assert torch.equal(codec.packer.mean(again, 5001), mean)
 
 
 @BY_CONFIG
 def test_scales_that_no_encoder_makes_are_malformed(config: BlockQuantConfig) -> None:
     codec = BlockQuant(config)
-    body = codec.pack_flat(torch.randn(100))
+    body = codec.packer.pack(torch.randn(100))
     for bits in (0x7F80, 0x7FC0, 0xBF80):  # infinite, NaN, -1
         bad = body.clone()
         bad[0], bad[1] = bits & 0xFF, bits >> 8
         for decode in (
-            lambda b: codec.unpack_flat(b, 100),
-            lambda b: codec.mean_flat(torch.stack([body, b]), 100),
+            lambda b: codec.packer.unpack(b, 100),
+            lambda b: codec.packer.mean(torch.stack([body, b]), 100),
         ):
             with pytest.raises(MalformedBodyError):
                 decode(bad)
@@ -178,15 +179,15 @@ def test_scales_that_no_encoder_makes_are_malformed(config: BlockQuantConfig) ->
 @given(st.binary(min_size=1, max_size=60), st.sampled_from(CONFIGS))
 def test_any_bytes_decode_or_are_malformed(blob: bytes, config: BlockQuantConfig) -> None:
     codec = BlockQuant(config)
-    counts = [n for n in range(1, 65) if codec.packed_nbytes(n) <= len(blob)]
+    counts = [n for n in range(1, 65) if codec.packer.nbytes(n) <= len(blob)]
     body = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
     if not counts:
         with pytest.raises(MalformedBodyError):
-            codec.unpack_flat(body, 1)
+            codec.packer.unpack(body, 1)
         return
     numel = counts[-1]
     try:
-        y = codec.unpack_flat(body[: codec.packed_nbytes(numel)], numel)
+        y = codec.packer.unpack(body[: codec.packer.nbytes(numel)], numel)
     except MalformedBodyError:
         return
     assert y.shape == (numel,)
@@ -275,12 +276,12 @@ def test_the_same_law_fails_where_nothing_is_promised(bits: int) -> None:
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_a_mean_is_the_mean_of_decodes(config: BlockQuantConfig, world: int) -> None:
     codec, count = BlockQuant(config), 5001
-    bodies = torch.stack([codec.pack_flat(torch.randn(count), seed=w) for w in range(world)])
-    rows = [codec.unpack_flat(body, count) for body in bodies]
+    bodies = torch.stack([codec.packer.pack(torch.randn(count), seed=w) for w in range(world)])
+    rows = [codec.packer.unpack(body, count) for body in bodies]
     total = torch.zeros(count)
     for row in rows:
         total += row
-    mean = codec.mean_flat(bodies, count)
+    mean = codec.packer.mean(bodies, count)
     if not config.rotate:
         assert torch.equal(mean, total * (1.0 / world))
         return
@@ -294,17 +295,17 @@ def test_a_mean_of_odd_rows_is_read() -> None:
     for config in CONFIGS:
         codec = BlockQuant(config)
         for count in (1, 3, 329, 331):
-            assert codec.mean_flat(codec.pack_flat(torch.ones(count))[None], count).shape == (
+            assert codec.packer.mean(codec.packer.pack(torch.ones(count))[None], count).shape == (
                 count,
             )
 
 
 def test_bodies_of_another_length_are_refused() -> None:
     codec = BlockQuant()
-    body = codec.pack_flat(torch.randn(100))
+    body = codec.packer.pack(torch.randn(100))
     for bodies in (body[None, :-1], torch.cat([body, body])[None]):
         with pytest.raises(MalformedBodyError, match="expected"):
-            codec.mean_flat(bodies, 100)
+            codec.packer.mean(bodies, 100)
 
 
 # -- error feedback ------------------------------------------------------------------------------
@@ -319,13 +320,13 @@ def missing_after(
     """
     codec = BlockQuant(config)
     generator = torch.Generator().manual_seed(3)
-    residual = torch.zeros(codec.residual_numel(count))
+    residual = torch.zeros(codec.packer.residual_numel(count))
     direction = torch.randn(count, generator=generator)
     missing, found = torch.zeros(count, dtype=torch.float64), []
     for step in range(1, max(steps) + 1):
         x = direction + 0.5 * torch.randn(count, generator=generator)
-        body = codec.pack_flat(x, seed=step, residual=residual)
-        missing += x.double() - codec.unpack_flat(body, count).double()
+        body = codec.packer.pack(x, seed=step, residual=residual)
+        missing += x.double() - codec.packer.unpack(body, count).double()
         if step in steps:
             found.append(float(missing.norm()) / step / float(direction.norm()))
     held = lost(config, residual, count).double()
@@ -373,8 +374,8 @@ def test_feedback_is_not_for_codecs_that_lose_more_than_they_are_given() -> None
 @BY_CONFIG
 def test_what_is_decoded_and_the_residual_are_what_was_given(config: BlockQuantConfig) -> None:
     codec, x = BlockQuant(config), torch.randn(1000)
-    residual = torch.zeros(codec.residual_numel(1000))
-    y = codec.unpack_flat(codec.pack_flat(x, residual=residual), 1000)
+    residual = torch.zeros(codec.packer.residual_numel(1000))
+    y = codec.packer.unpack(codec.packer.pack(x, residual=residual), 1000)
     # Twelve stages of sums both ways where rotated, else one rounding.
     assert float((y + lost(config, residual, 1000) - x).norm() / x.norm()) < (
         30 * 2.0**-24 if config.rotate else 2.0**-23
@@ -387,9 +388,9 @@ def test_a_refused_vector_leaves_the_residual(bad: float) -> None:
         codec = BlockQuant(config)
         x = torch.randn(100)
         x[7] = bad
-        residual = torch.full((codec.residual_numel(100),), 0.5)
+        residual = torch.full((codec.packer.residual_numel(100),), 0.5)
         with pytest.raises(NonFiniteError):
-            codec.pack_flat(x, residual=residual)
+            codec.packer.pack(x, residual=residual)
         assert bool((residual == 0.5).all())
 
 
@@ -399,7 +400,7 @@ def test_the_largest_values_come_back_finite_or_are_refused(config: BlockQuantCo
     for share in (1.0, 0.5, 0.01):
         x = torch.full((5000,), torch.finfo(torch.float32).max * share)
         try:
-            body = codec.pack_flat(x)
+            body = codec.packer.pack(x)
         except NonFiniteError:
             continue
-        assert bool(torch.isfinite(codec.unpack_flat(body, 5000)).all())
+        assert bool(torch.isfinite(codec.packer.unpack(body, 5000)).all())

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.per_tensor import MAX_PARTS, PerTensor, PerTensorConfig
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Identity, Subspace
 from gradcodec.errors import ConfigError, MalformedBodyError, UpdateError
 from gradcodec.faf import LatentOptimizer
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.per_tensor import MAX_PARTS, PerTensor, PerTensorConfig
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 UPDATE = {
@@ -133,14 +133,14 @@ def test_a_config_that_makes_none_is_named(change: dict[str, Any], message: str)
 def test_it_codes_named_tensors_only() -> None:
     codec = fitted()
     with pytest.raises(ConfigError, match="named tensors"):
-        codec.packed_nbytes(7)
+        codec.packer.nbytes(7)
     with pytest.raises(ConfigError, match="a spec is needed"):
         PerTensor.from_config(codec.config.to_dict())
     with pytest.raises(UpdateError):
         codec.encoder.encode({"a": UPDATE["a"]})
     payload = codec.encoder.encode(UPDATE)
     with pytest.raises(MalformedBodyError):
-        codec._decode_body(payload.body[:-1], SPEC)
+        codec.pipeline.decode(payload.body[:-1], SPEC)
 
 
 def test_config_comes_back_from_its_dict() -> None:

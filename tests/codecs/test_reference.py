@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs import BlockQuant
 from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.reference import grid, two_means
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.decode_mean import decode_mean
@@ -255,8 +256,8 @@ def test_the_codec_has_these_levels_by_default(bits: int) -> None:
     x, codec = torch.randn(1001), BlockQuant(BlockQuantConfig(bits, block=64))
     packed, scales = coded(x, bits, 64)
     body = torch.cat([scales.reshape(-1).view(torch.uint8), packed])
-    assert torch.equal(codec.pack_flat(x), body)
-    assert torch.equal(codec.unpack_flat(body, 1001), quantised(x, bits, 64))
+    assert torch.equal(codec.packer.pack(x), body)
+    assert torch.equal(codec.packer.unpack(body, 1001), quantised(x, bits, 64))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from gradcodec import wire
-from gradcodec.codecs.base import Codec, codec_class
-from gradcodec.codecs.registry import UNTRAINED, make_codec
+from gradcodec.codec import Codec, codec_class
 from gradcodec.errors import ConfigError
+from gradcodec.registry import UNTRAINED, make_codec
 from gradcodec.wire import CODEC_IDS
 
 EXPECTED = {
@@ -37,7 +37,7 @@ def test_names_make_the_codec_they_say(name: str) -> None:
     assert codec.config.kind == kind
     # 2^16 values hide a block's scales: 16 bits for 256 values at 8, 4 and 1 bit, 32 at 2 bits.
     if bits is not None:
-        assert bits <= 8 * codec.packed_nbytes(1 << 16) / (1 << 16) <= bits + 1 / 8
+        assert bits <= 8 * codec.packer.nbytes(1 << 16) / (1 << 16) <= bits + 1 / 8
 
 
 def test_every_name_is_expected() -> None:

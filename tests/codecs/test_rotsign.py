@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
+from gradcodec.codecs import RotatedSign
 from gradcodec.errors import ConfigError, NonFiniteError
+from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.reference.hadamard import hadamard, random_signs, rotate, rotate_back
 from gradcodec.wire import Payload
 

@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcodec import make_codec
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec, codec_class
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.claims import MAX_EXPANSION, MAX_UNPAID, check_claim
-from gradcodec.codecs.compose import MAX_STAGES, Chain, ChainConfig
-from gradcodec.codecs.identity import Identity, IdentityConfig
-from gradcodec.codecs.per_tensor import PerTensorConfig
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import MAX_STAGES, Chain, ChainConfig
+from gradcodec.claims import MAX_EXPANSION, MAX_UNPAID, check_claim
+from gradcodec.codec import Codec, codec_class
+from gradcodec.codecs import Autoencoder, BlockQuant, Identity, Subspace, TopK
 from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.raw import IdentityConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.per_tensor import PerTensorConfig
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import CODEC_IDS
 

@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.subspace import (
-    ALLOCATIONS,
-    SIDES,
-    Axis,
-    Subspace,
-    SubspaceConfig,
-    allocate,
-)
+from gradcodec.codecs import Subspace
 from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.transforms.subspace.allocate import allocate
+from gradcodec.transforms.subspace.config import ALLOCATIONS, SIDES, Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 FP32 = SubspaceConfig(basis_dtype="float32")
@@ -298,7 +293,7 @@ def test_the_side_is_part_of_a_square_matrixs_basis() -> None:
         Subspace.from_bases(config, spec, {"w": (Axis(left, 6, 6), u)}) for left in (True, False)
     ]
     assert codecs[0].digest != codecs[1].digest
-    assert [c.code_shapes()["w"] for c in codecs] == [(2, 6), (6, 2)]
+    assert [c.transform.parts["w"].code_shape for c in codecs] == [(2, 6), (6, 2)]
 
 
 def test_the_code_is_the_projection_in_row_major_order() -> None:
@@ -337,7 +332,7 @@ def test_an_empty_parameter_may_have_a_basis(side: str, shape: tuple[int, int]) 
 
 def test_a_basis_of_no_columns_has_no_step_scales() -> None:
     codec = Subspace(FP32, spec=SPEC, weights={"shared.left.w": torch.zeros(6, 0)})
-    assert codec.step_scales().numel() == codec.code_numel(SPEC) == 0
+    assert codec.transform.step_scales().numel() == codec.code_numel(SPEC) == 0
 
 
 def test_another_table_is_refused() -> None:

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec import describe
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.codecs.subspace_basis import (
+from gradcodec.codec import Codec
+from gradcodec.codecs import Subspace
+from gradcodec.errors import ConfigError, HubError
+from gradcodec.transforms.subspace.basis import (
     BASIS_DTYPES,
     BITS,
     BLOCK,
-    basis_nbytes,
+    FLOATS,
     dequantise,
     quantise,
 )
-from gradcodec.errors import ConfigError, HubError
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 SPEC = UpdateSpec(
@@ -57,7 +58,7 @@ def test_every_value_is_within_half_a_step_of_its_block(
     codes, scales = quantise(u, bits)
     came = dequantise(codes, scales, size, bits)
     assert came.shape == u.shape
-    assert codes.numel() + 2 * scales.numel() == basis_nbytes(size, k, f"int{bits}")
+    assert codes.numel() + 2 * scales.numel() == stored_nbytes(size, k, f"int{bits}")
     steps = scales.float().repeat_interleave(BLOCK, 1)[:, :size].T
     # A bf16 scale is off by 2^-9: the largest value of a block, by 2^-9 of its 7 or 127 steps.
     top = (1 << (bits - 1)) - 1
@@ -85,13 +86,19 @@ def test_columns_are_quantised_on_their_own(bits: int) -> None:
     assert float(whole[:, 3].abs().max()) == 0
 
 
-def test_the_formula_of_sizes() -> None:
-    # 4096 values: 2,048 bytes of codes and 64 scales of two bytes; 65: 33 and two scales.
-    assert basis_nbytes(4096, 3, "int4") == 3 * (2048 + 128)
-    assert basis_nbytes(4096, 3, "int8") == 3 * (4096 + 128)
-    assert basis_nbytes(65, 1, "int4") == 33 + 4
-    assert basis_nbytes(65, 2, "bfloat16") == 260
-    assert basis_nbytes(65, 2, "float32") == 520
+def stored_nbytes(size: int, k: int, dtype: str) -> int:
+    """Bytes of a basis ``[size, k]``: values, or whole bytes of codes and a scale per block."""
+    if dtype in FLOATS:
+        return size * k * FLOATS[dtype].itemsize
+    return k * (-(-size * BITS[dtype] // 8) + 2 * -(-size // BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "expected"), [(4096, 4, 2048 + 128), (4096, 8, 4096 + 128), (65, 4, 33 + 4)]
+)
+def test_a_column_takes_its_codes_and_two_bytes_per_64(size: int, bits: int, expected: int) -> None:
+    codes, scales = quantise(torch.ones(size, 3), bits)
+    assert codes.numel() + 2 * scales.numel() == 3 * expected
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -120,7 +127,7 @@ def test_what_cannot_be_a_basis_is_refused(bits: int, spoil) -> None:  # type: i
 def test_stored_bytes_are_those_of_the_formula(dtype: str) -> None:
     codec = made(dtype)
     sizes = {n: axis.size for n, (axis, _) in codec.bases().items()}
-    assert codec.weight_nbytes == sum(basis_nbytes(sizes[n], RANKS[n], dtype) for n in RANKS)
+    assert codec.weight_nbytes == sum(stored_nbytes(sizes[n], RANKS[n], dtype) for n in RANKS)
     assert {n: u.shape[1] for n, (_, u) in codec.bases().items()} == RANKS
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig, allocate
-from gradcodec.codecs.subspace_groups import SHARES, group_names, groups
+from gradcodec.codec import Codec
+from gradcodec.codecs import Subspace
 from gradcodec.errors import ConfigError
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.moments import EXACT_LIMIT, SecondMoments
+from gradcodec.transforms.subspace.allocate import allocate
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
+from gradcodec.transforms.subspace.groups import SHARES, group_names, groups
 from gradcodec.types import TensorSpec, UpdateSpec
 
 

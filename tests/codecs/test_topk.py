@@ -7,9 +7,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gradcodec.codecs.topk import TopK, TopKConfig
-from gradcodec.codecs.topk_positions import FORMS, Positions
+from gradcodec.codecs import TopK
 from gradcodec.errors import ConfigError, MalformedBodyError, NonFiniteError
+from gradcodec.packers.positions import FORMS, Positions
+from gradcodec.packers.topk import TopKConfig
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes
 from gradcodec.wire import raw_bytes
 
@@ -58,7 +59,7 @@ def test_signs_are_kept() -> None:
 def test_a_short_chunk_keeps_at_most_its_length(count: int, kept: int) -> None:
     codec = TopK(TopKConfig(k=4, chunk=24, bits=8))
     # Values in blocks of 8, each with one bf16 scale, then 5 bits for each position.
-    assert codec.packed_nbytes(count) == kept + 2 * -(-kept // 8) + packed_nbytes(kept, 5)
+    assert codec.packer.nbytes(count) == kept + 2 * -(-kept // 8) + packed_nbytes(kept, 5)
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 64, 65, 1 << 16])
@@ -137,7 +138,7 @@ def test_codecs_of_before_keep_their_digest() -> None:
 @pytest.mark.parametrize("count", SIZES)
 def test_sizes_are_exact(count: int, config: TopKConfig) -> None:
     codec = TopK(config)
-    assert codec.pack_flat(distinct(count)).numel() == codec.packed_nbytes(count)
+    assert codec.packer.pack(distinct(count)).numel() == codec.packer.nbytes(count)
 
 
 @BY_VARIANT
@@ -146,7 +147,7 @@ def test_every_variant_keeps_the_same_values_in_their_places(
     count: int, config: TopKConfig
 ) -> None:
     x = distinct(count)
-    y = TopK(config).unpack_flat(TopK(config).pack_flat(x), count)
+    y = TopK(config).packer.unpack(TopK(config).packer.pack(x), count)
     for part, came in zip(x.split(config.chunk), y.split(config.chunk), strict=True):
         largest = part.abs().topk(min(config.k, len(part))).indices
         assert set(came.nonzero()[:, 0].tolist()) <= set(largest.tolist())
@@ -193,17 +194,17 @@ def test_any_bytes_of_the_right_length_decode_or_are_malformed(
     config: TopKConfig, changes: dict[int, int]
 ) -> None:
     codec, numel = TopK(config), 700
-    body = codec.pack_flat(distinct(numel))
+    body = codec.packer.pack(distinct(numel))
     for at, value in changes.items():
         body[at % len(body)] = value
     try:
-        y = codec.unpack_flat(body, numel)
+        y = codec.packer.unpack(body, numel)
     except MalformedBodyError:
         with pytest.raises(MalformedBodyError):
-            codec.mean_flat(body[None], numel)
+            codec.packer.mean(body[None], numel)
         return
     assert bool(torch.isfinite(y).all())
-    assert torch.equal(codec.mean_flat(body[None], numel), y)
+    assert torch.equal(codec.packer.mean(body[None], numel), y)
 
 
 def test_rows_have_a_scale_for_every_4096_values() -> None:
@@ -211,7 +212,7 @@ def test_rows_have_a_scale_for_every_4096_values() -> None:
     for k in (1, 2):
         codec = TopK(TopKConfig(k=k, chunk=64, bits=4, structure="rows"))
         kept = numel // 64 * k
-        assert codec.packed_nbytes(numel) == kept // 2 + 2 * numel // 4096 + kept * 6 // 8
+        assert codec.packer.nbytes(numel) == kept // 2 + 2 * numel // 4096 + kept * 6 // 8
 
 
 # -- means and error feedback --------------------------------------------------------------------
@@ -224,31 +225,31 @@ def test_a_mean_of_a_power_of_two_is_the_mean_to_the_bit(
     count: int, world: int, config: TopKConfig
 ) -> None:
     codec = TopK(config)
-    bodies = torch.stack([codec.pack_flat(distinct(count, seed)) for seed in range(world)])
+    bodies = torch.stack([codec.packer.pack(distinct(count, seed)) for seed in range(world)])
     total = torch.zeros(count)
     for body in bodies:
-        total += codec.unpack_flat(body, count)
-    assert torch.equal(codec.mean_flat(bodies, count), total / world)
+        total += codec.packer.unpack(body, count)
+    assert torch.equal(codec.packer.mean(bodies, count), total / world)
 
 
 def test_any_other_mean_is_the_mean_to_rounding() -> None:
     codec, count = TopK(VARIANTS["elias-fano"]), 1000
-    bodies = torch.stack([codec.pack_flat(distinct(count, seed)) for seed in range(7)])
-    expected = sum(codec.unpack_flat(body, count).double() for body in bodies) / 7
+    bodies = torch.stack([codec.packer.pack(distinct(count, seed)) for seed in range(7)])
+    expected = sum(codec.packer.unpack(body, count).double() for body in bodies) / 7
     # Seven products and seven sums, each rounded to fp32 once: 14 half-units of what is added.
-    size = sum(codec.unpack_flat(body, count).double().abs() for body in bodies) / 7
-    error = (codec.mean_flat(bodies, count).double() - expected).abs()
+    size = sum(codec.packer.unpack(body, count).double().abs() for body in bodies) / 7
+    error = (codec.packer.mean(bodies, count).double() - expected).abs()
     assert bool((error <= 14 * 2.0**-24 * size).all())
 
 
 def test_a_mean_refuses_what_a_decoder_refuses() -> None:
     codec = TopK(TopKConfig(k=2, chunk=24))
-    body = codec.pack_flat(distinct(60))
+    body = codec.packer.pack(distinct(60))
     bad = body.clone()
     bad[-1] |= 0xFF
     for bodies in (torch.stack([body, bad]), body[None, :-1]):
         with pytest.raises(MalformedBodyError):
-            codec.mean_flat(bodies, 60)
+            codec.packer.mean(bodies, 60)
 
 
 @BY_VARIANT
@@ -260,7 +261,7 @@ def test_what_is_decoded_and_the_residual_are_what_was_given(
     x = torch.randn(count)
     before = (torch.randn(count) * 0.1).to(dtype)
     residual = before.clone()
-    y = codec.unpack_flat(codec.pack_flat(x, residual=residual), count)
+    y = codec.packer.unpack(codec.packer.pack(x, residual=residual), count)
     wanted = x + before.float()
     # fp32: the difference of a value and its level is rounded once. bf16 keeps 8 bits of it.
     bound = (2.0**-23 if dtype == torch.float32 else 2.0**-8) * (wanted.abs() + y.abs())
@@ -272,12 +273,12 @@ def test_error_feedback_sends_everything_in_the_end() -> None:
     codec, count, steps = TopK(TopKConfig(k=4, chunk=64)), 640, 200
     x, residual, total = torch.randn(count), torch.zeros(count), torch.zeros(count)
     for _ in range(steps):
-        total += codec.unpack_flat(codec.pack_flat(x, residual=residual), count)
+        total += codec.packer.unpack(codec.packer.pack(x, residual=residual), count)
     # What is missing is the residual, which stays bounded: 15 values wait for each that is sent.
     assert float((total / steps - x).abs().max()) < 0.25
     assert float((total + residual - steps * x).abs().max()) < steps * 1e-4
     # Without it the small ones never arrive.
-    once = codec.unpack_flat(codec.pack_flat(x), count)
+    once = codec.packer.unpack(codec.packer.pack(x), count)
     assert float((once - x).abs().max()) > 1
 
 
@@ -285,7 +286,7 @@ def test_a_refused_vector_leaves_the_residual() -> None:
     x, residual = distinct(100), torch.ones(100)
     x[3] = float("nan")
     with pytest.raises(NonFiniteError):
-        TopK(TopKConfig(k=2, chunk=24)).pack_flat(x, residual=residual)
+        TopK(TopKConfig(k=2, chunk=24)).packer.pack(x, residual=residual)
     assert torch.equal(residual, torch.ones(100))
 
 

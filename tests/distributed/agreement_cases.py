@@ -19,10 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcodec.distributed.agreement as agreement
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.distributed import (
     CompressState,
     LowRank,
@@ -36,6 +34,9 @@ from gradcodec.distributed import (
     scatter_residual_numel,
 )
 from gradcodec.errors import AgreementError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 

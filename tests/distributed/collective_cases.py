@@ -8,8 +8,7 @@ import torch.distributed as dist
 from distributed.toy import everywhere, relative
 from torch import Tensor
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.distributed import (
     Residuals,
     compressed_all_gather,
@@ -19,6 +18,8 @@ from gradcodec.distributed import (
 )
 from gradcodec.distributed.shims import all_gather_single, reduce_scatter_single
 from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 NAMES = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "sign", "topk", "rotsign")
@@ -258,7 +259,7 @@ def a_learned_codec_averages_codes(rank: int, world: int) -> None:
 def bytes_on_the_wire_are_the_codecs_bytes(rank: int, world: int) -> None:
     size = 4096 * world
     traffic = compressed_all_reduce(values(rank, size), "int4")
-    body = BlockQuant(BlockQuantConfig(4)).packed_nbytes(4096)
+    body = BlockQuant(BlockQuantConfig(4)).packer.nbytes(4096)
     # To every other rank what is agreed on, its part, and my mean; a header of 8 bytes each, 16 in
     # shot one from W=4.
     least = (world - 1) * (2 * body + 48)

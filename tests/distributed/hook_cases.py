@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcodec.distributed.auto as auto_module
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.distributed import CompressState, LowRank, Residuals, compress_hook
 from gradcodec.errors import ConfigError, TrainingError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 #: Every way to code, with a bound on the relative squared error of one step's mean gradient: about
@@ -734,7 +735,7 @@ def bytes_are_counted_as_they_are(rank: int, world: int) -> None:
         assert stats["dense_wire_bytes"] == 2 * (world - 1) * 4 * numel // world
         sent = [int(t) for t in everywhere(torch.tensor([stats["wire_bytes"]]))]
         codec = BlockQuant(BlockQuantConfig(8))
-        bodies = sum(codec.packed_nbytes(n) for n in (4096, 4096, 1024)) + 4 * WIDTH
+        bodies = sum(codec.packer.nbytes(n) for n in (4096, 4096, 1024)) + 4 * WIDTH
         # Every part goes to its owner from all others and back to all others; the rest is headers
         # of 8 to 16 bytes and padding, at most 32 bytes a message.
         expected = 2 * (world - 1) * bodies
@@ -856,7 +857,7 @@ def linear_learned_codecs_average_their_codes(rank: int, world: int) -> None:
                 g, u = exact[name], u.double()
                 expected = u @ (u.T @ g) if axis.left else (g @ u) @ u.T
                 assert relative(came, expected) < bound
-            codes = sum(rows * cols for rows, cols in subspace.code_shapes().values())
+            codes = subspace.code_numel()
             assert state.stats()["wire_bytes"] < 4 * (2 * codes) * (world - 1) + 30000
             train(ddp, range(1, 3), sgd(ddp))
             assert_replicas_equal(ddp)

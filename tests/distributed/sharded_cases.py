@@ -25,13 +25,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs import BlockQuant
 from gradcodec.distributed.backend import CompressedGroup, register_compressed_backend
 from gradcodec.distributed.compress import compress
 from gradcodec.distributed.fsdp1 import reduce_fsdp1
 from gradcodec.distributed.hook import compress_hook
 from gradcodec.distributed.state import CompressState
 from gradcodec.errors import GradcodecError
+from gradcodec.packers.blockquant import BlockQuantConfig
 
 WIDTH, CLASSES, STEPS, RATE = 131, 10, 8, 1.0
 CASES: dict[str, Callable[[], Any]] = {}

@@ -17,8 +17,7 @@ from distributed.toy import net
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs import BlockQuant
 from gradcodec.distributed import (
     CompressState,
     LowRank,
@@ -29,6 +28,8 @@ from gradcodec.distributed import (
     register_compressed_backend,
 )
 from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import make_codec
 from gradcodec.types import TensorSpec, UpdateSpec
 
 

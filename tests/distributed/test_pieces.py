@@ -6,14 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.registry import UNTRAINED, make_codec
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, TopK
 from gradcodec.distributed.coders import CodecCoder, RawCoder
 from gradcodec.distributed.parts import ALIGN, cut
 from gradcodec.distributed.pieces import Lane, Piece, lanes, resting, together
 from gradcodec.errors import NonFiniteError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.registry import UNTRAINED, make_codec
 
 OTHERS = {
     "topk-3": TopK(TopKConfig(k=3, chunk=512)),
@@ -23,7 +24,7 @@ OTHERS = {
     "int2-rms": BlockQuant(BlockQuantConfig(2, scale="rms")),
 }
 CODECS = {**{name: make_codec(name) for name in UNTRAINED}, **OTHERS}
-GRAINED = {name: codec for name, codec in CODECS.items() if codec.grain is not None}
+GRAINED = {name: codec for name, codec in CODECS.items() if codec.packer.grain is not None}
 
 
 def vectors(grain: int) -> list[Tensor]:
@@ -36,16 +37,16 @@ def vectors(grain: int) -> list[Tensor]:
 
 def coded(codec: Codec, vector: Tensor, residual: Tensor) -> Tensor:
     for _ in range(2):  # the second time with what the first has lost
-        body = codec.pack_flat(vector, seed=3, residual=residual)
-    return codec.unpack_flat(body, vector.numel())
+        body = codec.packer.pack(vector, seed=3, residual=residual)
+    return codec.packer.unpack(body, vector.numel())
 
 
 @pytest.mark.parametrize("name", GRAINED)
 def test_coded_in_a_row_is_coded_each_by_itself(name: str) -> None:
     codec = GRAINED[name]
-    assert codec.grain is not None
-    parts = vectors(codec.grain * (256 if codec.grain < 256 else 1))
-    sizes = [codec.residual_numel(p.numel()) for p in parts]
+    assert codec.packer.grain is not None
+    parts = vectors(codec.packer.grain * (256 if codec.packer.grain < 256 else 1))
+    sizes = [codec.packer.residual_numel(p.numel()) for p in parts]
     together, alone = torch.zeros(sum(sizes)), [torch.zeros(n) for n in sizes]
     row = coded(codec, torch.cat(parts), together)
     assert torch.equal(
@@ -57,25 +58,25 @@ def test_coded_in_a_row_is_coded_each_by_itself(name: str) -> None:
 @pytest.mark.parametrize("name", GRAINED)
 def test_means_in_a_row_are_those_of_each(name: str) -> None:
     codec = GRAINED[name]
-    assert codec.grain is not None
-    parts = vectors(codec.grain * (256 if codec.grain < 256 else 1))
+    assert codec.packer.grain is not None
+    parts = vectors(codec.packer.grain * (256 if codec.packer.grain < 256 else 1))
 
     def mean(vector: Tensor) -> Tensor:
-        bodies = [codec.pack_flat(sign * vector.roll(1), seed=3) for sign in (1.0, -0.3, 0.7)]
-        return codec.mean_flat(torch.stack(bodies), vector.numel())
+        bodies = [codec.packer.pack(sign * vector.roll(1), seed=3) for sign in (1.0, -0.3, 0.7)]
+        return codec.packer.mean(torch.stack(bodies), vector.numel())
 
     whole = torch.cat(parts)
     rolled = [
-        codec.pack_flat(s * torch.cat([p.roll(1) for p in parts]), seed=3) for s in (1, -0.3, 0.7)
+        codec.packer.pack(s * torch.cat([p.roll(1) for p in parts]), seed=3) for s in (1, -0.3, 0.7)
     ]
     assert torch.equal(
-        codec.mean_flat(torch.stack(rolled), whole.numel()), torch.cat([mean(p) for p in parts])
+        codec.packer.mean(torch.stack(rolled), whole.numel()), torch.cat([mean(p) for p in parts])
     )
 
 
 def test_dither_and_random_rotations_have_no_grain() -> None:
     """They follow the position in the vector: a row would be another one."""
-    assert {name for name in CODECS if CODECS[name].grain is None} == {
+    assert {name for name in CODECS if CODECS[name].packer.grain is None} == {
         "int8-unbiased",
         "int4-unbiased",
         "int2-unbiased",

@@ -2,16 +2,15 @@
 
 import pytest
 
-from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.cast import Cast, CastConfig
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
-from gradcodec.codecs.topk import TopK
+from gradcodec.codecs import BlockQuant, Cast, Identity, RotatedSign, TopK
 from gradcodec.distributed.adaptive import LowRank
 from gradcodec.distributed.policy import Policy
 from gradcodec.distributed.routes import flat_route, wants_feedback
 from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 SHAPES = {"embed.weight": (500, 64), "h.0.weight": (128, 128), "h.0.bias": (128,), "n": (9000,)}

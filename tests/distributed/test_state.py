@@ -5,11 +5,12 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
+from gradcodec.codecs import BlockQuant
 from gradcodec.distributed import CompressState, LowRank, Residuals, auto
 from gradcodec.distributed.coders import CodecCoder
 from gradcodec.distributed.traffic import Traffic
 from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig
 
 
 def residuals_of(world: int, rank: int) -> Residuals:

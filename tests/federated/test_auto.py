@@ -15,10 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.codecs.autoencoder import AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codec import Codec
 from gradcodec.errors import (
     ChecksumError,
     CodecMismatchError,
@@ -47,7 +44,10 @@ from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
 from gradcodec.federated.participants import ClientId
 from gradcodec.federated.server import Server
 from gradcodec.federated.switch import MAX_SETTINGS_BYTES, Switch
+from gradcodec.registry import make_codec
 from gradcodec.tgap import SignalMoments, fit_subspace, moments
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.wire import Payload
 
 SUBSPACE = SubspaceConfig(ratio=2, allocation="tempered")
@@ -174,7 +174,7 @@ def test_after_the_switch_replies_are_quantised_codes_and_small() -> None:
     assert (
         later
         == server.uplink.nbytes()
-        == server.uplink.packed_nbytes(server.uplink.code_numel(spec()))
+        == server.uplink.packer.nbytes(server.uplink.code_numel(spec()))
     )
 
 

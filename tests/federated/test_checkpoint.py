@@ -15,8 +15,7 @@ from federated.toy import CODECS, Toy, equal, quantised, subspace, timeless
 from safetensors.torch import load_file, save_file
 
 from gradcodec import files
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
 from gradcodec.federated import checkpoint
 from gradcodec.federated.collect import collect
@@ -24,6 +23,7 @@ from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
 from gradcodec.federated.server import Server
 from gradcodec.tgap import GradientRecorder, SecondMoments, SignalMoments, SnapshotStore
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 ROUNDS = 5

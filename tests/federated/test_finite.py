@@ -9,12 +9,12 @@ import torch
 from federated.toy import equal, reply
 from torch import Tensor
 
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codecs import Identity
 from gradcodec.errors import MalformedBodyError, TrainingError
 from gradcodec.federated import AutoConfig, AutoServer, Server, ServerConfig
 from gradcodec.federated.envelope import Reply
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 N = 512
 INITIAL = {"w": torch.zeros(N)}

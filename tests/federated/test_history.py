@@ -11,11 +11,11 @@ import torch
 from federated.toy import CODECS, Toy, equal, quantised, reply
 from torch import Tensor
 
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codecs import Identity
 from gradcodec.errors import CodecMismatchError, ConfigError
 from gradcodec.federated import AutoClient, AutoConfig, AutoServer, Client, Server, ServerConfig
 from gradcodec.federated.envelope import INCREMENT, SNAPSHOT, Broadcast, Reply
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 INITIAL = {"w": torch.zeros(4)}
 GOLDEN = Path(__file__).parents[1] / "golden" / "federation-1.json"

@@ -7,10 +7,11 @@ import torch
 from federated.toy import Toy, equal, subspace
 from torch import Tensor
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated import Client, Server, ServerConfig
+from gradcodec.packers.blockquant import BlockQuantConfig
 
 ROUNDS = 12
 LATENT = ServerConfig(mode="latent")

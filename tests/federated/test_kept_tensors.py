@@ -9,15 +9,15 @@ import torch
 from federated.toy import equal
 from torch import Tensor, nn
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.per_tensor import PerTensor
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, MalformedBodyError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated import AutoConfig, AutoServer, Client, Server, ServerConfig
 from gradcodec.federated.envelope import VALUES, Broadcast, Reply
 from gradcodec.federated.tensors import split
+from gradcodec.per_tensor import PerTensor
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 CLIENTS, CLASSES = 4, 3

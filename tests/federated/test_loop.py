@@ -12,9 +12,8 @@ import torch
 from federated.toy import BIAS, CODECS, Toy, autoencoder, bent, equal, quantised, subspace, timeless
 from torch import Tensor
 
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.collect import collect
 from gradcodec.federated.config import ServerConfig
@@ -23,6 +22,7 @@ from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
 from gradcodec.federated.participants import ClientId
 from gradcodec.federated.server import Server
 from gradcodec.tgap.recorder import GradientRecorder
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.wire import Payload
 
 LATENT = ServerConfig(mode="latent")

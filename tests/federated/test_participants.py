@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import SubspaceConfig
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError, EmptyClientError, UnexpectedReplyError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated import AutoClient, AutoConfig, AutoServer, Client, Server, ServerConfig
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.participants import ClientId, client_id, example_count, in_order
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 INITIAL = Toy().initial
 LATENT = ServerConfig(mode="latent")

@@ -8,7 +8,7 @@ from federated.toy import CODECS, Toy, autoencoder, equal, quantised, reply, spe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import Identity
 from gradcodec.errors import CodecMismatchError, UpdateError, WireError
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import INCREMENT, SNAPSHOT, VALUES, Broadcast, part_nbytes

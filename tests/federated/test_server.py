@@ -11,8 +11,7 @@ from federated.toy import CODECS, Toy, autoencoder, equal, quantised, subspace
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.errors import (
     ChecksumError,
     CodecMismatchError,
@@ -24,6 +23,7 @@ from gradcodec.errors import (
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.server import Server
+from gradcodec.packers.blockquant import BlockQuantConfig
 
 INITIAL = Toy().initial
 

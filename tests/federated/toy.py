@@ -10,16 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import Autoencoder, BlockQuant, Identity, Subspace
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.loop import LocalResult, RoundReport
 from gradcodec.federated.participants import ClientId
 from gradcodec.federated.server import Server
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.raw import RawPacker
+from gradcodec.pipeline import Pipeline
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
+from gradcodec.transforms.subspace.transform import SubspaceTransform
+from gradcodec.transforms.transform import Transform
 from gradcodec.types import Update, UpdateSpec
 
 A, B, BIAS = "layer.lora_A.weight", "layer.lora_B.weight", "bias"
@@ -104,16 +108,24 @@ def quantised(bits: int = 4) -> Chain:
     return Chain(subspace(), BlockQuant(BlockQuantConfig(bits, block=16)))
 
 
-class Bent(Subspace):
-    """A cheap codec that is not linear and whose ``Dec(0)`` is not zero."""
+class BentTransform(SubspaceTransform):
+    """A cheap transform that is not linear and whose ``from_code(0)`` is not zero."""
 
     linear = False
 
     def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
         return super().from_code(z + 0.2 * torch.sin(z) + 0.1, spec)
 
-    pullback = Codec.pullback
-    step_scales = Codec.step_scales
+    pullback = Transform.pullback
+    step_scales = Transform.step_scales
+
+
+class Bent(Subspace):
+    """The codec of a transform that is not linear."""
+
+    def _pipeline(self) -> Pipeline:
+        transform = BentTransform(self.config, self.spec, self.weights)
+        return Pipeline(self.config.kind, transform, RawPacker())
 
 
 def bent() -> Bent:

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from gradcodec import make_codec, wire
-from gradcodec.codecs.autoencoder import Autoencoder, AutoencoderConfig
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import Autoencoder, BlockQuant, Subspace
 from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import ConfigError, HubError, WireError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.transforms.autoencoder.config import AutoencoderConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError, TrainingError, WireError
 from gradcodec.federated import AutoClient, AutoConfig, AutoServer, Client, Server
 from gradcodec.federated.envelope import Broadcast, Reply
+from gradcodec.registry import make_codec
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 LONG = os.environ.get("GRADCODEC_HOSTILE") == "long"
 N = 48
@@ -190,8 +190,8 @@ import dataclasses, resource, sys
 sys.path[:0] = sys.argv[1:2]
 import torch
 from federated.toy import reply
-from gradcodec.codecs.registry import make_codec
 from gradcodec.federated import Server, ServerConfig
+from gradcodec.registry import make_codec
 
 count, numel = map(int, sys.argv[2:])
 initial = {"w": torch.zeros(numel)}

@@ -14,16 +14,15 @@ import pytest
 import torch
 
 from benchmarks import fuzz_wire
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import Codec
+from gradcodec.codecs import BlockQuant, Identity, RotatedSign, TopK
 from gradcodec.encodable import MAX_TENSORS
 from gradcodec.errors import CodecMismatchError, MalformedBodyError, TruncatedError, WireError
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.topk import TopKConfig
 from gradcodec.reference.bitpack import pack_bits
+from gradcodec.registry import make_codec
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import CODEC_IDS, Payload, spec_from_bytes
 

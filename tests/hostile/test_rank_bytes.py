@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.codecs import Subspace
 from gradcodec.distributed.adaptive import LowRank
 from gradcodec.distributed.agreement import MAX_TEXT, LinkChannel, alike
 from gradcodec.distributed.exchange import message, message_nbytes, opened
@@ -30,6 +30,7 @@ from gradcodec.distributed.reducer import BucketReducer
 from gradcodec.distributed.slots import Slot
 from gradcodec.distributed.traffic import Meter
 from gradcodec.errors import AgreementError, GradcodecError, MalformedBodyError, TrainingError
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 LONG = os.environ.get("GRADCODEC_HOSTILE") == "long"

@@ -15,13 +15,13 @@ import torch
 from hostile.codec_folders import VALUES, damage_bytes, damage_weights, places
 from torch import Tensor
 
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
+from gradcodec.chain import Chain
+from gradcodec.codecs import BlockQuant, Identity, Subspace
 from gradcodec.encodable import DTYPE_CODES
 from gradcodec.errors import WireError
 from gradcodec.federated.switch import Switch
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import Payload
 

@@ -8,7 +8,7 @@ from hub_helpers import REPO, chain
 from loopback_hub import TOKEN, LoopbackHub
 
 from gradcodec import hub
-from gradcodec.codecs.identity import Identity
+from gradcodec.codecs import Identity
 
 
 def test_card_states_what_a_reader_needs(saved: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gradcodec import hub
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.hub import document as schema
 

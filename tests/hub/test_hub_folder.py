@@ -13,8 +13,8 @@ from hub_helpers import REPO, chain, subspace, update
 from loopback_hub import LoopbackHub
 
 from gradcodec import hub
-from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
+from gradcodec.codec import Codec
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.hub import local
 from gradcodec.wire import tensor_digest

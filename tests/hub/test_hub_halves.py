@@ -10,28 +10,29 @@ import torch
 from hub_helpers import chain, update
 
 from gradcodec import hub
-from gradcodec.codecs.base import Codec, Decoder, Encoder, register
-from gradcodec.codecs.identity import Identity, IdentityConfig
+from gradcodec.codec import Codec, Decoder, Encoder, register
+from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError, HubError
+from gradcodec.packers.raw import IdentityConfig
 
 
 class HalvesConfig(IdentityConfig):
     """A codec with weights of all three kinds."""
 
     kind = "test-halves"
+    learned = True
 
 
 class Halves(Identity):
     """Behaves as identity; only its weights matter."""
 
     Config = HalvesConfig
-    learned = True
 
 
 @pytest.fixture
 def halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A saved codec with encoder, decoder and shared weights."""
-    from gradcodec.codecs import base
+    from gradcodec import codec as base
 
     monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
     register(Halves)

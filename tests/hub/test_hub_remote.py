@@ -9,7 +9,7 @@ import pytest
 from hub_helpers import REPO, chain, closed_port, run, update
 from loopback_hub import TOKEN, LoopbackHub
 
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.errors import CodecMismatchError, ConfigError, HubError
 
 
@@ -130,8 +130,8 @@ def test_push_wants_a_repository_id(server: LoopbackHub) -> None:
 
 def test_lfs_upload_and_download_in_a_fresh_process(tmp_path: Path, saved: Path) -> None:
     script = f"""
-from gradcodec.codecs import blockquant, compose, subspace
-from gradcodec.codecs.base import Codec
+from gradcodec import chain, codecs
+from gradcodec.codec import Codec
 codec = Codec.from_pretrained({str(saved)!r})
 commit = codec.push_to_hub({REPO!r}).rpartition("/")[2]
 assert Codec.from_pretrained({REPO!r}, revision=commit).digest == codec.digest
@@ -149,8 +149,8 @@ def test_no_network_spares_bundled_codecs_and_names_the_hub(tmp_path: Path) -> N
     chain().save_pretrained(tmp_path / "assets" / "tiny-8x")
     script = f"""
 from pathlib import Path
-from gradcodec.codecs import blockquant, compose, subspace
-from gradcodec.codecs.base import Codec
+from gradcodec import chain, codecs
+from gradcodec.codec import Codec
 from gradcodec.errors import HubError
 from gradcodec.hub import local
 local._assets = lambda: Path({str(tmp_path / "assets")!r})

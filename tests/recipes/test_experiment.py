@@ -14,7 +14,7 @@ import torch
 from loopback_hub import LoopbackHub
 
 from gradcodec import cli
-from gradcodec.codecs.base import Codec
+from gradcodec.codec import Codec
 from gradcodec.recipes.federated_llama import Experiment
 from gradcodec.recipes.models import EMBEDDED_FOLDER
 from gradcodec.recipes.report import plot, table

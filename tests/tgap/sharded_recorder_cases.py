@@ -17,14 +17,14 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.subspace import Subspace, SubspaceConfig
+from gradcodec.codecs import Identity, Subspace
 from gradcodec.errors import ConfigError, NonFiniteError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.parameters import named_parameters
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.recorder import GradientRecorder
 from gradcodec.tgap.snapshots import SnapshotStore
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 CONFIG = SubspaceConfig(ratio=2, basis_dtype="float32")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradcodec.codecs.autoencoder import RATIOS, Autoencoder, AutoencoderConfig
+from gradcodec.codecs import Autoencoder
 from gradcodec.errors import ConfigError, NonFiniteError, TrainingError, UpdateError
 from gradcodec.metrics import rse
 from gradcodec.tgap.fit_autoencoder import AutoencoderFit, FitRow, fit_autoencoder, fit_scales
+from gradcodec.transforms.autoencoder.config import RATIOS, AutoencoderConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 SIDE, RANK, DIRECTIONS, NOISE, COUNT = 128, 8, 2, 0.3, 20

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.codecs.subspace import ALLOCATIONS, Axis, Subspace, SubspaceConfig
+from gradcodec.codecs import Subspace
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.moments import EXACT_LIMIT, SecondMoments
+from gradcodec.transforms.subspace.config import ALLOCATIONS, Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 SPEC = UpdateSpec(

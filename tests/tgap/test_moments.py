@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError, NonFiniteError, UpdateError
 from gradcodec.tgap.moments import EXACT_LIMIT, ExactMoment, SecondMoments, SketchedMoment
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 EPS = torch.finfo(torch.float32).eps

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from gradcodec.codecs.subspace import Subspace, SubspaceConfig
+from gradcodec.codecs import Subspace
 from gradcodec.errors import ConfigError, NonFiniteError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.tgap.fit_subspace import fit_subspace
 from gradcodec.tgap.moments import ExactMoment, SecondMoments
 from gradcodec.tgap.recorder import GradientRecorder
 from gradcodec.tgap.snapshots import SnapshotStore
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 EPS = torch.finfo(torch.float32).eps

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradcodec.codecs.subspace import SubspaceConfig
 from gradcodec.errors import ConfigError, NonFiniteError, UpdateError
 from gradcodec.tgap import SecondMoments, SignalMoments, fit_subspace
 from gradcodec.tgap.moments import EXACT_LIMIT, ExactMoment
+from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 
 SPEC = UpdateSpec((TensorSpec("w", (32, 4)),))

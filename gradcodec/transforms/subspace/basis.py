@@ -29,13 +29,6 @@ BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4})
 BASIS_DTYPES = (*FLOATS, *BITS)
 
 
-def basis_nbytes(size: int, k: int, dtype: str) -> int:
-    """Stored bytes of a basis ``[size, k]``."""
-    if dtype in FLOATS:
-        return size * k * FLOATS[dtype].itemsize
-    return k * (packed_nbytes(size, BITS[dtype]) + 2 * -(-size // BLOCK))
-
-
 def quantise(basis: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """``[size, k]`` -> packed codes uint8 ``[k, bytes]``, scales bf16 ``[k, blocks]``.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradcodec import layout
-from gradcodec.codecs.autoencoder_nets import FOLD
+from gradcodec.transforms.autoencoder.nets import FOLD
 from gradcodec.types import TensorSpec, UpdateSpec
 
 CELL = 64

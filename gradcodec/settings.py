@@ -23,6 +23,11 @@ class CodecConfig:
     LATER: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def learned(self) -> bool:
+        """Whether codecs of this config have weights."""
+        return False
+
+    @property
     def stages(self) -> int:
         """How many configs lie in each other, this one included."""
         return 1

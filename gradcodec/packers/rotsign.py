@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradcodec import layout, wire
-from gradcodec.codecs.base import Codec, register
-from gradcodec.codecs.settings import CodecConfig, check_whole
+from gradcodec import layout
 from gradcodec.errors import ConfigError, MalformedBodyError
+from gradcodec.packers.packer import Packer
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.hadamard import random_signs, rotate, rotate_back
+from gradcodec.settings import CodecConfig, check_whole
 
 _SEED_BYTES = 4
 
@@ -34,8 +34,7 @@ class RotatedSignConfig(CodecConfig):
         check_whole(self.kind, "kept", kept, 1, block)
 
 
-@register
-class RotatedSign(Codec):
+class RotatedSignPacker(Packer):
     """One-bit mean estimation: DRIVE (arXiv 2105.08339); below one bit EDEN (arXiv 2108.08842).
 
         x [block] --H D--> y --first `kept`, signs--> body = seed | scales (bf16) | bits
@@ -53,27 +52,26 @@ class RotatedSign(Codec):
     equal to the bit on different devices.
     """
 
-    Config = RotatedSignConfig
-    config: RotatedSignConfig
+    kind = "rotsign"
     finite: ClassVar[bool] = True
 
-    def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
-        super().__init__(config or RotatedSignConfig(), **parts)
+    def __init__(self, config: RotatedSignConfig) -> None:
+        self.config = config
 
     def _blocks(self, numel: int) -> int:
         return -(-numel // self.config.block)
 
-    def packed_nbytes(self, numel: int) -> int:
+    def nbytes(self, numel: int) -> int:
         """The seed, two bytes per scale, and ``kept`` bits per block, rounded up to a byte."""
         blocks = self._blocks(numel)
         return _SEED_BYTES + 2 * blocks + packed_nbytes(blocks * self.config.kept, 1)
 
-    def _pack(self, z: Tensor, seed: int) -> bytes:
-        layout.check_finite(z, "rotsign")
+    def _packed(self, x: Tensor, seed: int) -> Tensor:
+        layout.check_finite(x, "rotsign")
         seed &= 0xFFFFFFFF
-        block, blocks = self.config.block, self._blocks(z.numel())
+        block, blocks = self.config.block, self._blocks(x.numel())
         rows = torch.zeros(blocks * block)
-        rows[: z.numel()] = z.detach().float().cpu()
+        rows[: x.numel()] = x.cpu()
         rows = rows.view(blocks, block)
         # Squares of values near the ends of the fp32 range would leave it.
         peak = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -87,17 +85,18 @@ class RotatedSign(Codec):
         scales = torch.where(torch.isfinite(scales), scales, peak * (energy / some))
         scales = torch.where(total > 0, scales, 0.0)
         layout.check_finite(scales.to(torch.bfloat16), "rotsign scales")
-        body = seed.to_bytes(_SEED_BYTES, "little") + wire.raw_bytes(scales.to(torch.bfloat16))
-        return body + wire.raw_bytes(pack_bits((sent < 0).reshape(-1), 1))
+        drawn = torch.tensor(list(seed.to_bytes(_SEED_BYTES, "little")), dtype=torch.uint8)
+        sizes = scales.to(torch.bfloat16).reshape(-1).view(torch.uint8)
+        return torch.cat([drawn, sizes, pack_bits((sent < 0).reshape(-1), 1)]).to(x.device)
 
-    def _unpack(self, body: bytes, numel: int) -> Tensor:
+    def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         block, kept, blocks = self.config.block, self.config.kept, self._blocks(numel)
-        view = memoryview(body)
-        seed, cut = int.from_bytes(view[:_SEED_BYTES], "little"), _SEED_BYTES + 2 * blocks
-        scales = wire.raw_tensor(view[_SEED_BYTES:cut], torch.bfloat16)
+        view, cut = body.cpu(), _SEED_BYTES + 2 * blocks
+        seed = int.from_bytes(view[:_SEED_BYTES].tolist(), "little")
+        scales = view[_SEED_BYTES:cut].clone().view(torch.bfloat16)
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("rotsign: expected finite, non-negative scales")
-        bits = unpack_bits(wire.raw_tensor(view[cut:], torch.uint8), 1, blocks * kept)
+        bits = unpack_bits(view[cut:], 1, blocks * kept)
         y = (1.0 - 2.0 * bits.float()).view(blocks, kept) * scales.float()[:, None]
         signs = random_signs(blocks * block, seed).view(blocks, block)
-        return rotate_back(y, signs).reshape(-1)[:numel]
+        return rotate_back(y, signs).reshape(-1)[:numel].to(body.device)

@@ -1,11 +1,7 @@
-"""What every codec is: a frozen config, weights, and the pair (Encoder, Decoder).
+"""What every codec is: a transform, a packer behind it, and an identity that payloads pin.
 
-    update --to_code--> z --_pack--> body            (Encoder)
-    update <-from_code- z <-_unpack- body            (Decoder)
-
-``to_code``/``from_code`` are the transform, ``_pack``/``_unpack`` the quantiser and packer. A codec
-overrides the part that is its idea and inherits the rest: by default the code *is* the flat vector
-of values and is packed as fp32.
+update --transform.to_code--> z --packer.pack--> body --> Payload       (Encoder)
+update <-transform.from_code- z <-packer.unpack- body <-- Payload       (Decoder)
 """
 
 from __future__ import annotations
@@ -24,17 +20,14 @@ import torch
 from torch import Tensor
 
 from gradcodec import hub, layout, wire
-from gradcodec.codecs.claims import check_claim, check_weights
-from gradcodec.codecs.settings import CodecConfig
+from gradcodec.claims import check_claim, check_weights
 from gradcodec.encodable import check_tensor, check_update, shown
-from gradcodec.errors import (
-    CodecMismatchError,
-    ConfigError,
-    MalformedBodyError,
-    NonFiniteError,
-    UpdateError,
-)
-from gradcodec.types import TensorSpec, Update, UpdateSpec
+from gradcodec.errors import CodecMismatchError, ConfigError, NonFiniteError, UpdateError
+from gradcodec.packers.packer import Packer
+from gradcodec.pipeline import Pipeline
+from gradcodec.settings import CodecConfig
+from gradcodec.transforms.transform import Transform
+from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload, tensor_digest
 
 C = TypeVar("C", bound="Codec")
@@ -68,6 +61,9 @@ class Codec(ABC):
             ``shared.`` so that one half can be loaded alone.
         weight_digests: hex SHA-256 by weight name, when only one half of the weights is here.
 
+    Attributes:
+        pipeline: the transform and the packer.
+
     Raises:
         ConfigError: a base of another length; weights where there are none, or that hold NaN or
             Inf or are no plain tensors.
@@ -75,14 +71,8 @@ class Codec(ABC):
     """
 
     Config: ClassVar[type[CodecConfig]]
-    learned: ClassVar[bool] = False
-    """Whether there are weights."""
     any_dtype: ClassVar[bool] = False
     """Whether tensors of every dtype can be encoded, not floating ones alone."""
-    finite: ClassVar[bool] = False
-    """Whether a payload that decodes to NaN or Inf cannot be an encoder's."""
-    linear: ClassVar[bool] = True
-    """Codes add: ``decode(a) + decode(b) == decode(a + b)`` before quantisation."""
 
     def __init__(
         self,
@@ -110,185 +100,83 @@ class Codec(ABC):
         self.spec = spec
         self.base = base
         self.weights: dict[str, Tensor] = dict(weights or {})
-        check_weights(config.kind, self.weights, self.learned)
+        check_weights(config.kind, self.weights, config.learned)
         self._given_digests = dict(weight_digests) if weight_digests is not None else None
         self.notes: str | None = None
-
-    # -- the four parts of the pipeline ----------------------------------------------------
-
-    def code_numel(self, spec: UpdateSpec) -> int:
-        """Number of code values ``m`` for an update of this spec."""
-        return spec.numel
-
-    def to_code(self, update: Update) -> Tensor:
-        """Analysis transform: update -> code ``z`` ``[m]``, fp32."""
-        return layout.flatten(update, self._spec_of(update))
-
-    def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
-        """Synthesis transform: code ``z`` ``[m]`` -> update; differentiable in ``z``."""
-        return layout.unflatten(z, self._known_spec(spec))
-
-    def pullback(self, z: Tensor, gradients: Update) -> Tensor:
-        """Vector-Jacobian product of ``from_code`` at ``z``: tensor gradients -> gradient of z."""
-        leaf = z.detach().requires_grad_()
-        with torch.enable_grad():
-            out = self.from_code(leaf)
-        names = [n for n in out if n in gradients]
-        seeds = [gradients[n].to(out[n].dtype) for n in names]
-        pulled: Tensor = torch.autograd.grad([out[n] for n in names], leaf, seeds)[0]
-        return pulled
-
-    def step_scales(self) -> Tensor:
-        """``[m]``: how far to move each code value for a step of unit size per parameter value.
-
-        An adaptive optimiser moves every value by about its learning rate ``lr``: a step of norm
-        ``lr sqrt(n)`` in parameter space, ``lr ||J s||`` through the decoder's Jacobian ``J`` with
-        scales ``s``. The default is one scale for all, ``sqrt(n) / ||J e||`` for a fixed random
-        sign vector ``e``, taken at ``z = 0``.
-        """
-        spec = self._known_spec(None)
-        m = self.code_numel(spec)
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (m,), generator=generator).float() * 2 - 1
-
-        def decode(z: Tensor) -> Tensor:
-            return layout.flatten_any(self.from_code(z), spec)
-
-        # What a codec caches on its first call must not be made inside the transform: such tensors
-        # can be neither copied nor pickled afterwards.
-        decode(torch.zeros(m))
-        moved = torch.func.jvp(decode, (torch.zeros(m),), (signs,))[1]
-        norm = float(moved.norm())
-        return torch.full((m,), math.sqrt(spec.numel) / norm if norm else 1.0)
-
-    def _pack(self, z: Tensor, seed: int) -> bytes:
-        layout.check_finite(z, self.config.kind)
-        return wire.raw_bytes(z.float())
-
-    def _unpack(self, body: bytes, numel: int) -> Tensor:
-        return wire.raw_tensor(body, torch.float32)
+        self.pipeline = self._pipeline()
 
     @abstractmethod
-    def packed_nbytes(self, numel: int) -> int:
-        """Exact size in bytes of ``numel`` packed code values."""
+    def _pipeline(self) -> Pipeline:
+        """The transform and the packer that config, spec and weights say."""
 
-    # -- bodies -----------------------------------------------------------------------------
+    @property
+    def transform(self) -> Transform:
+        """Update to code and back."""
+        return self.pipeline.transform
+
+    @property
+    def packer(self) -> Packer:
+        """Code to bytes and back; hooks and collectives use it on bare vectors."""
+        return self.pipeline.packer
+
+    @property
+    def encoder(self) -> Encoder:
+        """The client's half."""
+        return Encoder(self)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The server's half."""
+        return Decoder(self)
+
+    @property
+    def linear(self) -> bool:
+        """Codes add: ``from_code(a) + from_code(b) == from_code(a + b)``."""
+        return self.transform.linear
 
     def nbytes(self, spec: UpdateSpec | None = None) -> int:
         """Exact body size for an update of this spec, known before encoding."""
-        return self.packed_nbytes(self.code_numel(self._known_spec(spec)))
+        return self.pipeline.nbytes(self._known_spec(spec))
 
-    def _encode_body(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
-        # Tensor by tensor: the message names it, and what a transform drops is looked at as well.
-        layout.check_floating(spec)
-        for t in spec:
-            layout.check_finite(update[t.name], f"{self.config.kind}: {t.name!r}")
-        return self._pack(self.to_code(update), seed)
+    # -- codes: what federated averaging and training in code space work on -------------------
 
-    def _decode_body(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
-        return self.from_code(self._checked_unpack(body, spec), spec)
+    def code_numel(self, spec: UpdateSpec | None = None) -> int:
+        """Number of code values ``m`` for an update of this spec."""
+        return self.transform.code_numel(spec)
 
-    def _checked_unpack(self, body: bytes, spec: UpdateSpec) -> Tensor:
-        self._check_length(body, spec)
-        try:
-            layout.check_floating(spec)
-        except UpdateError as err:
-            raise MalformedBodyError(f"{self.config.kind}: no encoder takes {err}") from err
-        z = self._unpack(body, self.code_numel(spec))
-        if self.finite:
-            # Finite scales are not enough: of code 0 at 4 bits, which no encoder writes, and of
-            # sums in a rotation the values can be beyond fp32 where all levels are not.
-            try:
-                layout.check_finite(z, self.config.kind)
-            except NonFiniteError as err:
-                raise MalformedBodyError(f"no encoder makes this body: {err}") from err
-        return z
+    def to_code(self, update: Update) -> Tensor:
+        """Update -> code ``z`` ``[m]``, fp32."""
+        return self.transform.to_code(update, self._spec_of(update))
 
-    def _check_length(self, body: bytes, spec: UpdateSpec) -> None:
-        expected = self.nbytes(spec)
-        if len(body) != expected:
-            raise MalformedBodyError(
-                f"{self.config.kind}: expected a body of {expected} bytes for {spec.numel} "
-                f"elements, got {len(body)}"
-            )
-
-    # -- codes as payloads: what federated averaging in code space needs ----------------------
+    def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
+        """Code ``z`` ``[m]`` -> update; differentiable in ``z``."""
+        return self.transform.from_code(z, spec)
 
     def write_code(self, z: Tensor, *, seed: int = 0) -> Payload:
-        """Quantise and pack a code that is already there; the codec must be bound."""
+        """Pack a code that is already there; the codec must be bound.
+
+        Raises:
+            ConfigError: the codec is not bound, or the code has another length.
+            NonFiniteError: NaN or Inf given to a lossy codec.
+        """
         spec = self._known_spec(None)
         check_tensor("code", z)
         m = self.code_numel(spec)
         if z.numel() != m:
             raise ConfigError(f"{self.config.kind}: expected a code of {m} values, got {z.numel()}")
         z = z.detach().float()
-        layout.check_finite(z, "code")
-        return self._payload(self._pack(z, seed))
+        try:
+            return self._payload(self.pipeline.pack_code(z, seed))
+        except NonFiniteError:
+            layout.check_finite(z, "code")
+            raise
 
     def read_code(self, payload: Payload) -> Tensor:
         """The dequantised code ``z`` ``[m]`` of a payload, fp32."""
         spec = self._open(payload)
-        return self._checked_unpack(payload.body, spec)
+        return self.pipeline.unpack_code(payload.body, spec)
 
-    # -- bare vectors: what collectives and hooks exchange ------------------------------------
-
-    @property
-    def grain(self) -> int | None:
-        """Vectors whose lengths are multiples of this are coded in a row as each by itself.
-
-        Decoded values and residuals of ``pack_flat`` are then those of the single vectors, to the
-        bit and whatever the seed. ``None`` if nothing is known.
-        """
-        return None
-
-    def residual_numel(self, numel: int) -> int:
-        """Length of the error-feedback residual that ``pack_flat`` takes for ``numel`` values."""
-        return numel
-
-    @torch.no_grad()
-    def pack_flat(self, vector: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
-        """Code a vector ``[n]`` as if it were a code: uint8 ``[packed_nbytes(n)]``.
-
-        With a residual, error feedback (Seide et al. 2014): ``x + e`` is coded and ``e`` becomes
-        what was lost, ``e <- x + e - decoded``. In which domain it is kept is the codec's business;
-        zeros to begin with, fp32 ``[residual_numel(n)]``, updated in place.
-
-        Raises:
-            NonFiniteError: NaN or Inf given to a lossy codec; the residual is then untouched.
-        """
-        if residual is None:
-            return wire.raw_tensor(self._pack(vector.float(), seed), torch.uint8)
-        x = vector.float() + residual
-        body = self._pack(x, seed)
-        residual.copy_(x - self._unpack(body, x.numel()))
-        return wire.raw_tensor(body, torch.uint8)
-
-    @torch.no_grad()
-    def unpack_flat(self, body: Tensor, numel: int) -> Tensor:
-        """Inverse of ``pack_flat``: uint8 ``[packed_nbytes(numel)]`` -> fp32 ``[numel]``.
-
-        Raises:
-            MalformedBodyError: another length, or bytes that no encoder makes.
-        """
-        expected = self.packed_nbytes(numel)
-        if body.numel() != expected:
-            raise MalformedBodyError(
-                f"{self.config.kind}: expected {expected} bytes for {numel} values, "
-                f"got {body.numel()}"
-            )
-        return self._unpack(wire.raw_bytes(body), numel)
-
-    def mean_flat(self, bodies: Tensor, numel: int) -> Tensor:
-        """Mean of ``W`` coded vectors, uint8 ``[W, bytes]`` -> fp32 ``[numel]``.
-
-        Added in the order given, so that every participant gets equal bits.
-        """
-        total = self.unpack_flat(bodies[0], numel)
-        for body in bodies[1:]:
-            total += self.unpack_flat(body, numel)
-        return total.mul_(1.0 / len(bodies))
-
-    # -- identity of the codec ----------------------------------------------------------------
+    # -- identity: what a payload pins --------------------------------------------------------
 
     @cached_property
     def weight_digests(self) -> dict[str, str]:
@@ -310,22 +198,15 @@ class Codec(ABC):
     @property
     def code_space(self) -> bytes:
         """Pins what code values mean; codecs with equal code spaces can add each other's codes."""
-        return self._known_spec(None).digest
+        spec = self._known_spec(None)
+        return self.digest if self.config.learned else spec.digest
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of the weights: what a participant downloads once."""
         return sum(t.numel() * t.element_size() for t in self.weights.values())
 
-    @property
-    def encoder(self) -> Encoder:
-        """The client's half."""
-        return Encoder(self)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The server's half."""
-        return Decoder(self)
+    # -- the same codec with other parts ------------------------------------------------------
 
     def bind(self, spec: UpdateSpec, base: bytes | None = None) -> Self:
         """The same codec for one tensor table (and base): smaller payloads, stricter checks."""
@@ -336,13 +217,13 @@ class Codec(ABC):
         return self._remade(weights={n: t.to(device) for n, t in self.weights.items()})
 
     @classmethod
-    def from_config(cls, data: Mapping[str, Any], **parts: Any) -> Codec:
-        """Codec of this family from ``config.to_dict()`` output and the constructor's arguments."""
-        return cls._of(cls.Config.from_dict(data), **parts)
+    def from_config(cls, config: CodecConfig | Mapping[str, Any], **parts: Any) -> Codec:
+        """Codec of a config, or of ``config.to_dict()``; ``parts`` are the constructor's."""
+        return cls(cls._settings(config), **parts)
 
     @classmethod
-    def _of(cls, config: CodecConfig, **parts: Any) -> Codec:
-        return cls(config, **parts)
+    def _settings(cls, config: CodecConfig | Mapping[str, Any]) -> Any:
+        return config if isinstance(config, CodecConfig) else cls.Config.from_dict(config)
 
     def _remade(self, **changes: Any) -> Self:
         parts: dict[str, Any] = {"spec": self.spec, "base": self.base, "weights": self.weights}
@@ -468,7 +349,7 @@ class Encoder:
             NonFiniteError: NaN or Inf given to a lossy codec.
         """
         spec = self.codec._spec_of(update)
-        body = self.codec._encode_body(update, spec, seed)
+        body = self.codec.pipeline.encode(update, spec, seed)
         return self.codec._payload(body, None if self.codec.spec is not None else spec)
 
     @classmethod
@@ -492,7 +373,7 @@ class Decoder:
             MalformedBodyError: the body cannot come from this codec's encoder.
         """
         spec = self.codec._open(payload)
-        return self.codec._decode_body(payload.body, spec)
+        return self.codec.pipeline.decode(payload.body, spec)
 
     @torch.no_grad()
     def decode_mean(
@@ -509,17 +390,9 @@ class Decoder:
         shares = mean_shares(len(payloads), weights)
         codec = self.codec
         spec = codec._open(payloads[0])
-        total: Tensor | None = None
-        for payload, share in zip(payloads, shares, strict=True):
-            if codec._open(payload) != spec:
-                raise CodecMismatchError("the payloads of one mean must share their tensor table")
-            if codec.linear:
-                x = codec._checked_unpack(payload.body, spec)
-            else:
-                x = layout.flatten(codec._decode_body(payload.body, spec), spec)
-            total = x * share if total is None else total.add_(x, alpha=share)
-        assert total is not None
-        return codec.from_code(total, spec) if codec.linear else layout.unflatten(total, spec)
+        if any(codec._open(payload) != spec for payload in payloads[1:]):
+            raise CodecMismatchError("the payloads of one mean must share their tensor table")
+        return codec.pipeline.mean([payload.body for payload in payloads], shares, spec)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Decoder:
@@ -540,8 +413,3 @@ def mean_shares(count: int, weights: Sequence[float] | None) -> list[float]:
         raise ConfigError(f"expected {count} positive finite weights, got {shown(given)}")
     total = sum(given)
     return [w / total for w in given]
-
-
-def code_spec(numel: int) -> UpdateSpec:
-    """Spec of a bare code: one fp32 vector, what the inner codec of a chain sees."""
-    return UpdateSpec((TensorSpec("code", (numel,)),))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradcodec import layout, ops, wire
-from gradcodec.codecs.base import Codec, register
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
-from gradcodec.codecs.topk_positions import FORMS, Positions
-from gradcodec.errors import ConfigError, MalformedBodyError
+from gradcodec import layout, ops
+from gradcodec.errors import ConfigError
+from gradcodec.packers.blockquant import BlockQuantConfig, BlockQuantPacker
+from gradcodec.packers.packer import Packer
+from gradcodec.packers.positions import FORMS, Positions
 from gradcodec.reference.top_rows import ROW
+from gradcodec.settings import CodecConfig, check_one_of, check_whole
 
 STRUCTURES = ("chunk", "rows")
 
@@ -62,86 +63,81 @@ class TopKConfig(CodecConfig):
         return max(8, self.k * per)
 
 
-@register
-class TopK(Codec):
+class TopKPacker(Packer):
     """Keep the ``k`` largest magnitudes of every chunk (SparseLoCo, arXiv 2508.15706).
 
         values --chunks--> positions, values --quantise, pack--> body = values | positions
 
-    Values go through ``BlockQuant`` with one block per chunk, positions through ``Positions``. Of
-    equal magnitudes the first are kept. The last chunk may be short: it keeps ``min(k, its
-    length)``. Payloads add, but sparsity does not: ``linear`` here means that a mean may be taken
-    of decoded vectors.
-    Deviation from the paper: error feedback is the caller's, or ``pack_flat``'s.
+    Kept values go through ``BlockQuantPacker``, positions through ``Positions``. Of equal
+    magnitudes the first are kept. The last chunk may be short: it keeps ``min(k, its length)``.
+    NaN and Inf raise ``NonFiniteError``.
     """
 
-    Config = TopKConfig
-    config: TopKConfig
+    kind = "topk"
     finite: ClassVar[bool] = True
 
-    def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
-        super().__init__(config or TopKConfig(), **parts)
-        self._values = BlockQuant(BlockQuantConfig(self.config.bits, self.config.value_block))
+    def __init__(self, config: TopKConfig) -> None:
+        self.config = config
+        self._values = BlockQuantPacker(BlockQuantConfig(config.bits, config.value_block))
 
     def _positions(self, numel: int) -> Positions:
         return Positions(self.config.index, numel, self.config.k, self.config.chunk)
 
     @property
     def grain(self) -> int:
-        """A chunk, or as many as share the scale of a block of kept values."""
+        """A chunk, or as many chunks as share one scale of kept values."""
         c = self.config
         if c.structure == "rows":
             return ops.CHUNK
         return c.chunk * (c.value_block // math.gcd(c.value_block, c.k))
 
-    def packed_nbytes(self, numel: int) -> int:
+    def nbytes(self, numel: int) -> int:
         """Quantised values, then packed positions, each rounded up to a byte."""
         positions = self._positions(numel)
-        return self._values.packed_nbytes(positions.count) + positions.nbytes
-
-    def _pack(self, z: Tensor, seed: int) -> bytes:
-        return wire.raw_bytes(self._coded(z, seed, None))
+        return self._values.nbytes(positions.count) + positions.nbytes
 
     @torch.no_grad()
-    def pack_flat(self, vector: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
-        """As ``Codec.pack_flat``; nothing is decoded to know what was lost."""
-        return self._coded(vector, seed, residual)
-
-    def _coded(self, z: Tensor, seed: int, residual: Tensor | None) -> Tensor:
-        layout.check_finite(z, "topk")
-        c, positions = self.config, self._positions(z.numel())
+    def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
+        """As ``Packer.pack``; nothing is unpacked to know what was lost."""
+        layout.check_finite(x, "topk")
+        x = x.detach().float()
+        c, positions = self.config, self._positions(x.numel())
         if c.structure == "rows":
-            kept, index = ops.top_rows(z.float(), k=c.k, residual=residual)
+            kept, index = ops.top_rows(x, k=c.k, residual=residual)
             # Largest first, which on the wire would be one more thing to be checked.
             index, order = index.sort(1)
             kept = kept.gather(1, order)
         else:
-            kept, index = ops.topk_encode(z.float(), k=c.k, chunk=c.chunk, residual=residual)
+            kept, index = ops.topk_encode(x, k=c.k, chunk=c.chunk, residual=residual)
         # Padding comes last in its chunk, hence last of all.
         kept = kept.reshape(-1)[: positions.count]
-        at = (index.reshape(-1)[: positions.count].long() & 0xFFFF) + positions.starts(z.device)
+        at = (index.reshape(-1)[: positions.count].long() & 0xFFFF) + positions.starts(x.device)
         lost = None if residual is None else torch.zeros_like(kept)
-        values = self._values.pack_flat(kept, seed=seed, residual=lost)
+        values = self._values.pack(kept, seed=seed, residual=lost)
         if residual is not None and lost is not None:
             residual[at] = lost.to(residual.dtype)
         return torch.cat([values, positions.write(at)])
 
-    def _unpack(self, body: bytes, numel: int) -> Tensor:
-        return self.unpack_flat(wire.raw_tensor(body, torch.uint8), numel)
+    def _packed(self, x: Tensor, seed: int) -> Tensor:
+        return self.pack(x, seed=seed)
 
-    @torch.no_grad()
-    def unpack_flat(self, body: Tensor, numel: int) -> Tensor:
-        """As ``Codec.unpack_flat``."""
+    def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         values, at = self._lists(body, numel)
         return torch.zeros(numel, device=body.device).index_copy_(0, at, values)
 
     @torch.no_grad()
-    def mean_flat(self, bodies: Tensor, numel: int) -> Tensor:
-        """As ``Codec.mean_flat``, without a dense vector for each.
+    def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
+        """As ``Packer.mean``, without a dense vector for each body.
 
-        Values are multiplied by ``1/W`` before they are added, not after.
+        Values are multiplied by their weight, or by ``1/W``, before they are added, not after.
         """
         c, positions = self.config, self._positions(numel)
+        if weights is not None:
+            total = torch.zeros(numel, device=bodies.device)
+            for body, weight in zip(bodies, weights, strict=True):
+                values, at = self._lists(body, numel)
+                total.index_add_(0, at, values, alpha=weight)
+            return total
         chunks = -(-numel // c.chunk)
         kept = torch.zeros(len(bodies), chunks * c.k, device=bodies.device)
         # Where a short chunk keeps less than k, the rest lies behind its end and is dropped.
@@ -157,11 +153,7 @@ class TopK(Codec):
 
     def _lists(self, body: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """Kept values fp32 and their positions in the vector int64, ``[count]`` both."""
-        expected = self.packed_nbytes(numel)
-        if body.numel() != expected:
-            raise MalformedBodyError(
-                f"topk: expected {expected} bytes for {numel} values, got {body.numel()}"
-            )
+        self._check_length(body.numel(), numel)
         positions = self._positions(numel)
-        cut = self._values.packed_nbytes(positions.count)
-        return self._values.unpack_flat(body[:cut], positions.count), positions.read(body[cut:])
+        cut = self._values.nbytes(positions.count)
+        return self._values.unpack(body[:cut], positions.count), positions.read(body[cut:])

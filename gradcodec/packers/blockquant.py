@@ -1,19 +1,20 @@
-"""Block quantisation as a codec: the default where nothing can be trained."""
+"""Block quantisation: the default where nothing can be trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gradcodec import layout, ops, wire
-from gradcodec.codecs.base import Codec, register
-from gradcodec.codecs.settings import CodecConfig, check_one_of, check_whole
+from gradcodec import layout, ops
 from gradcodec.errors import ConfigError, MalformedBodyError
+from gradcodec.packers.packer import Packer
 from gradcodec.reference import grid, two_means
 from gradcodec.reference.bitpack import packed_nbytes
+from gradcodec.settings import CodecConfig, check_one_of, check_whole
 
 #: Scale that a bit width has unless another is asked for.
 _DEFAULT_SCALE = {8: "absmax", 4: "absmax", 2: "lloyd", 1: "l1"}
@@ -82,15 +83,13 @@ class BlockQuantConfig(CodecConfig):
         return self.placed != "absmax" or self.bits > 2 or (self.bits == 2 and not self.stochastic)
 
 
-@register
-class BlockQuant(Codec):
+class BlockQuantPacker(Packer):
     """``2**bits`` levels with bf16 scales for every block of consecutive values.
 
         values (--rotate--> y) --blocks--> scales (bf16), codes --pack--> body = scales | codes
 
-    The levels are those of ``gradcodec.reference.grid``, at 2 bits by default the two fitted
-    magnitudes of ``gradcodec.reference.two_means``. Blocks run over the concatenation of all
-    tensors. NaN and Inf raise ``NonFiniteError``.
+    The levels are those of ``gradcodec.reference.grid``; at 2 bits they are by default the two
+    fitted magnitudes of ``gradcodec.reference.two_means``. NaN and Inf raise ``NonFiniteError``.
 
     Stochastic rounding is that of QSGD (Alistarh et al. 2017, arXiv 1610.02132) with a byte of
     dither per value, the rotation that of Suresh et al. 2017 (arXiv 1611.00429) with fixed signs.
@@ -98,12 +97,11 @@ class BlockQuant(Codec):
     errors do not average out.
     """
 
-    Config = BlockQuantConfig
-    config: BlockQuantConfig
+    kind = "blockquant"
     finite: ClassVar[bool] = True
 
-    def __init__(self, config: CodecConfig | None = None, **parts: Any) -> None:
-        super().__init__(config or BlockQuantConfig(), **parts)
+    def __init__(self, config: BlockQuantConfig) -> None:
+        self.config = config
 
     @property
     def _grid(self) -> dict[str, Any]:
@@ -115,18 +113,18 @@ class BlockQuant(Codec):
         return self.config.placed == "lloyd"
 
     def residual_numel(self, numel: int) -> int:
-        """Whole chunks where values are rotated: what was lost is kept in rotated coordinates."""
+        """Whole chunks where values are rotated: the residual is kept in rotated coordinates."""
         return ops.padded_numel(numel, self.config.rotate)
 
     @property
     def grain(self) -> int | None:
-        """A block; of dithered ones no length, since dither follows the position in the vector."""
+        """A block; ``None`` with dither, which follows the position in the vector."""
         return None if self.config.stochastic else self.config.block
 
-    def packed_nbytes(self, numel: int) -> int:
+    def nbytes(self, numel: int) -> int:
         """Two bytes per scale and ``bits`` bits per value, rounded up to a byte.
 
-        Rotated, the number of values is first rounded up to 4096.
+        With rotation, the number of values is first rounded up to a multiple of 4096.
         """
         return self._scale_nbytes(numel) + packed_nbytes(
             self.residual_numel(numel), self.config.bits
@@ -136,17 +134,18 @@ class BlockQuant(Codec):
         blocks = -(-self.residual_numel(numel) // self.config.block)
         return blocks * (4 if self._fitted else 2)
 
-    def _pack(self, z: Tensor, seed: int) -> bytes:
-        return wire.raw_bytes(self._coded(z, seed, None))
-
-    def pack_flat(self, vector: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
-        """As ``Codec.pack_flat``, in one pass over the values."""
+    @torch.no_grad()
+    def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
+        """As ``Packer.pack``, in one pass over the values, in their own dtype."""
         if self._fitted:
-            return super().pack_flat(vector, seed=seed, residual=residual)
-        return self._coded(vector.detach(), seed, residual)
+            return super().pack(x, seed=seed, residual=residual)
+        return self._coded(x.detach(), seed, residual)
 
-    def _coded(self, z: Tensor, seed: int, residual: Tensor | None) -> Tensor:
-        values = z if z.dtype in (torch.float32, torch.bfloat16, torch.float16) else z.float()
+    def _packed(self, x: Tensor, seed: int) -> Tensor:
+        return self._coded(x, seed, None)
+
+    def _coded(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
+        values = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
         layout.check_finite(values, "blockquant")
         if self._fitted:
             packed, scales = two_means.encode(values, self.config.block)
@@ -163,24 +162,13 @@ class BlockQuant(Codec):
         layout.check_finite(scales, "blockquant scales")
         return torch.cat([scales.reshape(-1).view(torch.uint8), packed])
 
-    def _unpack(self, body: bytes, numel: int) -> Tensor:
-        return self._mean(wire.raw_tensor(body, torch.uint8)[None], numel)
-
-    def unpack_flat(self, body: Tensor, numel: int) -> Tensor:
-        """As ``Codec.unpack_flat``."""
-        return self.mean_flat(body[None], numel)
+    def _unpacked(self, body: Tensor, numel: int) -> Tensor:
+        return self.mean(body[None], numel)
 
     @torch.no_grad()
-    def mean_flat(self, bodies: Tensor, numel: int) -> Tensor:
-        """As ``Codec.mean_flat``, without a dense vector for each."""
-        expected = self.packed_nbytes(numel)
-        if bodies.shape[1] != expected:
-            raise MalformedBodyError(
-                f"blockquant: expected {expected} bytes for {numel} values, got {bodies.shape[1]}"
-            )
-        return self._mean(bodies, numel)
-
-    def _mean(self, bodies: Tensor, numel: int) -> Tensor:
+    def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
+        """As ``Packer.mean``, without a dense vector for each body."""
+        self._check_length(bodies.shape[1], numel)
         cut = self._scale_nbytes(numel)
         # Through one flat copy: a single row of odd length counts as contiguous as it is, and its
         # stride is then no whole number of scales.
@@ -192,6 +180,10 @@ class BlockQuant(Codec):
                 "blockquant: expected scales that are not negative and levels that are finite"
             )
         packed = bodies[:, cut:]
-        if self._fitted:
-            return two_means.decode_mean(packed, scales, numel, self.config.block)
-        return ops.decode_mean(packed, scales, numel, **self._grid)
+        if not self._fitted:
+            factors = None if weights is None else torch.tensor(weights, device=bodies.device)
+            return ops.decode_mean(packed, scales, numel, **self._grid, weights=factors)
+        if weights is not None and len(bodies) > 1:
+            return super().mean(bodies, numel, weights)
+        mean = two_means.decode_mean(packed, scales, numel, self.config.block)
+        return mean if weights is None else mean.mul_(weights[0])

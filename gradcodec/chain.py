@@ -1,4 +1,4 @@
-"""Codecs made of codecs."""
+"""A chain: the transform of one codec with the packer of another."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self
 
-from torch import Tensor
-
-from gradcodec.codecs.base import Codec, code_spec, codec_class, register
-from gradcodec.codecs.settings import CodecConfig
+from gradcodec.codec import Codec, codec_class, register
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
-from gradcodec.types import Update, UpdateSpec
+from gradcodec.pipeline import Pipeline
+from gradcodec.settings import CodecConfig
 
 #: Chains in each other, the codec inside counted: for chains made in Python, folders and the wire.
 MAX_STAGES: Final = 4
@@ -32,6 +30,11 @@ class ChainConfig(CodecConfig):
                 raise ConfigError(f"chain: expected configs of two codecs, got {shown(stage)}")
         if self.stages > MAX_STAGES:
             raise ConfigError(f"chain: expected at most {MAX_STAGES} stages in each other")
+
+    @property
+    def learned(self) -> bool:
+        """Whether the outer codec has weights."""
+        return self.outer.learned
 
     @property
     def stages(self) -> int:
@@ -74,12 +77,15 @@ class ChainConfig(CodecConfig):
 
 @register
 class Chain(Codec):
-    """A transform followed by a codec for its code.
+    """The transform of ``outer``, and for its code the packer of ``inner``.
 
-        update --outer.to_code--> z --inner--> body
+        update --outer.transform--> z --inner.packer--> body
 
-    Linear when the outer codec is: a mean of payloads averages dequantised codes and transforms
+    Linear when the outer transform is: a mean of payloads averages dequantised codes and transforms
     back once. Chains nest.
+
+    Raises:
+        ConfigError: ``inner`` has weights or a tensor table, so that it cannot pack a bare vector.
     """
 
     Config = ChainConfig
@@ -98,56 +104,20 @@ class Chain(Codec):
             weight_digests=outer._given_digests,
         )
 
-    @property
-    def linear(self) -> bool:  # type: ignore[override]
-        """Whether the outer codec's codes add."""
-        return self.outer.linear
-
-    @property
-    def learned(self) -> bool:  # type: ignore[override]
-        """Whether the outer codec has weights."""
-        return self.outer.learned
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(self.config.kind, self.outer.transform, self.inner.packer)
 
     @property
     def code_space(self) -> bytes:
         """The outer codec's."""
         return self.outer.code_space
 
-    def code_numel(self, spec: UpdateSpec) -> int:
-        """The outer codec's code size."""
-        return self.outer.code_numel(spec)
-
-    def to_code(self, update: Update) -> Tensor:
-        """The outer codec's analysis."""
-        return self.outer.to_code(update)
-
-    def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
-        """The outer codec's synthesis."""
-        return self.outer.from_code(z, spec)
-
-    def pullback(self, z: Tensor, gradients: Update) -> Tensor:
-        """The outer codec's vector-Jacobian product."""
-        return self.outer.pullback(z, gradients)
-
-    def step_scales(self) -> Tensor:
-        """The outer codec's step scales."""
-        return self.outer.step_scales()
-
-    def packed_nbytes(self, numel: int) -> int:
-        """The inner codec's size for a code of ``numel`` values."""
-        return self.inner.nbytes(code_spec(numel))
-
-    def _pack(self, z: Tensor, seed: int) -> bytes:
-        return self.inner._encode_body({"code": z}, code_spec(z.numel()), seed)
-
-    def _unpack(self, body: bytes, numel: int) -> Tensor:
-        return self.inner._checked_unpack(body, code_spec(numel))
-
     @classmethod
-    def _of(cls, config: CodecConfig, **parts: Any) -> Codec:
-        assert isinstance(config, ChainConfig)
-        outer, inner = (codec_class(stage.kind) for stage in (config.outer, config.inner))
-        return cls(outer._of(config.outer, **parts), inner._of(config.inner))
+    def from_config(cls, config: CodecConfig | Mapping[str, Any], **parts: Any) -> Codec:
+        """As ``Codec.from_config``; ``parts`` are the outer codec's."""
+        settings = cls._settings(config)
+        outer = codec_class(settings.outer.kind).from_config(settings.outer, **parts)
+        return cls(outer, codec_class(settings.inner.kind).from_config(settings.inner))
 
     def _remade(self, **changes: Any) -> Chain:
         return Chain(self.outer._remade(**changes), self.inner)

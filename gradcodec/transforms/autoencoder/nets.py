@@ -8,7 +8,7 @@ least 128, and give its latent:
     U-Former   [N, 4, H/16, W/16]     1/64   interpretation: only the name is published
 
 Working trunks take the grid of coefficients, ``[N, oversample * k, W]``, and are the identity on
-its first ``k`` rows until they are fitted (see ``codecs/autoencoder.py``).
+its first ``k`` rows until they are fitted (see ``AutoencoderTransform``).
 """
 
 from __future__ import annotations

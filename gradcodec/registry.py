@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gradcodec.codecs.autoencoder import Autoencoder
-from gradcodec.codecs.base import _KINDS, Codec
-from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.codecs.cast import Cast, CastConfig
-from gradcodec.codecs.compose import Chain
-from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.per_tensor import PerTensor
-from gradcodec.codecs.rotsign import RotatedSign
-from gradcodec.codecs.subspace import Subspace
-from gradcodec.codecs.topk import TopK, TopKConfig
+from gradcodec.chain import Chain
+from gradcodec.codec import _KINDS, Codec
+from gradcodec.codecs import (
+    Autoencoder,
+    BlockQuant,
+    Cast,
+    Identity,
+    RotatedSign,
+    Subspace,
+    TopK,
+)
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
 from gradcodec.ops import CHUNK
+from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.topk import TopKConfig
+from gradcodec.per_tensor import PerTensor
 from gradcodec.wire import CODEC_IDS
 
 _CLASSES = {

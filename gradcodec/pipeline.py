@@ -1,0 +1,185 @@
+"""From an update to a body and back: a transform, then a packer.
+
+    update --to_code--> z --pack--> body            (encode)
+    update <-from_code- z <-unpack- body            (decode)
+
+Values are looked at for NaN and Inf once on the way in, by the packer; only if it refuses them are
+tensors looked at one by one, so that the error can name the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradcodec import layout, wire
+from gradcodec.errors import MalformedBodyError, NonFiniteError, UpdateError
+from gradcodec.packers.packer import Packer
+from gradcodec.packers.raw import RawPacker
+from gradcodec.transforms.identity import IdentityTransform
+from gradcodec.transforms.transform import Transform
+from gradcodec.types import Update, UpdateSpec
+
+
+class Pipeline:
+    """A transform and the packer of its code.
+
+    Args:
+        kind: the codec's, for messages.
+        transform: update to code.
+        packer: code to bytes.
+    """
+
+    def __init__(self, kind: str, transform: Transform, packer: Packer) -> None:
+        self.kind = kind
+        self.transform = transform
+        self.packer = packer
+
+    def nbytes(self, spec: UpdateSpec | None = None) -> int:
+        """The exact size of a body for updates of this table."""
+        return self.packer.nbytes(self.transform.code_numel(spec))
+
+    def encode(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
+        """The body of an update that was checked against ``spec``.
+
+        Raises:
+            UpdateError: a tensor is not of a floating dtype.
+            NonFiniteError: a tensor holds NaN or Inf, or values whose code is beyond fp32.
+        """
+        layout.check_floating(spec)
+        try:
+            return self.pack_code(self.transform.to_code(update, spec), seed)
+        except NonFiniteError:
+            for t in spec:
+                layout.check_finite(update[t.name], f"{self.kind}: {t.name!r}")
+            raise
+
+    def decode(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
+        """The update of a body.
+
+        Raises:
+            MalformedBodyError: the body cannot come from ``encode``.
+        """
+        return self.transform.from_code(self.unpack_code(body, spec), spec)
+
+    def pack_code(self, z: Tensor, seed: int) -> bytes:
+        """The body of a code ``[m]``."""
+        if not self.packer.finite:
+            layout.check_finite(z, self.kind)
+        return wire.raw_bytes(self.packer.pack(z, seed=seed))
+
+    def unpack_code(self, body: bytes, spec: UpdateSpec) -> Tensor:
+        """The code ``[m]`` of a body, fp32.
+
+        Raises:
+            MalformedBodyError: the body cannot come from ``pack_code``.
+        """
+        self.check_body(body, spec)
+        z = self.packer.unpack(wire.raw_tensor(body, torch.uint8), self.transform.code_numel(spec))
+        return self._sound(z)
+
+    def mean(
+        self, bodies: Sequence[bytes], shares: Sequence[float], spec: UpdateSpec
+    ) -> dict[str, Tensor]:
+        """``sum_i shares[i] * decode(bodies[i])``, added in the order given, in fp32.
+
+        A linear transform's codes are averaged, and the mean is transformed back once.
+
+        Raises:
+            MalformedBodyError: as ``decode``.
+        """
+        if not self.transform.linear:
+            return self._mean_of_updates(bodies, shares, spec)
+        for body in bodies:
+            self.check_body(body, spec)
+        rows = torch.stack([wire.raw_tensor(body, torch.uint8) for body in bodies])
+        z = self.packer.mean(rows, self.transform.code_numel(spec), shares)
+        return self.transform.from_code(self._sound(z), spec)
+
+    def check_body(self, body: bytes, spec: UpdateSpec) -> None:
+        """Raise ``MalformedBodyError`` for another length, or a table that no encoder takes."""
+        self._check_length(body, spec)
+        try:
+            layout.check_floating(spec)
+        except UpdateError as err:
+            raise MalformedBodyError(f"{self.kind}: no encoder takes {err}") from err
+
+    def _check_length(self, body: bytes, spec: UpdateSpec) -> None:
+        expected = self.nbytes(spec)
+        if len(body) != expected:
+            raise MalformedBodyError(
+                f"{self.kind}: expected a body of {expected} bytes for {spec.numel} elements, "
+                f"got {len(body)}"
+            )
+
+    def _sound(self, z: Tensor) -> Tensor:
+        """A code that was unpacked; what a finite packer cannot have packed is refused."""
+        if self.packer.finite:
+            # Finite scales are not enough: of code 0 at 4 bits, which no encoder writes, and of
+            # sums in a rotation the values can be beyond fp32 where all levels are not.
+            try:
+                layout.check_finite(z, self.kind)
+            except NonFiniteError as err:
+                raise MalformedBodyError(f"no encoder makes this body: {err}") from err
+        return z
+
+    def _mean_of_updates(
+        self, bodies: Sequence[bytes], shares: Sequence[float], spec: UpdateSpec
+    ) -> dict[str, Tensor]:
+        total: Tensor | None = None
+        for body, share in zip(bodies, shares, strict=True):
+            x = layout.flatten(self.decode(body, spec), spec)
+            total = x * share if total is None else total.add_(x, alpha=share)
+        assert total is not None
+        return layout.unflatten(total, spec)
+
+
+class TensorPipeline(Pipeline):
+    """Each tensor's values by themselves, in a dtype that follows from the tensor's own.
+
+        update --tensor by tensor: wire_dtype--> values | values | ... = body
+
+    So every dtype can be sent, and nothing is looked at for NaN. A bare code is sent as the update
+    that it is.
+    """
+
+    def __init__(self, kind: str, spec: UpdateSpec | None, packer: RawPacker) -> None:
+        super().__init__(kind, IdentityTransform(spec), packer)
+        self._sent = packer.wire_dtype
+
+    def nbytes(self, spec: UpdateSpec | None = None) -> int:
+        """The sum of the tensors' sizes in their wire dtypes."""
+        return sum(t.numel * self._sent(t.dtype).itemsize for t in self.transform.table(spec))
+
+    def encode(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
+        """The tensors' bytes, in table order."""
+        return b"".join(wire.raw_bytes(update[t.name].to(self._sent(t.dtype))) for t in spec)
+
+    def decode(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
+        """Each tensor from its own bytes."""
+        self._check_length(body, spec)
+        out, at = {}, 0
+        for t in spec:
+            sent = self._sent(t.dtype)
+            raw = memoryview(body)[at : at + t.numel * sent.itemsize]
+            # A bool byte other than 0 and 1 would be undefined in torch.
+            read = torch.uint8 if sent is torch.bool else sent
+            out[t.name] = wire.raw_tensor(raw, read).to(t.dtype).reshape(t.shape)
+            at += len(raw)
+        return out
+
+    def pack_code(self, z: Tensor, seed: int) -> bytes:
+        """The body of ``from_code(z)``."""
+        return self.encode(self.transform.from_code(z), self.transform.table(), seed)
+
+    def unpack_code(self, body: bytes, spec: UpdateSpec) -> Tensor:
+        """The values as one fp32 vector."""
+        return layout.flatten(self.decode(body, spec), spec)
+
+    def mean(
+        self, bodies: Sequence[bytes], shares: Sequence[float], spec: UpdateSpec
+    ) -> dict[str, Tensor]:
+        """The mean of the updates."""
+        return self._mean_of_updates(bodies, shares, spec)

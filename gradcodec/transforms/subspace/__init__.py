@@ -1,0 +1,1 @@
+"""The learned linear transform: settings, bases, which parameters share them, and their sizes."""
