@@ -56,37 +56,42 @@ _ALL = (
     Case(
         "federated",
         "every scheme on the embedded model: loss, bytes, bytes to a given quality",
-        "benchmarks.federated:main",
+        "benchmarks.federated.case:main",
     ),
     Case(
         "generalise",
         "codecs fitted on other data, other adapters, nothing; other LoRA ranks",
-        "benchmarks.generalise:main",
+        "benchmarks.federated.generalise:main",
     ),
     Case(
         "tune",
         "learning rate of every scheme of `federated`, on a seed that is never reported",
-        "benchmarks.tune:main",
+        "benchmarks.federated.tune:main",
     ),
     Case(
         "speed",
         "seconds, bytes and memory of coding a 7B adapter; what TGAP's collection costs",
-        "benchmarks.speed:main",
+        "benchmarks.codecs.adapter:main",
     ),
     Case(
         "codecs",
         "error, bits and speed of every fixed-rate codec and its peers, on recorded gradients",
-        "benchmarks.codecs:main",
+        "benchmarks.codecs.case:main",
     ),
     Case(
         "kernels",
         "Triton kernels: GB/s against copy on a GPU, else what their binaries cost",
-        "benchmarks.kernels:main",
+        "benchmarks.kernels.case:main",
     ),
     Case(
         "ddp",
         "data-parallel training over shaped links: loss against steps, seconds and bytes",
-        "benchmarks.ddp:main",
+        "benchmarks.ddp.case:main",
+    ),
+    Case(
+        "link_swap",
+        "two ranks swapping bytes over shaped links: gloo's all-to-all and ours",
+        "benchmarks.links.swap:main",
     ),
 )
 

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import codecs, codecs_errors, codecs_report, codecs_speed, rows
-from benchmarks.codecs_coders import BY_TORCH, OURS, PEERS, SCHEMES, computed_by
-from benchmarks.codecs_data import SETS, flat, load
+from benchmarks import rows
+from benchmarks.codecs import case as codecs
+from benchmarks.codecs import errors as codecs_errors
+from benchmarks.codecs import speed as codecs_speed
+from benchmarks.codecs import tables as codecs_report
+from benchmarks.codecs.coders import BY_TORCH, OURS, PEERS, SCHEMES, computed_by
+from benchmarks.codecs.data import SETS, flat, load
 from benchmarks.run import Options
 from gradcodec import ops
 from gradcodec.errors import ConfigError

@@ -14,14 +14,19 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import ddp, ddp_report, link_namespaces, link_pacing, links, rows
-from benchmarks import ddp_figures as figures
-from benchmarks.ddp_peers.checkout import EPFML, GRACE, VARIABLE
-from benchmarks.ddp_rank import Phase
-from benchmarks.ddp_schemes import REFERENCE, SCHEMES, choose
-from benchmarks.ddp_trainers import CollectiveClock
-from benchmarks.ddp_work import WORKS, Batches, Recipe, glyphs, kept_data, work_named
-from benchmarks.links import LINKS, Link
+from benchmarks import rows
+from benchmarks.ddp import case as ddp
+from benchmarks.ddp import figures
+from benchmarks.ddp import tables as ddp_report
+from benchmarks.ddp.rank import Phase
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES, choose
+from benchmarks.ddp.trainers import CollectiveClock
+from benchmarks.ddp.work import WORKS, Batches, Recipe, glyphs, kept_data, work_named
+from benchmarks.links import link as links
+from benchmarks.links import namespaces as link_namespaces
+from benchmarks.links import pacing as link_pacing
+from benchmarks.links.link import LINKS, Link
+from benchmarks.peers.ddp.checkout import EPFML, GRACE, VARIABLE
 from benchmarks.run import Options
 from gradcodec.errors import ConfigError
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import federated_figures as figures
-from benchmarks import federated_report as report
 from benchmarks import rows
-from benchmarks.scheme import Scheme
+from benchmarks.federated import figures
+from benchmarks.federated import tables as report
+from benchmarks.federated.scheme import Scheme
 
 START = 5.0
 FP32 = [4.5, 4.2, 4.0]  # a gain of 1.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generalise, generalise_report
+from benchmarks.federated import generalise, generalise_report
 from gradcodec.recipes import corpus, data
 
 
