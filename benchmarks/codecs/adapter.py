@@ -9,38 +9,31 @@
 2. TGAP's collection: eight training steps of the embedded LLaMA without a recorder, with one of
    updates, with one of gradients, in turns; one thread.
 
-Peak memory is the process's largest resident size during one call less the size before it
-(``VmHWM``, reset through ``/proc/self/clear_refs``; Linux only, else ``null``): the result and what
-is left over from it count as well. Every row says how busy the machine was when it began (``load``,
-of one minute); on a busy one two threads mostly wait for each other.
+Peak memory is that of ``benchmarks.measure.peak``. Every row says how busy the machine was when it
+began (``load``, of one minute); on a busy one two threads mostly wait for each other.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.run import Options
+from benchmarks.measure import apart, median, peak
+from benchmarks.run import Options, check_names
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
 from gradcodec.codecs.subspace_groups import groups
-from gradcodec.errors import ConfigError
 from gradcodec.recipes import data, models
 from gradcodec.recipes.settings import Settings
 from gradcodec.recipes.task import LanguageTask
@@ -130,8 +123,8 @@ def code(name: str, threads: int, repeats: int) -> rows.Row:
         return codec.decoder.decode(Payload.from_bytes(blob))
 
     decode()
-    peaks = [_peak(call) for call in (encode, decode)]
-    times = [_median(call, repeats) for call in (encode, decode)]
+    peaks = [peak(call) for call in (encode, decode)]
+    times = [median(call, repeats) for call in (encode, decode)]
     return {
         "encode_s": times[0],
         "decode_s": times[1],
@@ -141,40 +134,10 @@ def code(name: str, threads: int, repeats: int) -> rows.Row:
         "codec_bytes": codec.weight_nbytes,
         "adapter_bytes": spec.nbytes,
         **{
-            f"{what}_peak_of_adapter": None if peak is None else round(peak / spec.nbytes, 3)
-            for what, peak in zip(("encode", "decode"), peaks, strict=True)
+            f"{what}_peak_of_adapter": None if most is None else round(most / spec.nbytes, 3)
+            for what, most in zip(("encode", "decode"), peaks, strict=True)
         },
     }
-
-
-def _median(call: Callable[[], Any], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return round(statistics.median(seconds), 4)
-
-
-def _peak(call: Callable[[], Any]) -> int | None:
-    """Bytes of resident memory that a call needs beyond what there was."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not at hand for this one
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    result = call()
-    peak = _resident("VmHWM") - before
-    del result
-    return peak
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
 
 
 # -- TGAP ----------------------------------------------------------------------------------------
@@ -233,9 +196,7 @@ def collection(repeats: int) -> rows.Row:
 def main(options: Options) -> list[str]:
     """Measure, append a row each, print the table."""
     names = options.schemes or (*CODECS, "tgap")
-    unknown = [n for n in names if n not in (*CODECS, "tgap")]
-    if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {[*CODECS, 'tgap']}")
+    check_names(names, (*CODECS, "tgap"))
     repeats = 3 if options.quick else 5
     found = []
     for name in names:
@@ -243,21 +204,14 @@ def main(options: Options) -> list[str]:
             load = round(os.getloadavg()[0], 2)
             config = {"threads": threads, "repeats": repeats}
             if name == "tgap":
-                came = _apart(collection, repeats)
+                came = apart(collection, repeats)
             else:
                 config |= {"layers": LAYERS, "width": WIDTH, "rank": RANK}
-                came = _apart(code, name, threads, repeats)
+                came = apart(code, name, threads, repeats)
             found.append({**rows.stamp(CASE, name, 0, config), "load": load, **came})
             rows.append(options.out / f"{CASE}.jsonl", found[-1])
     print(table(found))
     return []
-
-
-def _apart(function: Callable[..., rows.Row], *arguments: Any) -> rows.Row:
-    """Run in a fresh process, so that no measurement inherits the memory of another."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def table(found: Sequence[rows.Row]) -> str:

@@ -21,11 +21,10 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.codecs import errors as codecs_errors
 from benchmarks.codecs import speed as codecs_speed
-from benchmarks.codecs import tables as codecs_report
-from benchmarks.codecs.adapter import _apart
 from benchmarks.codecs.coders import SCHEMES
-from benchmarks.run import Options
-from gradcodec.errors import ConfigError
+from benchmarks.codecs.page import page
+from benchmarks.measure import apart
+from benchmarks.run import Options, check_names
 
 CASE = "codecs"
 
@@ -33,9 +32,7 @@ CASE = "codecs"
 def main(options: Options) -> list[str]:
     """Measure, append rows, write ``codecs.md`` and ``codecs.png``; what failed, as text."""
     names = options.schemes or tuple(SCHEMES)
-    unknown = [name for name in names if name not in SCHEMES]
-    if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(SCHEMES)}")
+    check_names(names, SCHEMES)
     # Read by torch and OpenMP when a child imports them: all of it is one core's work.
     os.environ["OMP_NUM_THREADS"] = "1"
     count, numel, rounds = (1, 1 << 22, 3) if options.quick else (4, 1 << 24, 15)
@@ -49,7 +46,7 @@ def main(options: Options) -> list[str]:
     skipped: list[str] = []
     for part, (function, arguments, config) in parts.items():
         load = round(os.getloadavg()[0], 2)
-        found, missing = _apart(function, *arguments)
+        found, missing = apart(function, *arguments)
         skipped += [line for line in missing if line not in skipped]
         for row in found:
             asked = {"part": part, **config, "rounds": rounds, "impl": row.get("impl", "")}
@@ -60,5 +57,5 @@ def main(options: Options) -> list[str]:
         print(f"{part}: {len(found)} rows", flush=True)
     for line in skipped:
         print(f"skipped: {line}")
-    print(codecs_report.write(path))
+    print(page(path).write(path))
     return []

@@ -5,51 +5,37 @@ Ours are warm, peers muted, as in the other plots; bars are thick for encode, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.codecs.coders import SCHEMES
 from benchmarks.codecs.data import TITLES
 from benchmarks.rows import Row
-from gradcodec.errors import ConfigError
 
-_OURS, _TORCH, _PEER = "#d7191c", "#ffb000", "#5b7f95"
+_OURS, _TORCH, _PEER = report.OURS, "#ffb000", report.PEER
 _SHOWN = ("gradient", "update")
 _WORST = 3.0
 
 
 def draw(
     errors: Mapping[str, Row], bars: Sequence[tuple[str, str, float, float]], path: Path
-) -> Path:
+) -> None:
     """Write the plot.
 
     Args:
         errors: by scheme, with ``bits`` and ``nmse`` on each set.
         bars: scheme, implementation, encode and decode as ratios to a copy.
         path: of the PNG.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as err:
-        raise ConfigError("plots need matplotlib: pip install 'gradcodec[examples]'") from err
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     height = max(7.0, 0.24 * len(bars) + 1.5)
-    figure, axes = plt.subplots(
-        1, 3, figsize=(24, height), layout="constrained", width_ratios=(1, 1, 0.9)
-    )
+    figure, axes = report.figure(1, 3, figsize=(24, height), width_ratios=(1, 1, 0.9))
     for ax, name in zip(axes, _SHOWN, strict=False):
         _errors(ax, name, errors)
     _speeds(axes[-1], bars)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    report.save(figure, path)
 
 
 def _errors(ax: Any, name: str, errors: Mapping[str, Row]) -> None:
@@ -89,8 +75,6 @@ def _errors(ax: Any, name: str, errors: Mapping[str, Row]) -> None:
 
 def _annotate(ax: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Names beside the points, shifted down where one would stand on another."""
-    import math
-
     placed: list[tuple[float, float]] = []
     for bits, nmse, scheme in sorted(points, key=lambda p: -p[1]):
         x, y = math.log2(bits), math.log10(nmse)

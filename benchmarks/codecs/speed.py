@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks import rows
-from benchmarks.codecs.adapter import _peak
 from benchmarks.codecs.coders import BY_TORCH, SCHEMES, Coder, computed_by
 from benchmarks.codecs.data import Snapshot
+from benchmarks.measure import peak
 from gradcodec import ops
 
 _SPAN = 0.02
@@ -56,7 +56,7 @@ class _Subject:
                 "decode": lambda: self.coder.decode(coded),
             }
             self.nbytes = self.coder.nbytes(coded)
-            self.peaks = {what: _peak(call) for what, call in self.calls.items()}
+            self.peaks = {what: peak(call) for what, call in self.calls.items()}
             self.repeats = {what: _repeats(call) for what, call in self.calls.items()}
         self.seconds: dict[str, list[tuple[float, float]]] = {what: [] for what in self.calls}
 
@@ -115,9 +115,9 @@ def measure(names: Sequence[str], numel: int, rounds: int) -> tuple[list[rows.Ro
                 **{
                     what: {
                         **_figures(s.seconds[what], copies, nbytes),
-                        "peak_of_input": None if peak is None else round(peak / nbytes, 3),
+                        "peak_of_input": None if most is None else round(most / nbytes, 3),
                     }
-                    for what, peak in s.peaks.items()
+                    for what, most in s.peaks.items()
                 },
             }
         )

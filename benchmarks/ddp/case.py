@@ -17,7 +17,7 @@ the link and is trained to the end on each.
 Differences of a few percent (the hook's own cost; ``auto`` against plain) are smaller than what a
 shared machine does from one minute to the next: there schemes take turns, ``BESIDE``.
 
-Rows: ``ddp.jsonl``, one per run and link; tables and plots beside it (``tables``).
+Rows: ``ddp.jsonl``, one per run and link; tables and plots beside it (``page``).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.ddp import tables as ddp_report
 from benchmarks.ddp.launch import play
+from benchmarks.ddp.page import page
 from benchmarks.ddp.rank import BLOCK, Phase, Spec
-from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme, choose
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme
 from benchmarks.ddp.work import WORKS, Work, kept_data, work_named
 from benchmarks.links.link import network
-from benchmarks.run import ROOT, Options
+from benchmarks.run import ROOT, Options, choose
 from gradcodec.errors import ConfigError, TrainingError
 
 CASE = "ddp"
@@ -221,10 +221,11 @@ def available(schemes: Sequence[Scheme]) -> list[Scheme]:
 
 def main(options: Options) -> list[str]:
     """Run what is missing, then tables and plots of everything that is there."""
-    schemes = available(choose(options.schemes, quick=options.quick))
+    schemes = available(choose(SCHEMES, options, REFERENCE))
     path = options.out / f"{CASE}.jsonl"
     failed = execute(planned(options, schemes), path, again=options.again)
-    print(ddp_report.write(path))
+    made = page(path)
+    print(f"no finished {REFERENCE} run in {path}" if made is None else made.write(path))
     return failed
 
 

@@ -15,7 +15,6 @@ from benchmarks.peers.ddp.demo import Demo
 from benchmarks.peers.ddp.epfml import EpfmlPowerSGD
 from benchmarks.peers.ddp.grace import Grace
 from benchmarks.peers.ddp.stock import fp16, power_sgd
-from gradcodec.errors import ConfigError
 
 Make = Callable[[nn.Module, Recipe], Trainer]
 
@@ -236,20 +235,6 @@ SCHEMES = {scheme.name: scheme for scheme in _ALL}
 
 LOCAL = Scheme("local", "no exchange", "reference", LocalTrainer)
 """Not a way of exchanging anything: what a step takes without."""
-
-
-def choose(names: tuple[str, ...] | None, *, quick: bool = False) -> list[Scheme]:
-    """The named schemes, plain DDP always among them and first; all, or the quick ones, by default.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    if names is None:
-        return [s for s in _ALL if s.quick or not quick]
-    unknown = [n for n in names if n not in SCHEMES]
-    if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(SCHEMES)}")
-    return [s for s in _ALL if s.name in (REFERENCE, *names)]
 
 
 def scheme_named(name: str) -> Scheme:

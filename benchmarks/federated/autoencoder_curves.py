@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.run import RESULTS
 from gradcodec import AutoencoderConfig, SnapshotStore, UpdateSpec, fit_autoencoder
 from gradcodec.recipes.report import plot_training
 from gradcodec.recipes.results import run_versions
-
-RESULTS = Path(__file__).parent / "results"
 
 #: The ladder: what the paper says, then one thing changed at a time.
 LADDER = {

@@ -9,30 +9,31 @@ Every scheme has its learning rate from the same small grid, found on a seed tha
 (``benchmarks.federated.tune``). Every message is bytes, and they are counted in both directions.
 
 Rows: ``federated.jsonl``, one per scheme, seed and round (``fp32`` is the reference); tables and
-plots beside it are made of them (``benchmarks.federated.tables``).
+plots beside it are made of them (``page``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
-from benchmarks import jobs, rows
+from benchmarks import jobs, report, rows
 from benchmarks.federated import fitted, tune
-from benchmarks.federated import tables as federated_report
+from benchmarks.federated import page as pages
+from benchmarks.federated.figures import REFERENCE
 from benchmarks.federated.methods import Coded, Method
 from benchmarks.federated.scheme import Make, Scheme
 from benchmarks.federated.world import World, play, world_of
 from benchmarks.jobs import Job
 from benchmarks.peers import federated as peers
-from benchmarks.run import Options
+from benchmarks.run import Options, choose
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
 from gradcodec.codecs.subspace import SubspaceConfig
-from gradcodec.errors import ConfigError
 from gradcodec.federated import AutoConfig, AutoServer, ServerConfig
 from gradcodec.recipes.settings import Settings
 
@@ -165,20 +166,6 @@ _ALL = (
 SCHEMES = {scheme.name: scheme for scheme in _ALL}
 
 
-def choose(names: tuple[str, ...] | None, quick: bool = False) -> list[Scheme]:
-    """The named schemes, ``fp32`` always among them and first; all (or the quick ones) by default.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    if names is None:
-        return [s for s in _ALL if s.quick or not quick]
-    unknown = [n for n in names if n not in SCHEMES]
-    if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(SCHEMES)}")
-    return [s for s in _ALL if s.name in ("fp32", *names)]
-
-
 def settings(seed: int, rounds: int = ROUNDS) -> Settings:
     """The benchmark's world, as the federated example's settings."""
     return Settings(seed=seed, rounds=rounds)
@@ -206,7 +193,7 @@ def play_job(job: Job) -> Iterator[rows.Row]:
 
 def main(options: Options) -> list[str]:
     """Run what is missing, then tables and plots of everything that is there."""
-    schemes = choose(options.schemes, options.quick)
+    schemes = choose(SCHEMES, options, REFERENCE)
     seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)
     rounds = options.rounds or ROUNDS
     rates = tune.best(schemes)
@@ -215,5 +202,11 @@ def main(options: Options) -> list[str]:
     ]
     path = options.out / f"{CASE}.jsonl"
     failed = jobs.execute(todo, path, options.workers, again=options.again)
-    print(federated_report.write(path, list(SCHEMES.values())))
+    made = page(path)
+    print(f"no finished fp32 run in {path}" if made is None else made.write(path))
     return failed
+
+
+def page(path: Path) -> report.Page | None:
+    """The page of this case's rows."""
+    return pages.page(path, list(SCHEMES.values()))

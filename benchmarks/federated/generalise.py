@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import jobs, rows
+from benchmarks import jobs, report, rows
 from benchmarks.federated import case as federated
-from benchmarks.federated import fitted, generalise_report
+from benchmarks.federated import fitted, generalise_page
 from benchmarks.federated.methods import Coded, Method
 from benchmarks.federated.world import World, play, world_of
 from benchmarks.jobs import Job
 from benchmarks.peers.federated.random_subspace import random_bases
-from benchmarks.run import ROOT, Options
+from benchmarks.run import ROOT, Options, check_names
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
@@ -170,9 +170,7 @@ def play_job(job: Job) -> Iterator[rows.Row]:
 def main(options: Options) -> list[str]:
     """Run what is missing, then the table and the plot."""
     chosen = schemes() if options.schemes is None else ("fp32", *options.schemes)
-    unknown = [n for n in chosen if n not in schemes()]
-    if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(schemes())}")
+    check_names(chosen, schemes())
     rounds = options.rounds or federated.ROUNDS
     source = f"{__name__}:play_job"
     config = (("ratio", RATIO), ("bits", 1))
@@ -183,5 +181,10 @@ def main(options: Options) -> list[str]:
     ]
     path = options.out / f"{CASE}.jsonl"
     failed = jobs.execute(todo, path, options.workers, again=options.again)
-    print(generalise_report.write(path, {n: title for n, (title, _) in SOURCES.items()}))
+    print(page(path).write(path))
     return failed
+
+
+def page(path: Path) -> report.Page:
+    """The page of this case's rows."""
+    return generalise_page.page(path, {name: title for name, (title, _) in SOURCES.items()})

@@ -1,105 +1,55 @@
-"""The plots of the federated benchmark: loss against bytes, bytes to a target.
-
-Ours are thick and warm, the paper's green, peers thin and muted, fp32 black and dashed; a band
-spans the seeds.
-"""
+"""The plots of the federated benchmark: loss against bytes, bytes to a target; a band is seeds."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.federated.figures import TARGETS, WAYS, cost, sent
 from benchmarks.federated.scheme import KINDS, Scheme
 from benchmarks.rows import Row
-from gradcodec.errors import ConfigError
 
 Line = tuple[Scheme, dict[int, list[Row]]]
+Styled = Sequence[tuple[Line, dict[str, Any]]]
 
 MOST_LINES = 14
 
-_COLOURS = {
-    "ours": ("#d7191c", "#ff7f00", "#e6007e", "#ffb000", "#8b0000", "#a0522d", "#f781bf"),
-    "paper": ("#2e7d32", "#81c784"),
-    "peer": (
-        "#5b7f95",
-        "#8c7aa9",
-        "#a08c6c",
-        "#5fa8a0",
-        "#94727c",
-        "#6c7fb0",
-        "#9aa67a",
-        "#7d7d7d",
-        "#b08fa0",
-        "#4d6b57",
-    ),
-}
-_MARKERS = "osv^D<>Pph"
 
-
-def draw(lines: Sequence[Line], reference: Mapping[int, list[Row]], stem: Path) -> list[Path]:
-    """Write ``<stem>-uplink.png``, ``-both.png``, ``-codec.png`` and ``-targets.png``.
+def drawings(lines: Sequence[Line], reference: Mapping[int, list[Row]]) -> dict[str, report.Draw]:
+    """One plot of the losses for each way of counting bytes, and one of the targets.
 
     Args:
         lines: schemes with their runs by seed, in order; those not ``plotted`` are left out.
         reference: fp32's runs by seed.
-        stem: path without suffix.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as err:
-        raise ConfigError("plots need matplotlib: pip install 'gradcodec[examples]'") from err
-    mpl.use("Agg")
     wanted = [line for line in lines if line[0].plotted]
     wanted.sort(key=lambda line: KINDS.index(line[0].kind))
-    styled = list(_styled(wanted[:MOST_LINES]))
+    styles = report.Styles()
+    styled = [(line, styles.next(line[0].kind)) for line in wanted[:MOST_LINES]]
     left = len(lines) - len(styled)
     more = f"(and {left} more in the tables)" if left else "_none"  # matplotlib hides _names
-    curves = [
-        _curves(styled, reference, way, stem.with_name(f"{stem.name}-{way}.png"), more)
-        for way in WAYS
-    ]
-    return [*curves, _targets(styled, reference, stem.with_name(f"{stem.name}-targets.png"), more)]
-
-
-def _styled(lines: Iterable[Line]) -> Iterable[tuple[Line, dict[str, Any]]]:
-    """Each line with how it is drawn."""
-    colours = {kind: itertools.cycle(cycle) for kind, cycle in _COLOURS.items()}
-    markers = itertools.cycle(_MARKERS)
-    for line in lines:
-        kind = line[0].kind
-        if kind == "reference":
-            yield line, {"color": "black", "linestyle": "--", "linewidth": 2.0, "zorder": 4}
-            continue
-        style = {"color": next(colours[kind]), "marker": next(markers), "markersize": 4.0}
-        thick = kind == "ours"
-        yield line, {**style, "linewidth": 2.6 if thick else 1.2, "zorder": 5 if thick else 2}
+    return {
+        **{f"-{way}": functools.partial(_curves, styled, reference, way, more) for way in WAYS},
+        "-targets": functools.partial(_targets, styled, reference, more),
+    }
 
 
 def _curves(
-    styled: Sequence[tuple[Line, dict[str, Any]]],
-    reference: Mapping[int, list[Row]],
-    way: str,
-    path: Path,
-    more: str,
-) -> Path:
+    styled: Styled, reference: Mapping[int, list[Row]], way: str, more: str, path: Path
+) -> None:
     """Held-out loss against cumulative bytes; mean and span of the seeds."""
-    import matplotlib.pyplot as plt
-
     start = statistics.fmean(run[0]["start_loss"] for run in reference.values())
     best = statistics.fmean(run[-1]["loss"] for run in reference.values())
     # The first round does most of the work; a codec that destroys the model may not flatten the
     # curves that are to be compared.
     fall = start - best
     top = best + 0.55 * fall
-    figure, ax = plt.subplots(figsize=(11, 6), layout="constrained")
+    figure, ax = report.figure(figsize=(11, 6))
     for (scheme, by_seed), style in styled:
         # A curve ends with its shortest run: a diverged one has no more rounds.
         together = list(zip(*by_seed.values(), strict=False))
@@ -121,19 +71,11 @@ def _curves(
         ylim=(best - 0.05 * fall, top),
     )
     _finish(figure, ax, path, more)
-    return path
 
 
-def _targets(
-    styled: Sequence[tuple[Line, dict[str, Any]]],
-    reference: Mapping[int, list[Row]],
-    path: Path,
-    more: str,
-) -> Path:
+def _targets(styled: Styled, reference: Mapping[int, list[Row]], more: str, path: Path) -> None:
     """Bytes to each share of fp32's gain; a line ends where not all seeds get there."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(17, 6), layout="constrained", sharey=True)
+    figure, axes = report.figure(1, 3, figsize=(17, 6), sharey=True)
     for ax, (way, words) in zip(axes, WAYS.items(), strict=True):
         for (scheme, by_seed), style in styled:
             costs = [cost(by_seed, reference, share, way) for share in TARGETS]
@@ -156,15 +98,11 @@ def _targets(
     axes[0].set_ylabel("wire bytes of all clients")
     figure.suptitle("Bytes to a share of the uncompressed run's gain")
     _finish(figure, axes[-1], path, more)
-    return path
 
 
 def _finish(figure: Any, ax: Any, path: Path, more: str) -> None:
     """Legend beside the axes, grid, file."""
-    import matplotlib.pyplot as plt
-
     ax.grid(alpha=0.3, which="both", linewidth=0.5)
     ax.plot([], [], " ", label=more)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    report.save(figure, path)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from benchmarks.federated.case import SCHEMES
 from benchmarks.federated.figures import REFERENCE, Costs, gain, load, present
-from benchmarks.federated.tables import times
-from benchmarks.run import ROOT
+from benchmarks.report import times
+from benchmarks.run import RESULTS, ROOT
 from gradcodec.recipes.report import size
 
-ROWS = ROOT / "benchmarks" / "results" / "federated.jsonl"
+ROWS = RESULTS / "federated.jsonl"
 PLACE = re.compile(r"<!-- federated -->\n.*?<!-- /federated -->", re.DOTALL)
 HEAD = ("way of sending", "gain kept", "uplink", "ratio", "both ways", "+ codec", "codec")
 

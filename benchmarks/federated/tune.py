@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import jobs, rows
+from benchmarks.federated.figures import REFERENCE
 from benchmarks.federated.scheme import Scheme
-from benchmarks.run import ROOT, Options
+from benchmarks.run import RESULTS as FOLDER
+from benchmarks.run import Options, choose
 
 CASE = "tune"
 SEED = 100  # of development; the reported ones are federated.SEEDS
-RESULTS = ROOT / "benchmarks" / "results" / f"{CASE}.jsonl"
+RESULTS = FOLDER / f"{CASE}.jsonl"
 
 
 def best(schemes: Sequence[Scheme], path: Path = RESULTS) -> dict[str, float]:
@@ -51,7 +53,7 @@ def main(options: Options) -> list[str]:
     """Every scheme at every learning rate of its grid."""
     from benchmarks.federated import case as federated
 
-    schemes = federated.choose(options.schemes, options.quick)
+    schemes = choose(federated.SCHEMES, options, REFERENCE)
     rounds = options.rounds or federated.ROUNDS
     todo = [
         federated.job(CASE, scheme, SEED, lr, rounds) for scheme in schemes for lr in scheme.grid

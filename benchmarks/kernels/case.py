@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import rows
+from benchmarks import report, rows
 from benchmarks.run import ROOT, Options
 from gradcodec.errors import ConfigError
 
@@ -232,14 +232,7 @@ def _plot(
     path: Path,
 ) -> None:
     """GB/s against instructions per byte, under the two roofs; hollow if nothing was measured."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'gradcodec[examples]'") from error
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    figure, axes = report.figure(figsize=(9, 5.5))
     knee = issue / bandwidth
     xs = [1, knee, 128]
     axes.plot(xs, [min(bandwidth, issue / x) for x in xs], color="black", linewidth=1)
@@ -260,6 +253,4 @@ def _plot(
     axes.set_ylabel("GB/s" if measured else "GB/s at most")
     axes.set_title(title)
     axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    report.save(figure, path)

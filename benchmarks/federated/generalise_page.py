@@ -1,27 +1,36 @@
-"""Table and plot of ``generalise``: the retained gain by source and by rank."""
+"""The page of ``generalise.jsonl``: the gain kept by source and by rank."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks import report
 from benchmarks.federated.figures import BySeed, Runs, gain, load
-from gradcodec.errors import ConfigError
 
 
-def write(path: Path, titles: Mapping[str, str]) -> str:
-    """Write ``<path>.md`` and ``.png`` beside the rows; returns the table.
+def page(path: Path, titles: Mapping[str, str]) -> report.Page:
+    """The page of these rows.
 
     Args:
         path: the rows.
         titles: of the sources, by scheme.
     """
     runs = load(path)
-    table = _table(runs, titles)
-    path.with_suffix(".md").write_text(table + "\n")
-    _draw(runs, titles, path.with_suffix(".png"))
-    return table
+    reference = runs.get("fp32", {})
+    sources = {t: kept(runs[n], reference) for n, t in titles.items() if n in runs}
+    sources = {title: values for title, values in sources.items() if values}
+    ranks = {rank: values for rank, values in _by_rank(runs).items() if values}
+    out = report.Page("Where a fitted codec carries over", "python -m benchmarks.run generalise")
+    rows = [(title, _cell(values)) for title, values in sources.items()]
+    out.table("By what it was fitted on", [("the codec was fitted on", "gain kept"), *rows])
+    rows = [(f"{rank}", _cell(values)) for rank, values in ranks.items()]
+    head = ("LoRA rank", "gain kept, of fp32 at that rank")
+    out.table("By LoRA rank", [head, *rows])
+    out.plots({"": functools.partial(_draw, sources, ranks)})
+    return out
 
 
 def kept(run: BySeed, reference: BySeed) -> list[float]:
@@ -49,41 +58,20 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1%}{spread}"
 
 
-def _table(runs: Runs, titles: Mapping[str, str]) -> str:
-    reference = runs.get("fp32", {})
-    lines = ["| the codec was fitted on | gain kept |", "|---|--:|"]
-    lines += [
-        f"| {title} | {_cell(kept(runs[name], reference))} |"
-        for name, title in titles.items()
-        if name in runs and kept(runs[name], reference)
-    ]
-    lines += ["", "| LoRA rank | gain kept, of fp32 at that rank |", "|--:|--:|"]
-    lines += [f"| {r} | {_cell(values)} |" for r, values in _by_rank(runs).items() if values]
-    return "\n".join(lines)
-
-
-def _draw(runs: Runs, titles: Mapping[str, str], path: Path) -> None:
-    try:
-        import matplotlib as mpl
-    except ImportError as err:
-        raise ConfigError("plots need matplotlib: pip install 'gradcodec[examples]'") from err
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    reference = runs.get("fp32", {})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    bars = {t: kept(runs[n], reference) for n, t in titles.items() if n in runs}
-    bars = {t: v for t, v in bars.items() if v}
+def _draw(sources: Mapping[str, list[float]], ranks: Mapping[int, list[float]], path: Path) -> None:
+    figure, (left, right) = report.figure(1, 2, figsize=(10, 4))
     left.barh(
-        list(bars), [100 * statistics.mean(v) for v in bars.values()], color="#d7191c", alpha=0.8
+        list(sources),
+        [100 * statistics.mean(v) for v in sources.values()],
+        color=report.OURS,
+        alpha=0.8,
     )
-    for at, values in enumerate(bars.values()):
+    for at, values in enumerate(sources.values()):
         left.plot([100 * v for v in values], [at] * len(values), "k|", markersize=12)
     left.invert_yaxis()
     left.set(title="fitted on ...", xlabel="gain kept, % of fp32 (bars from 50)", xlim=(50, 101))
-    ranks = {r: v for r, v in _by_rank(runs).items() if v}
     right.plot(
-        list(ranks), [100 * statistics.mean(v) for v in ranks.values()], "o-", color="#d7191c"
+        list(ranks), [100 * statistics.mean(v) for v in ranks.values()], "o-", color=report.OURS
     )
     for r, values in ranks.items():
         right.plot([r] * len(values), [100 * v for v in values], "k_", markersize=10)
@@ -92,5 +80,4 @@ def _draw(runs: Runs, titles: Mapping[str, str], path: Path) -> None:
     right.set_xscale("log", base=2)
     right.set_xticks(list(ranks), [str(r) for r in ranks])
     right.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    report.save(figure, path)

@@ -1,4 +1,4 @@
-"""What a person looks at: tables and plots of ``federated.jsonl``, and the page around them."""
+"""The page of ``federated.jsonl``: its tables, its notes, its plots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.federated import plots as federated_plots
+from benchmarks.federated import plots
 from benchmarks.federated.figures import (
     REFERENCE,
     TARGETS,
@@ -21,12 +21,13 @@ from benchmarks.federated.figures import (
     reached,
 )
 from benchmarks.federated.scheme import Scheme
+from benchmarks.report import Page, Table, times
 from gradcodec.recipes.report import size
 
 OFTEN = (1, 5)  # rounds that a client takes part in, besides all of them
 
 
-def summary_rows(runs: Runs, schemes: Sequence[Scheme]) -> list[tuple[str, ...]]:
+def summary_rows(runs: Runs, schemes: Sequence[Scheme]) -> Table:
     """The first table: heading, then a row per scheme."""
     rounds = runs[REFERENCE][min(runs[REFERENCE])][0]["config"]["rounds"]
     head = ("scheme", "lr", "loss", "gain kept", "payload", "up", "down", "up ratio", "both ways")
@@ -65,9 +66,9 @@ def _quality(by_seed: BySeed, reference: BySeed) -> tuple[str, str]:
     return f"{statistics.fmean(losses):.3f}{spread}", f"{statistics.fmean(kept):.1%}{between}"
 
 
-def target_rows(runs: Runs, schemes: Sequence[Scheme], way: str) -> list[tuple[str, ...]]:
+def target_rows(runs: Runs, schemes: Sequence[Scheme], way: str) -> Table:
     """The other tables: mean bytes to each target, and the ratio to fp32's with the same seeds."""
-    out: list[tuple[str, ...]] = [("scheme", *(f"{share:.0%}" for share in TARGETS))]
+    out: Table = [("scheme", *(f"{share:.0%}" for share in TARGETS))]
     for scheme, by_seed in present(runs, schemes):
         reference = {seed: runs[REFERENCE][seed] for seed in by_seed}
         cells = []
@@ -84,26 +85,21 @@ def target_rows(runs: Runs, schemes: Sequence[Scheme], way: str) -> list[tuple[s
     return out
 
 
-def write(path: Path, schemes: Sequence[Scheme]) -> str:
-    """Make the page and the plots beside the rows; returns the tables as text."""
+def page(path: Path, schemes: Sequence[Scheme]) -> Page | None:
+    """The page of these rows; ``None`` while no reference run is finished."""
     runs = load(path)
     if REFERENCE not in runs:
-        return f"no finished {REFERENCE} run in {path.name} yet: nothing to compare with"
-    tables = {"Quality, and bytes of one participation of one client": summary_rows(runs, schemes)}
+        return None
+    out = Page("Federated benchmark", "python -m benchmarks.run federated")
+    out.table("Quality, and bytes of one participation of one client", summary_rows(runs, schemes))
     for way, words in WAYS.items():
         title = f"Wire bytes of all clients to a share of fp32's gain: {words}"
-        tables[title] = target_rows(runs, schemes, way)
-    notes = _notes(runs, schemes)
-    plots = federated_plots.draw(present(runs, schemes), runs[REFERENCE], path.with_suffix(""))
-    page = ["# Federated benchmark", "", "Made by `python -m benchmarks.run federated`.", ""]
-    for title, table in tables.items():
-        page += [f"## {title}", "", *markdown(table), ""]
-    page += [*(f"- {line}" for line in notes), "", *(f"![{p.stem}]({p.name})" for p in plots)]
-    cites = [f"- {s.title}: {s.cite}" for s, _ in present(runs, schemes) if s.cite]
-    page += ["", "## Sources", "", *cites] if cites else []
-    path.with_suffix(".md").write_text("\n".join(page) + "\n")
-    text = [f"{title}\n\n{aligned(table)}\n" for title, table in tables.items()]
-    return "\n".join([*text, *notes])
+        out.table(title, target_rows(runs, schemes, way))
+    out.lines(_notes(runs, schemes))
+    shown = present(runs, schemes)
+    out.plots(plots.drawings(shown, runs[REFERENCE]))
+    out.sources(f"{s.title}: {s.cite}" for s, _ in shown if s.cite)
+    return out
 
 
 def _notes(runs: Runs, schemes: Sequence[Scheme]) -> list[str]:
@@ -127,29 +123,3 @@ def _notes(runs: Runs, schemes: Sequence[Scheme]) -> list[str]:
     if edges:
         out.append(f"learning rate at an end of the grid: {'; '.join(edges)}")
     return out
-
-
-def times(ratio: float) -> str:
-    """A ratio for people: ``9.8x``, ``120x``, ``1,040x``."""
-    return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:,.0f}x"
-
-
-def aligned(table: Sequence[tuple[str, ...]]) -> str:
-    """A table as text; the first column to the left."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = []
-    for row in table:
-        cells = [
-            c.rjust(w) if i else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def markdown(table: Sequence[tuple[str, ...]]) -> list[str]:
-    """A table's lines in Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    lines.insert(1, "|---" + "|--:" * (len(table[0]) - 1) + "|")
-    return lines

@@ -1,4 +1,4 @@
-"""What a person looks at: ``ddp.md`` with tables, goals and plots of ``ddp.jsonl``."""
+"""The page of ``ddp.jsonl``: its tables, its goals, its plots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ddp import plots as ddp_plots
+from benchmarks.ddp import plots
 from benchmarks.ddp.figures import (
     NEAR,
     Goal,
@@ -24,11 +24,9 @@ from benchmarks.ddp.figures import (
 )
 from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme
 from benchmarks.ddp.work import WORKS
-from benchmarks.federated.tables import aligned, markdown, times
 from benchmarks.links.link import LINKS
+from benchmarks.report import Page, Table, times
 from gradcodec.recipes.report import size
-
-Table = list[tuple[str, ...]]
 
 
 def loss_rows(by_seed: dict[int, Group]) -> Table:
@@ -128,41 +126,34 @@ def goal_rows(found: Sequence[Goal]) -> Table:
     return [("goal", "", "found"), *((g.words, words[g.met], g.found) for g in found)]
 
 
-def write(path: Path) -> str:
-    """Make the page and the plots beside the rows; returns the tables as text."""
+def page(path: Path) -> Page | None:
+    """The page of these rows; ``None`` while no run of plain DDP is finished."""
     loaded = load(path)
     if not loaded:
-        return f"no finished {REFERENCE} run in {path.name} yet: nothing to compare with"
+        return None
     turns = beside(path)
-    sections: list[tuple[str, Table]] = []
+    out = Page("DDP benchmark", "python -m benchmarks.run ddp")
     first = next(iter(loaded))
     head = ("llama", 2) if ("llama", 2) in loaded else first
     seed = min(loaded[head])
-    sections.append((f"Goals, on {_where(*head)}", goal_rows(goals(loaded[head][seed], turns))))
+    out.table(f"Goals, on {_where(*head)}", goal_rows(goals(loaded[head][seed], turns)))
     for (work, world), by_seed in loaded.items():
         where = _where(work, world)
         group = by_seed[min(by_seed)]
-        sections.append((f"Loss and bytes: {where}", loss_rows(by_seed)))
+        out.table(f"Loss and bytes: {where}", loss_rows(by_seed))
         near = f"{target(group):.4f}, {NEAR:.0%} above plain DDP's last"
-        sections.append((f"Time: {where}; to a loss of {near}", time_rows(group)))
+        out.table(f"Time: {where}; to a loss of {near}", time_rows(group))
         slow = next((link for link in reversed(LINKS) if link in group[REFERENCE].links), "")
-        sections.append((f"A step at {slow}, ms: {where}", part_rows(group, slow)))
+        out.table(f"A step at {slow}, ms: {where}", part_rows(group, slow))
     if turns:
-        sections.append(("Taking turns with plain DDP, llama, 2 ranks", _turn_rows(turns)))
+        out.table("Taking turns with plain DDP, llama, 2 ranks", _turn_rows(turns))
     losing = [f"{_where(*key)}, {line}" for key, g in loaded.items() for line in slower(g[min(g)])]
-    notes = _notes(path, loaded)
-    plots = ddp_plots.draw(loaded, path.with_suffix(""))
-    page = ["# DDP benchmark", "", "Made by `python -m benchmarks.run ddp`.", ""]
-    for title, table in sections:
-        page += [f"## {title}", "", *markdown(table), ""]
-    page += ["## Where compression loses time", "", *(f"- {line}" for line in losing), ""]
-    page += ["## How to read this", "", *(f"- {line}" for line in notes), ""]
-    page += [f"![{p.stem}]({p.name})" for p in plots]
+    out.lines(losing, "Where compression loses time")
+    out.lines(_notes(path, loaded), "How to read this")
+    out.plots(plots.drawings(loaded))
     cites = {s.title: s.cite for g in loaded.values() for s in _schemes(g) if s.cite}
-    page += ["", "## Sources", "", *(f"- {t}: {c}" for t, c in cites.items())] if cites else []
-    path.with_suffix(".md").write_text("\n".join(page) + "\n")
-    text = [f"{title}\n\n{aligned(table)}\n" for title, table in sections]
-    return "\n".join([*text, *losing, "", *notes])
+    out.sources(f"{title}: {cite}" for title, cite in cites.items())
+    return out
 
 
 def _turn_rows(turns: dict[str, dict[str, list[float]]]) -> Table:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.codecs import plots as codecs_plots
+from benchmarks.codecs import plots
 from benchmarks.codecs.coders import OURS, PEERS, SCHEMES
 from benchmarks.codecs.data import SETS, SHORT
-from benchmarks.federated.tables import aligned, markdown
+from benchmarks.report import Page, Table
 
 PLAIN = ("int8", "int4", "sign", "int8 of 4096", "int4 of 4096", "int2 rms of 64")
 DITHERED = (("int8 dithered", "int8"), ("int4 dithered", "int4"))
@@ -20,8 +21,6 @@ TURNED = (
 )
 SLACK = 1.02
 """Equal bits: ours may have 2 % more than a peer's, for scales that the peer has none of."""
-
-Table = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,17 @@ def _alike(found: Sequence[rows.Row]) -> Iterator[rows.Row]:
     yield from (row for row in found if key(row) == key(found[-1]))
 
 
-def write(path: Path) -> str:
-    """Make the page and the plot beside the rows; returns the tables as text."""
+def page(path: Path) -> Page:
+    """The page of these rows."""
     results = load(path)
-    tables = {
-        "Error at so many bits a value": error_table(results),
-        "Positions of the 64 largest of 4096": positions_table(results),
-        "Speed on one core": speed_table(results),
-    }
-    met = goals(results)
-    notes = _notes(results)
-    plot = codecs_plots.draw(results.error, _bars(results), path.with_suffix(".png"))
-    page = ["# Codecs benchmark", "", "Made by `python -m benchmarks.run codecs`.", ""]
-    for title, table in tables.items():
-        page += [f"## {title}", "", *markdown(table), ""]
-    page += ["## Goals", "", *(f"- {line}" for line in met), "", *(f"- {n}" for n in notes), ""]
-    page += [f"![{plot.stem}]({plot.name})"]
-    path.with_suffix(".md").write_text("\n".join(page) + "\n")
-    text = [f"{title}\n\n{aligned(table)}\n" for title, table in tables.items()]
-    return "\n".join([*text, "Goals\n", *met, "", *notes])
+    out = Page("Codecs benchmark", "python -m benchmarks.run codecs")
+    out.table("Error at so many bits a value", error_table(results))
+    out.table("Positions of the 64 largest of 4096", positions_table(results))
+    out.table("Speed on one core", speed_table(results))
+    out.lines(goals(results), "Goals")
+    out.lines(_notes(results))
+    out.plots({"": functools.partial(plots.draw, results.error, _bars(results))})
+    return out
 
 
 def error_table(results: Results) -> Table:
