@@ -93,7 +93,7 @@ def positions(numel: int) -> tuple[list[rows.Row], list[str]]:
     try:
         import constriction  # noqa: F401 - whether it is there
     except ImportError:
-        return found, ["range coder: pip install 'gradcodec[entropy]'"]
+        return found, ["range coder: pip install 'gradcodec[bench]'"]
     found.append(_coded("range coder", at, _ranges, lambda c: _unranged(c, len(at)), _words))
     return found, []
 
