@@ -1,4 +1,4 @@
-"""What coding and TGAP cost: seconds, bytes and memory.
+"""The cost of coding a LLaMA-7B adapter and of TGAP's collection: seconds, bytes, memory.
 
     python -m benchmarks.run speed --quick
 

@@ -1,4 +1,4 @@
-"""What the codecs are tried on: gradients and updates of the embedded LLaMA, and noise."""
+"""The data that codecs are tried on: gradients and updates of the embedded LLaMA, and noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of gradients, updates and noise each scheme keeps, and at how many bits a value."""
+"""The error of each scheme on gradients, updates and noise, and its bits a value."""
 
 from __future__ import annotations
 

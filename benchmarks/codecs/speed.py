@@ -1,8 +1,8 @@
-"""What coding costs on one core, in one process, everything in turns.
+"""The speed of coding on one core: every scheme in one process, timed in turns.
 
 A *round* times a copy and then every scheme once, encode and decode, each over as many calls as
-take 20 ms. The machine's moods thus meet all of them alike; what is reported are medians over
-rounds, and ratios to the copy of the same round.
+take 20 ms. How busy the machine is thus changes for all of them alike. Reported
+are medians over rounds, and ratios to the copy of the same round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one rank of the DDP benchmark does, in a process of its own.
+"""One rank of the DDP benchmark, in a process of its own.
 
     enter the link's place -> process group -> for each phase: [link is shaped] -> train -> a row
 

@@ -1,4 +1,4 @@
-"""What is trained in the DDP benchmark: the embedded LLaMA, and a small residual network.
+"""The models that the DDP benchmark trains: the embedded LLaMA, and a small residual network.
 
 Both are functions of a seed and nothing else, and the global batch of a step is the same for any
 number of ranks, each of which takes its share: plain DDP walks the same path with 2 and with 4.

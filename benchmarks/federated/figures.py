@@ -1,4 +1,4 @@
-"""What the federated benchmark's tables and plots are made of: gains, targets, bytes.
+"""The figures in the federated benchmark's tables and plots: gains, targets, bytes.
 
 *Gain kept* is a run's decrease of the held-out loss over that of fp32 with the same seed. *Cost to
 a target* is what had crossed the wire after the first round at whose end that share of fp32's

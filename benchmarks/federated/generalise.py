@@ -1,4 +1,4 @@
-"""What a fitted subspace is worth where it was not fitted, and how that changes with the rank.
+"""A fitted subspace used where it was not fitted: on other data, adapters and LoRA ranks.
 
     python -m benchmarks.run generalise
 

@@ -1,4 +1,4 @@
-"""What the federated benchmark asks of a way to send updates, and how this project answers it."""
+"""The interface of a way to send updates, and this project's codecs behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a message is payload: what is left without headers, digests and checksums."""
+"""The payload bytes of a message: without headers, digests and checksums."""
 
 from __future__ import annotations
 

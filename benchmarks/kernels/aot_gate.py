@@ -1,4 +1,4 @@
-"""What compilers make of the kernels, on a machine without a GPU, and whether it got worse.
+"""The kernels' binaries, compiled on a machine without a GPU, compared with their budget.
 
     python -m benchmarks.kernels.aot_gate [--targets sm_90,gfx942] [--only encode] [--write]
 

@@ -1,4 +1,4 @@
-"""What is timed on a GPU: every kernel as ``aot_gate.VARIANTS`` compiles it, and its peers.
+"""The calls that are timed on a GPU: every kernel as ``aot_gate.VARIANTS`` compiles it, and peers.
 
 A case is made for a number of values on a device: buffers are allocated, and what comes back is the
 call to be timed and the bytes that it must read and write, each once.

@@ -1,4 +1,4 @@
-"""What all peers share: both ends of a federation around a code of update vectors."""
+"""The base of all peers: both ends of a federation around a code of update vectors."""
 
 from __future__ import annotations
 
