@@ -13,8 +13,11 @@ STAMP := .venv/.gradcodec-dev
 # More threads than this slow the small models of the tests and the demo down.
 export OMP_NUM_THREADS ?= 2
 
+# Processes that share the tests among them.
+export WORKERS ?= 2
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test quick lint
+.PHONY: help demo demo-full test quick mutants lint
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +32,10 @@ test: $(STAMP) ## Everything that must be green: lint, types, tests, wheel, READ
 	bash .ci/check $(BIN)
 
 quick: $(STAMP) ## The tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS)
+
+mutants: $(STAMP) ## Break the library in ten ways: the tests must notice each
+	$(BIN)/python -m tests.mutants
 
 lint: $(STAMP) ## Style and types alone
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Measurements, run as modules: ``python -m benchmarks.NAME``; rows go to ``results/``."""
+"""Measurements. ``python -m benchmarks.run CASE`` runs one; rows go to ``results/``."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from gradcodec.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -34,59 +38,128 @@ class Options:
     again: bool = False
 
 
+class Choosable(Protocol):
+    """What a case compares: it has a name and may be part of the short form."""
+
+    @property
+    def name(self) -> str:
+        """In rows and on the command line."""
+
+    @property
+    def quick(self) -> bool:
+        """Part of the short form."""
+
+
+S = TypeVar("S", bound=Choosable)
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse what a case does not have.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    unknown = [name for name in names if name not in set(known)]
+    if unknown:
+        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(known)}")
+
+
+def choose(schemes: Mapping[str, S], options: Options, reference: str) -> list[S]:
+    """The schemes that were asked for, in order; the reference is always among them.
+
+    All by default, or those of the short form if ``options.quick``.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    if options.schemes is None:
+        return [s for s in schemes.values() if s.quick or not options.quick]
+    check_names(options.schemes, schemes)
+    return [s for s in schemes.values() if s.name in (reference, *options.schemes)]
+
+
 @dataclass(frozen=True)
 class Case:
-    """A benchmark: its name, a line of help, and ``"module:function"``, imported when it is run.
+    """A benchmark. Functions are ``"module:function"``, imported when they are called.
 
-    The function takes ``Options`` and returns what failed, as lines of text.
+    Attributes:
+        name: on the command line and of the rows' file.
+        help: a line.
+        function: takes ``Options``, measures, and returns what failed, as lines of text.
+        page: takes the rows' path and returns their ``report.Page``; ``None`` where there is none.
     """
 
     name: str
     help: str
     function: str
+    page: str | None = None
 
     def load(self) -> Callable[[Options], list[str]]:
-        """Import the function."""
-        module, _, name = self.function.partition(":")
-        function: Callable[[Options], list[str]] = getattr(importlib.import_module(module), name)
+        """Import the function that measures."""
+        function: Callable[[Options], list[str]] = _imported(self.function)
         return function
+
+    def load_page(self) -> Callable[[Path], Any]:
+        """Import the function that makes the page.
+
+        Raises:
+            ConfigError: the case has no page.
+        """
+        if self.page is None:
+            raise ConfigError(f"the case {self.name!r} has rows and no page")
+        function: Callable[[Path], Any] = _imported(self.page)
+        return function
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _ALL = (
     Case(
         "federated",
         "every scheme on the embedded model: loss, bytes, bytes to a given quality",
-        "benchmarks.federated:main",
+        "benchmarks.federated.case:main",
+        "benchmarks.federated.case:page",
     ),
     Case(
         "generalise",
         "codecs fitted on other data, other adapters, nothing; other LoRA ranks",
-        "benchmarks.generalise:main",
+        "benchmarks.federated.generalise:main",
+        "benchmarks.federated.generalise:page",
     ),
     Case(
         "tune",
         "learning rate of every scheme of `federated`, on a seed that is never reported",
-        "benchmarks.tune:main",
+        "benchmarks.federated.tune:main",
     ),
     Case(
         "speed",
         "seconds, bytes and memory of coding a 7B adapter; what TGAP's collection costs",
-        "benchmarks.speed:main",
+        "benchmarks.codecs.adapter:main",
     ),
     Case(
         "codecs",
         "error, bits and speed of every fixed-rate codec and its peers, on recorded gradients",
-        "benchmarks.codecs:main",
+        "benchmarks.codecs.case:main",
+        "benchmarks.codecs.page:page",
     ),
     Case(
         "kernels",
         "Triton kernels: GB/s against copy on a GPU, else what their binaries cost",
-        "benchmarks.kernels:main",
+        "benchmarks.kernels.case:main",
     ),
     Case(
         "ddp",
         "data-parallel training over shaped links: loss against steps, seconds and bytes",
-        "benchmarks.ddp:main",
+        "benchmarks.ddp.case:main",
+        "benchmarks.ddp.page:page",
+    ),
+    Case(
+        "link_swap",
+        "two ranks swapping bytes over shaped links: gloo's all-to-all and ours",
+        "benchmarks.links.swap:main",
     ),
 )
 
@@ -116,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1 or (args.rounds is not None and args.rounds < 1):
         parser.error("expected --workers and --rounds of at least 1")
-    default = ROOT / "runs" / "bench-quick" if args.quick else ROOT / "benchmarks" / "results"
+    default = ROOT / "runs" / "bench-quick" if args.quick else RESULTS
     options = Options(
         out=args.out or default,
         quick=args.quick,

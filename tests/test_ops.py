@@ -296,15 +296,15 @@ def stems(folder: str, pattern: str = "*.py") -> set[str]:
 
 
 def benchmarked() -> set[str]:
-    """First words of the keys of ``benchmarks.kernel_cases.KERNELS``."""
-    tree = ast.parse((ROOT / "benchmarks" / "kernel_cases.py").read_text())
+    """First words of the keys of ``benchmarks.kernels.calls.KERNELS``."""
+    tree = ast.parse((ROOT / "benchmarks" / "kernels" / "calls.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "KERNELS":
             assert isinstance(node.value, ast.Dict)
             keys = [k.value for k in node.value.keys if isinstance(k, ast.Constant)]
             assert len(keys) == len(node.value.keys)
             return {str(key).replace(",", " ").split()[0] for key in keys}
-    raise AssertionError("no KERNELS in benchmarks/kernel_cases.py")
+    raise AssertionError("no KERNELS in benchmarks/kernels/calls.py")
 
 
 def test_every_op_has_an_oracle_a_kernel_a_test_and_a_benchmark() -> None:

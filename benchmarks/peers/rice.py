@@ -1,4 +1,4 @@
-"""Golomb-Rice code of sorted positions: what top-k methods send beside their values.
+"""Golomb-Rice code of sorted positions, which top-k methods send beside their values.
 
 The gaps between k of n positions are nearly geometric, for which Golomb's code is the best prefix
 code (Golomb 1966, run-length encodings); Rice's is Golomb's with a power of two for a divisor.

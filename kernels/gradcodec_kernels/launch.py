@@ -20,8 +20,8 @@ Rotation = tuple[Tensor, Tensor]
 
 #: Warps of a program: of an op, then of what differs from it by architecture (``80``,
 #: ``"gfx942"``), dtype of the values and bits; ``None`` stands for all. Chosen with
-#: ``benchmarks/aot_gate.py``; no autotuning, which could choose differently on every rank and costs
-#: seconds on each.
+#: ``benchmarks/kernels/aot_gate.py``; no autotuning, which could choose differently on every rank
+#: and costs seconds on each.
 WARPS: Mapping[tuple[str, int | str | None, torch.dtype | None, int | None], int] = (
     MappingProxyType(
         {

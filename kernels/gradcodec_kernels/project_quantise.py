@@ -14,7 +14,7 @@ from gradcodec_kernels.tiles import INTERP
 
 TILES = {2: (64, 64, 128), 4: (32, 32, 64)}
 """Most rows, terms of the sum and columns of a product, by bytes of an operand's number: what fits
-into registers without spilling (``benchmarks/aot_gate.py``)."""
+into registers without spilling (``benchmarks/kernels/aot_gate.py``)."""
 PROGRAMS = 512
 """About this many are enough to fill a device; sums are cut into slices until there are."""
 

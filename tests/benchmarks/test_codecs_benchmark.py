@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import codecs, codecs_errors, codecs_report, codecs_speed, rows
-from benchmarks.codecs_coders import BY_TORCH, OURS, PEERS, SCHEMES, computed_by
-from benchmarks.codecs_data import SETS, flat, load
+from benchmarks import rows
+from benchmarks.codecs import case as codecs
+from benchmarks.codecs import errors as codecs_errors
+from benchmarks.codecs import page as codecs_page
+from benchmarks.codecs import speed as codecs_speed
+from benchmarks.codecs.coders import BY_TORCH, OURS, PEERS, SCHEMES, computed_by
+from benchmarks.codecs.data import SETS, flat, load
 from benchmarks.run import Options
 from gradcodec import ops
 from gradcodec.errors import ConfigError
@@ -29,7 +33,7 @@ def nmse(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_names_are_unique_and_those_by_torch_are_ours() -> None:
     assert len(SCHEMES) == len(OURS) + len(PEERS)
     assert {SCHEMES[name].kind for name in BY_TORCH} == {"ours"}
-    timed = {*codecs_report.PLAIN, *codecs_report.TURNED, *sum(codecs_report.DITHERED, ())}
+    timed = {*codecs_page.PLAIN, *codecs_page.TURNED, *sum(codecs_page.DITHERED, ())}
     assert timed <= {s.name for s in OURS}
 
 
@@ -151,11 +155,9 @@ def figures(ms: float) -> dict[str, Any]:
     }
 
 
-def results(
-    errors: dict[str, tuple[float, float]], times: dict[str, float]
-) -> codecs_report.Results:
+def results(errors: dict[str, tuple[float, float]], times: dict[str, float]) -> codecs_page.Results:
     """From bits and NMSE by scheme, and from milliseconds both ways."""
-    return codecs_report.Results(
+    return codecs_page.Results(
         {
             name: {"scheme": name, **{s: {"bits": b, "nmse": e, "cosine": 0.9} for s in SETS}}
             for name, (b, e) in errors.items()
@@ -186,21 +188,21 @@ def test_ahead_means_faster_and_closer_with_no_more_bits(
     found = results(
         {"int4": mine, "piquant 4 bit": (4.0, 0.02)}, {"int4": time, "piquant 4 bit": 2}
     )
-    lines = [line for line in codecs_report.goals(found) if "piquant" in line]
+    lines = [line for line in codecs_page.goals(found) if "piquant" in line]
     assert len(lines) == len(SETS)
     assert all(line.startswith(words) for line in lines)
 
 
 @pytest.mark.parametrize(("ms", "word"), [(1.0, "met"), (100.0, "missed")])
 def test_speeds_are_held_against_their_goals(ms: float, word: str) -> None:
-    lines = codecs_report.goals(results({}, {"int8": ms, "int4-rotated": ms}))
+    lines = codecs_page.goals(results({}, {"int8": ms, "int4-rotated": ms}))
     assert len(lines) == 4
     assert all(line.startswith(f"{word}: ") for line in lines)
 
 
 def test_dither_may_cost_half_as_much_again() -> None:
     for ms, word in ((1.5, "met"), (1.6, "missed")):
-        lines = codecs_report.goals(results({}, {"int4": 1.0, "int4 dithered": ms}))
+        lines = codecs_page.goals(results({}, {"int4": 1.0, "int4 dithered": ms}))
         assert next(line for line in lines if "dithered" in line).startswith(word)
 
 
@@ -214,7 +216,7 @@ def test_a_run_writes_rows_a_page_and_a_plot(
         codecs_errors.positions: lambda numel: codecs_errors.positions(1 << 14),
         codecs_speed.measure: lambda names, n, rounds: codecs_speed.measure(names, 1 << 14, 1),
     }
-    monkeypatch.setattr(codecs, "_apart", lambda function, *args: small[function](*args))
+    monkeypatch.setattr(codecs, "apart", lambda function, *args: small[function](*args))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = Options(tmp_path, quick=True, schemes=("int4", "int8", "int4-rotated, EF"))
     assert codecs.main(options) == []
@@ -237,7 +239,7 @@ def test_the_page_is_of_the_last_measurement(tmp_path: Path) -> None:
         for name in names:
             asked = {"part": "error", "snapshots": snapshots, "impl": ""}
             rows.append(path, {**rows.stamp("codecs", name, 0, asked), **sets})
-    assert set(codecs_report.load(path).error) == {"int4"}
+    assert set(codecs_page.load(path).error) == {"int4"}
 
 
 def test_unknown_schemes_are_refused(tmp_path: Path) -> None:

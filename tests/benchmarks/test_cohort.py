@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cohort import CohortLlama
+from benchmarks.federated.cohort import CohortLlama
 from gradcodec.errors import ConfigError
 from gradcodec.recipes.data import IGNORED, Encoded, collate
 from gradcodec.recipes.models import adapter_parameters, add_lora, load_base

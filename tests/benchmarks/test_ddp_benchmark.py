@@ -14,15 +14,20 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import ddp, ddp_report, link_namespaces, link_pacing, links, rows
-from benchmarks import ddp_figures as figures
-from benchmarks.ddp_peers.checkout import EPFML, GRACE, VARIABLE
-from benchmarks.ddp_rank import Phase
-from benchmarks.ddp_schemes import REFERENCE, SCHEMES, choose
-from benchmarks.ddp_trainers import CollectiveClock
-from benchmarks.ddp_work import WORKS, Batches, Recipe, glyphs, kept_data, work_named
-from benchmarks.links import LINKS, Link
-from benchmarks.run import Options
+from benchmarks import rows
+from benchmarks.ddp import case as ddp
+from benchmarks.ddp import figures
+from benchmarks.ddp import page as ddp_page
+from benchmarks.ddp.rank import Phase
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme
+from benchmarks.ddp.trainers import CollectiveClock
+from benchmarks.ddp.work import WORKS, Batches, Recipe, glyphs, kept_data, work_named
+from benchmarks.links import link as links
+from benchmarks.links import namespaces as link_namespaces
+from benchmarks.links import pacing as link_pacing
+from benchmarks.links.link import LINKS, Link
+from benchmarks.peers.ddp.checkout import EPFML, GRACE, VARIABLE
+from benchmarks.run import Options, choose
 from gradcodec.errors import ConfigError
 
 # -- links ------------------------------------------------------------------------------------
@@ -232,11 +237,15 @@ def test_an_unknown_work_is_refused() -> None:
 # -- schemes and plans --------------------------------------------------------------------------
 
 
+def chosen(*names: str, quick: bool = False) -> list[Scheme]:
+    return choose(SCHEMES, Options(Path(), quick=quick, schemes=names or None), REFERENCE)
+
+
 def test_plain_ddp_is_always_there_and_first() -> None:
-    assert [s.name for s in choose(("int4", "demo"))] == [REFERENCE, "int4", "demo"]
-    assert choose(None)[0].name == choose(None, quick=True)[0].name == REFERENCE
+    assert [s.name for s in chosen("int4", "demo")] == [REFERENCE, "int4", "demo"]
+    assert chosen()[0].name == chosen(quick=True)[0].name == REFERENCE
     with pytest.raises(ConfigError, match="unknown schemes"):
-        choose(("int5",))
+        chosen("int5")
 
 
 def test_a_peer_that_is_not_there_says_how_to_get_it(
@@ -255,7 +264,7 @@ def test_a_peer_that_is_not_there_says_how_to_get_it(
 
 
 def test_schemes_that_look_at_the_link_are_trained_to_the_end_on_each() -> None:
-    for scheme in choose(None):
+    for scheme in SCHEMES.values():
         phases = ddp.phases(scheme, 160, quick=False, confirm=False)
         assert [p.link for p in phases] == ["unshaped", "1gbit", "100mbit"]
         assert phases[0].steps == 160
@@ -466,7 +475,9 @@ def test_the_page_names_what_loses_and_what_is_met(tmp_path: Path) -> None:
         )
     ]
     path = written(tmp_path / "ddp.jsonl", *some)
-    text = ddp_report.write(path)
+    made = ddp_page.page(path)
+    assert made is not None
+    text = made.write(path)
     page = path.with_suffix(".md").read_text()
     assert (
         "| final loss within 0.5 % of plain DDP at 8x (4 bit) | met | int4: +0.00% at 8.0x |"
@@ -480,7 +491,7 @@ def test_the_page_names_what_loses_and_what_is_met(tmp_path: Path) -> None:
 
 
 def test_no_rows_make_no_page(tmp_path: Path) -> None:
-    assert "nothing to compare with" in ddp_report.write(tmp_path / "ddp.jsonl")
+    assert ddp_page.page(tmp_path / "ddp.jsonl") is None
     assert not (tmp_path / "ddp.md").exists()
 
 

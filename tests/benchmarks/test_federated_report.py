@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import federated_figures as figures
-from benchmarks import federated_report as report
 from benchmarks import rows
-from benchmarks.scheme import Scheme
+from benchmarks.federated import figures
+from benchmarks.federated import page as report
+from benchmarks.federated.scheme import Scheme
 
 START = 5.0
 FP32 = [4.5, 4.2, 4.0]  # a gain of 1.0
@@ -171,7 +171,9 @@ def test_page_and_plots_are_written_beside_the_rows(tmp_path: Path) -> None:
         run([4.6, None], "lost"),
     )
     names = [scheme("fp32", "reference"), scheme("ours", "ours"), scheme("lost")]
-    text = report.write(path, names)
+    made = report.page(path, names)
+    assert made is not None
+    text = made.write(path)
     assert "ours" in text
     made = {p.name for p in tmp_path.iterdir()}
     assert made == {
@@ -187,4 +189,4 @@ def test_page_and_plots_are_written_beside_the_rows(tmp_path: Path) -> None:
 
 def test_without_fp32_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     path = written(tmp_path / "federated.jsonl", run(FP32, "ours"))
-    assert "no finished fp32 run" in report.write(path, [scheme("ours", "ours")])
+    assert report.page(path, [scheme("ours", "ours")]) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generalise, generalise_report
+from benchmarks.federated import generalise, generalise_page
 from gradcodec.recipes import corpus, data
 
 
@@ -54,7 +54,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_table_gives_the_share_of_the_gain_by_source_and_by_rank(path: Path) -> None:
-    table = generalise_report.write(path, {"own": "own data", "random": "random bases"})
+    page = generalise_page.page(path, {"own": "own data", "random": "random bases"})
+    assert "own data" in page.write(path)
+    table = path.with_suffix(".md").read_text()
     assert "| own data | 90.0% [90.0% .. 90.0%] |" in table
     assert "| random bases | 50.0% [50.0% .. 50.0%] |" in table
     assert "| 4 | 75.0% [75.0% .. 75.0%] |" in table

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks.methods import Method, State
-from benchmarks.peers import (
+from benchmarks.federated.methods import Method, State
+from benchmarks.peers import optional
+from benchmarks.peers.federated import (
     EDEN,
     FLASC,
     Cast,
@@ -22,11 +23,10 @@ from benchmarks.peers import (
     Peer,
     SignEF,
     SparseLoCo,
-    optional,
     random_subspace,
 )
-from benchmarks.peers.downlink import Increments
-from benchmarks.peers.envelope import BROADCAST_OVERHEAD, REPLY_OVERHEAD, Broadcast, Reply
+from benchmarks.peers.federated.downlink import Increments
+from benchmarks.peers.federated.envelope import BROADCAST_OVERHEAD, REPLY_OVERHEAD, Broadcast, Reply
 from benchmarks.peers.rice import decode_positions, encode_positions
 from gradcodec import layout
 from gradcodec.errors import (

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import jobs, rows, tune
+from benchmarks import jobs, rows
+from benchmarks.federated import tune
+from benchmarks.federated.scheme import Scheme
 from benchmarks.jobs import Job
-from benchmarks.scheme import Scheme
 
 STARTED: list[str] = []
 

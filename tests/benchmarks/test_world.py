@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import federated, fitted, peers
-from benchmarks.methods import Coded
-from benchmarks.world import World, play
+from benchmarks.federated import case as federated
+from benchmarks.federated import fitted
+from benchmarks.federated.methods import Coded
+from benchmarks.federated.world import World, play
+from benchmarks.peers import federated as peers
 from gradcodec.codecs import Identity
 from gradcodec.federated import Federation, Server
 from gradcodec.recipes.federated_llama import Experiment
@@ -44,10 +46,14 @@ def world() -> World:
     return World(SETTINGS, compute=torch.float32)
 
 
+def experiment_in(folder: Path, settings: Settings) -> Experiment:
+    """The example's own run, in an empty folder."""
+    return Experiment(settings, RunFolder(folder, settings.to_dict()), lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    folder = RunFolder(tmp_path_factory.mktemp("run"), SETTINGS.to_dict())
-    return Experiment(SETTINGS, folder, lambda *_: None)
+    return experiment_in(tmp_path_factory.mktemp("run"), SETTINGS)
 
 
 def test_clients_hold_what_they_hold_in_the_example(world: World, experiment: Experiment) -> None:
@@ -93,7 +99,6 @@ def test_peers_play_as_well_and_their_payload_is_told_from_its_envelope(world: W
 def test_tgap_finds_what_it_finds_in_the_example(
     records: str,
     world: World,
-    experiment: Experiment,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -104,8 +109,8 @@ def test_tgap_finds_what_it_finds_in_the_example(
     assert len(fitted.snapshots(world)) == moments.count
     signal = records == "signal"
     mine = fitted.signal(world, config) if signal else fit_subspace(moments, config)
-    monkeypatch.setattr(experiment, "settings", replace(SETTINGS, tgap_records=records))
-    theirs = experiment.fit({"subspace-32": config}, tmp_path / "codecs")["subspace-32"]
+    run = experiment_in(tmp_path / "run", replace(SETTINGS, tgap_records=records))
+    theirs = run.fit({"subspace-32": config}, "codecs")["subspace-32"]
     assert mine.spec is not None
     assert mine.code_numel(mine.spec) == theirs.code_numel(mine.spec)
     # Bases are equal up to signs: what they keep of a vector is the same.
@@ -131,7 +136,7 @@ def test_a_codec_is_made_once(
     assert first.nbytes == again.nbytes > 0
 
 
-@pytest.mark.parametrize("name", [s.name for s in federated.choose(None) if s.kind == "peer"])
+@pytest.mark.parametrize("name", [n for n, s in federated.SCHEMES.items() if s.kind == "peer"])
 def test_every_peer_of_the_list_can_be_made(world: World, name: str) -> None:
     needs = "openfl" if name.startswith("eden") else "bitsandbytes"
     if name.startswith(("eden", "nvflare")) and importlib.util.find_spec(needs) is None:
@@ -142,8 +147,8 @@ def test_every_peer_of_the_list_can_be_made(world: World, name: str) -> None:
 
 
 def test_all_schemes_are_tuned_with_the_same_effort() -> None:
-    assert len(federated.SCHEMES) == len(federated.choose(None))
-    assert {len(s.grid) for s in federated.choose(None)} == {3}
+    assert len(federated.SCHEMES) == len(federated._ALL)
+    assert {len(s.grid) for s in federated.SCHEMES.values()} == {3}
 
 
 def test_other_ranks_and_seeds_make_other_worlds(world: World) -> None:

@@ -43,7 +43,7 @@ def test_behind_a_transform_every_packer_refuses_nan_by_name(inner: Codec) -> No
     for bad in (math.nan, math.inf):
         update = model()
         update["square"][3, 5] = bad
-        with pytest.raises(NonFiniteError, match="chain: 'square'.*1 of 2304"):
+        with pytest.raises(NonFiniteError, match=r"chain: 'square'.*1 of 2304"):
             Chain(SUBSPACE, inner).encoder.encode(update)
 
 

@@ -1,6 +1,6 @@
 """Payloads that a stranger made: an update or a ``WireError``, at a cost like their length.
 
-The fuzzer is ``benchmarks/fuzz_wire.py``; ``GRADCODEC_HOSTILE=long`` runs it for longer.
+The fuzzer is ``benchmarks/codecs/fuzz_wire.py``; ``GRADCODEC_HOSTILE=long`` runs it for longer.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import fuzz_wire
+from benchmarks.codecs import fuzz_wire
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, Identity, RotatedSign, TopK

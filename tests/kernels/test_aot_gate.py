@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BUDGET = ROOT / "benchmarks" / "aot_budget.json"
+BUDGET = ROOT / "benchmarks" / "kernels" / "aot_budget.json"
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -36,13 +36,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_kernels_stay_in_their_budget(target: str) -> None:
-    done = run("-m", "benchmarks.aot_gate", "--targets", target)
+    done = run("-m", "benchmarks.kernels.aot_gate", "--targets", target)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 COMPARE = """
 import json
-from benchmarks import aot_gate
+from benchmarks.kernels import aot_gate
 version = aot_gate.minor(aot_gate.triton.__version__)
 budget = {version: {"sm_90": {"a": json.loads('%s')}}}
 good = budget[version]["sm_90"]["a"]
@@ -79,8 +79,8 @@ def test_the_gate_sees_what_is_worse_and_the_benchmark_has_its_variants() -> Non
 @needs_triton
 def test_every_variant_of_the_gate_has_a_benchmark() -> None:
     script = (
-        "from benchmarks import aot_gate, kernel_cases\n"
-        "print({*aot_gate.VARIANTS} ^ {*kernel_cases.KERNELS})"
+        "from benchmarks.kernels import aot_gate, calls\n"
+        "print({*aot_gate.VARIANTS} ^ {*calls.KERNELS})"
     )
     done = run("-c", script)
     assert done.stdout.strip() == "set()", done.stderr

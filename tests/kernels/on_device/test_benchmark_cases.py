@@ -1,9 +1,9 @@
-"""Every case that ``benchmarks.kernels`` would time runs, and moves the bytes that it says."""
+"""Every case that ``benchmarks.kernels.case`` would time runs, and moves the bytes that it says."""
 
 import pytest
 import torch
 
-from benchmarks.kernel_cases import KERNELS, PEERS
+from benchmarks.kernels.calls import KERNELS, PEERS
 
 NUMEL = 2 * 4096
 

@@ -1,0 +1,1 @@
+"""Data-parallel training over shaped links: loss against steps, seconds and bytes."""

@@ -1,0 +1,242 @@
+"""The ways of exchanging gradients that the DDP benchmark puts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from benchmarks.ddp.trainers import HookTrainer, LocalTrainer, Times, Trainer
+from benchmarks.ddp.work import Recipe, Work
+from benchmarks.peers.ddp.checkout import DEMO, EPFML, GRACE, Checkout
+from benchmarks.peers.ddp.demo import Demo
+from benchmarks.peers.ddp.epfml import EpfmlPowerSGD
+from benchmarks.peers.ddp.grace import Grace
+from benchmarks.peers.ddp.stock import fp16, power_sgd
+
+Make = Callable[[nn.Module, Recipe], Trainer]
+
+REFERENCE = "ddp"
+KINDS = ("reference", "ours", "peer")
+
+WARM = 10
+"""Steps that PowerSGD, either one's, leaves uncompressed; their defaults are longer than these
+trainings. ``lowrank-warm`` leaves as many."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way of exchanging gradients.
+
+    Attributes:
+        name: key in rows and on the command line.
+        title: what a reader of tables and plots sees.
+        kind: ``"reference"`` (plain DDP), ``"ours"`` or ``"peer"``.
+        make: one rank's trainer; all ranks call it at the same time.
+        cite: where it is from.
+        checkout: what must be there to run it.
+        rates: by work, the peak learning rate of a scheme that is an optimiser of its own.
+        settle: first steps that are not like the others, left out of a step's median time.
+        alike: walks the same path on every link, so that one link's losses are all links'.
+        few: also run with 4 ranks.
+        once: run on the LLaMA with 2 ranks only.
+        quick: part of the short form.
+        plotted: has a line in the plots; tables have everything.
+    """
+
+    name: str
+    title: str
+    kind: str
+    make: Make
+    cite: str = ""
+    checkout: Checkout | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    settle: int = 3
+    alike: bool = True
+    few: bool = False
+    once: bool = False
+    quick: bool = False
+    plotted: bool = True
+
+    def missing(self) -> str | None:
+        """What is to be done before it can run, ``None`` if nothing."""
+        return self.checkout.missing() if self.checkout else None
+
+    def rate(self, work: Work) -> float:
+        """The peak learning rate: the work's, unless the scheme has its own."""
+        return self.rates.get(work.name, work.recipe.lr)
+
+
+def ours(codec: str | Callable[[], Any], **options: Any) -> Make:
+    """This project's hook.
+
+    Args:
+        codec: what ``CompressState`` takes, or a function that makes it in the rank's process.
+        options: further arguments of ``CompressState``.
+    """
+
+    def make(model: nn.Module, recipe: Recipe) -> Trainer:
+        from gradcodec.distributed import CompressState, compress_hook
+
+        chosen = codec if isinstance(codec, str) else codec()
+        state = CompressState(model, codec=chosen, **options)
+
+        def times() -> Times:
+            stats = state.stats()
+            return {part: stats[f"{part}_seconds"] for part in ("encode", "exchange", "decode")}
+
+        def notes() -> dict[str, Any]:
+            stats = state.stats()
+            return {name: stats[name] for name in ("auto", "wire_bytes", "residual_bytes")}
+
+        return HookTrainer(
+            model,
+            recipe,
+            lambda ddp: ddp.register_comm_hook(state, compress_hook),
+            report=times,
+            notes=notes,
+            close=state.close,
+        )
+
+    return make
+
+
+def _low_rank(**settings: Any) -> Make:
+    def codec() -> Any:
+        from gradcodec.distributed import LowRank
+
+        return LowRank(**settings)
+
+    return ours(codec)
+
+
+def _plain(model: nn.Module, recipe: Recipe) -> Trainer:
+    return HookTrainer(model, recipe)
+
+
+def _epfml(rank: int) -> Make:
+    return lambda model, recipe: EpfmlPowerSGD(model, recipe, rank=rank, start=WARM)
+
+
+def _torch_power_sgd(rank: int) -> Make:
+    return lambda model, recipe: power_sgd(model, recipe, rank=rank, start=WARM)
+
+
+def _grace(**params: Any) -> Make:
+    return lambda model, recipe: Grace(model, recipe, params)
+
+
+def _demo(model: nn.Module, recipe: Recipe) -> Trainer:
+    return Demo(model, recipe, lr=recipe.lr)
+
+
+_POWER_SGD = "PowerSGD, arXiv 1905.13727"
+_GRACE = "GRACE, ICDCS 2021"
+
+_ALL = (
+    Scheme(REFERENCE, "plain DDP", "reference", _plain, few=True, quick=True),
+    Scheme("identity", "identity hook", "ours", ours("fp32"), once=True, plotted=False),
+    Scheme("int8", "int8", "ours", ours("int8"), once=True, plotted=False),
+    Scheme("int4", "int4", "ours", ours("int4"), few=True, quick=True),
+    Scheme("int4-rot", "int4, rotated", "ours", ours("int4-rotated"), plotted=False),
+    Scheme("int2", "int2", "ours", ours("int2"), once=True, plotted=False),
+    Scheme("int2-rot", "int2, rotated", "ours", ours("int2-rotated"), quick=True),
+    Scheme("sign", "sign", "ours", ours("sign"), plotted=False),
+    Scheme("sign-rot", "sign, rotated", "ours", ours("sign-rotated"), few=True, quick=True),
+    Scheme("topk", "top-k 1/64", "ours", ours("topk")),
+    Scheme("lowrank", "adaptive low rank 4", "ours", ours("lowrank"), few=True, quick=True),
+    Scheme(
+        "lowrank-warm",
+        "adaptive low rank 4 after exact steps",
+        "ours",
+        ours("lowrank", start_step=WARM),
+        settle=WARM + 3,
+        once=True,
+        plotted=False,
+    ),
+    Scheme(
+        "lowrank-12",
+        "adaptive low rank 12, int4",
+        "ours",
+        _low_rank(rank=12, code="int4"),
+    ),
+    Scheme(
+        "lowrank-16",
+        "adaptive low rank 16, int8",
+        "ours",
+        _low_rank(rank=16, code="int8"),
+        once=True,
+        plotted=False,
+    ),
+    Scheme("auto", "auto", "ours", ours("auto"), alike=False, few=True, settle=10),
+    Scheme("fp16", "torch's fp16 hook", "peer", fp16, "torch.distributed", quick=True),
+    Scheme(
+        "powersgd-torch",
+        "torch's PowerSGD, rank 4",
+        "peer",
+        _torch_power_sgd(4),
+        f"{_POWER_SGD}, by torch's code",
+        settle=WARM + 3,
+    ),
+    Scheme(
+        "powersgd",
+        "epfml's PowerSGD, rank 4",
+        "peer",
+        _epfml(4),
+        f"{_POWER_SGD}, by its authors' code",
+        EPFML,
+        settle=WARM + 3,
+        few=True,
+        quick=True,
+    ),
+    Scheme(
+        "powersgd-16",
+        "epfml's PowerSGD, rank 16",
+        "peer",
+        _epfml(16),
+        f"{_POWER_SGD}, by its authors' code",
+        EPFML,
+        settle=WARM + 3,
+        once=True,
+    ),
+    Scheme(
+        "demo",
+        "DeMo",
+        "peer",
+        _demo,
+        "DeMo, arXiv 2411.19870, by its authors' code",
+        DEMO,
+        rates={"llama": 1e-3, "vision": 3e-3},
+        quick=True,
+    ),
+    Scheme(
+        "grace-topk",
+        "GRACE top-k 1 %",
+        "peer",
+        _grace(compressor="topk", compress_ratio=0.01, memory="residual", communicator="allgather"),
+        f"{_GRACE}, by its authors' code",
+        GRACE,
+        quick=True,
+    ),
+    Scheme(
+        "grace-qsgd",
+        "GRACE QSGD, 8 bit",
+        "peer",
+        _grace(compressor="qsgd", quantum_num=127, memory="none", communicator="allgather"),
+        f"QSGD, arXiv 1610.02132; {_GRACE}, by its authors' code",
+        GRACE,
+        plotted=False,
+    ),
+)
+
+SCHEMES = {scheme.name: scheme for scheme in _ALL}
+
+LOCAL = Scheme("local", "no exchange", "reference", LocalTrainer)
+"""Not a way of exchanging anything: what a step takes without."""
+
+
+def scheme_named(name: str) -> Scheme:
+    """A scheme of the table, or ``LOCAL``."""
+    return LOCAL if name == LOCAL.name else SCHEMES[name]

@@ -1,0 +1,1 @@
+"""Triton kernels: speed on a GPU, and without one what their binaries cost."""

@@ -1,0 +1,309 @@
+"""The calls that are timed on a GPU: every kernel as ``aot_gate.VARIANTS`` compiles it, and peers.
+
+A case is made for a number of values on a device: buffers are allocated, and what comes back is the
+call to be timed and the bytes that it must read and write, each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcodec.reference.encode import encode as encode_by_torch
+from gradcodec.reference.hadamard import CHUNK, rotation_factors
+from gradcodec_kernels.chunk_absmax import chunk_absmax
+from gradcodec_kernels.decode_mean import decode_mean
+from gradcodec_kernels.decode_sum_shared import decode_sum_shared
+from gradcodec_kernels.encode import encode
+from gradcodec_kernels.project_quantise import project_quantise
+from gradcodec_kernels.reduce_requant import reduce_requant
+from gradcodec_kernels.sparse_mean import sparse_mean
+from gradcodec_kernels.top_rows import top_rows
+from gradcodec_kernels.topk_encode import topk_encode
+
+Timed = tuple[Callable[[], Any], int]
+Make = Callable[[int, torch.device], Timed]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _rotation(device: torch.device) -> tuple[Tensor, Tensor]:
+    left, right = (f.to(device, torch.bfloat16).contiguous() for f in rotation_factors())
+    return left, right
+
+
+def _payloads(world: int, numel: int, bits: int, device: torch.device) -> Tensor:
+    shape = (world, numel * bits // 8)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+
+def _steps(*shape: int, device: torch.device) -> Tensor:
+    return (torch.rand(shape, device=device) + 0.1).to(torch.bfloat16)
+
+
+def _encode(
+    bits: int,
+    dtype: str = "bf16",
+    *,
+    block: int = CHUNK,
+    scale: str = "absmax",
+    rotate: bool = False,
+    stochastic: bool = False,
+    ef: bool = False,
+    tail: int = 0,
+) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        values = torch.randn(numel, device=device, dtype=DTYPES[dtype])[: numel - tail]
+        residual = torch.randn_like(values.new_empty(numel)) * 0.1 if ef else None
+        packed = torch.empty(numel * bits // 8, dtype=torch.uint8, device=device)
+        scales = _steps(numel // block, device=device)
+        rotation = _rotation(device) if rotate else None
+
+        def call() -> None:
+            encode(
+                values,
+                packed,
+                scales,
+                bits=bits,
+                block=block,
+                scale=scale,
+                rotation=rotation,
+                stochastic=stochastic,
+                seed=1,
+                residual=residual,
+            )
+
+        return call, _bytes(values, residual, residual, packed, scales)
+
+    return make
+
+
+def _decode(
+    world: int,
+    bits: int,
+    out: str = "bf16",
+    *,
+    block: int = CHUNK,
+    rotate: bool = False,
+    weighted: bool = False,
+    apart: int = 0,
+) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        packed = _payloads(world, numel + 8 * apart // bits, bits, device)[:, : numel * bits // 8]
+        scales = _steps(world, numel // block, device=device)
+        weights = torch.rand(world, device=device) if weighted else None
+        result = torch.empty(numel, dtype=DTYPES[out], device=device)
+        rotation = _rotation(device) if rotate else None
+
+        def call() -> None:
+            decode_mean(
+                packed, scales, result, bits=bits, block=block, rotation=rotation, weights=weights
+            )
+
+        return call, _bytes(packed, scales, result)
+
+    return make
+
+
+def _shared(world: int, bits: int) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        packed = _payloads(world, numel, bits, device)
+        scales = _steps(numel // CHUNK, device=device)
+        result = torch.empty(numel, dtype=torch.bfloat16, device=device)
+        rotation = _rotation(device)
+
+        def call() -> None:
+            decode_sum_shared(packed, scales, result, bits=bits, block=CHUNK, rotation=rotation)
+
+        return call, _bytes(packed, scales, result)
+
+    return make
+
+
+def _requant(numel: int, device: torch.device) -> Timed:
+    packed = _payloads(8, numel, 4, device)
+    scales = _steps(8, numel // CHUNK, device=device)
+    residual = torch.zeros(numel, dtype=torch.bfloat16, device=device)
+    out, steps = torch.empty_like(packed[0]), torch.empty_like(scales[0])
+    options: dict[str, Any] = {"bits": 4, "block": CHUNK, "scale": "absmax", "stochastic": True}
+
+    def call() -> None:
+        reduce_requant(packed, scales, out, steps, numel, residual=residual, **options)
+
+    return call, _bytes(packed, scales, residual, residual, out, steps)
+
+
+def _absmax(numel: int, device: torch.device) -> Timed:
+    values = torch.randn(numel, dtype=torch.bfloat16, device=device)
+    residual, rotation = torch.randn_like(values), _rotation(device)
+    out = torch.empty(numel // CHUNK, device=device)
+
+    def call() -> None:
+        chunk_absmax(values, out, block=CHUNK, rotation=rotation, residual=residual)
+
+    return call, _bytes(values, residual, out)
+
+
+def _topk(dtype: str, *, ef: bool) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        values = torch.randn(numel, dtype=DTYPES[dtype], device=device)
+        residual = torch.randn_like(values) if ef else None
+        kept = values.new_empty(numel // CHUNK, 64)
+        index = torch.empty(kept.shape, dtype=torch.int16, device=device)
+
+        def call() -> None:
+            topk_encode(values, kept, index, k=64, chunk=CHUNK, residual=residual)
+
+        return call, _bytes(values, residual, residual, kept, index)
+
+    return make
+
+
+def _rows(k: int) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        values = torch.randn(numel, dtype=torch.bfloat16, device=device)
+        residual = torch.randn_like(values)
+        kept = values.new_empty(numel // 64, k)
+        index = torch.empty(kept.shape, dtype=torch.uint8, device=device)
+
+        def call() -> None:
+            top_rows(values, kept, index, k=k, residual=residual)
+
+        return call, _bytes(values, residual, residual, kept, index)
+
+    return make
+
+
+def _sparse(numel: int, device: torch.device) -> Timed:
+    kept = torch.randn(8, numel // CHUNK, 64, device=device).to(torch.bfloat16)
+    # One position in every 64: no two are equal.
+    index = torch.randint(0, 64, kept.shape, device=device) + 64 * torch.arange(64, device=device)
+    index, out = index.to(torch.int16), torch.empty(numel, device=device)
+    return lambda: sparse_mean(kept, index, out, chunk=CHUNK), _bytes(kept, index, out)
+
+
+def _project(dtype: str) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        columns = min(4096, numel // 64)
+        grad = torch.randn(numel // columns, columns, dtype=DTYPES[dtype], device=device)
+        left = torch.randn(len(grad), 32, dtype=DTYPES[dtype], device=device)
+        code = torch.empty(32, columns, device=device)
+        packed = torch.empty(code.numel() // 2, dtype=torch.uint8, device=device)
+        scales = torch.empty(-(-code.numel() // CHUNK), dtype=torch.bfloat16, device=device)
+        options: dict[str, Any] = {"bits": 4, "block": CHUNK, "scale": "absmax"}
+
+        def call() -> None:
+            project_quantise(grad, left, packed, scales, code, **options)
+
+        return call, _bytes(grad, left, code, packed, scales)
+
+    return make
+
+
+_ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
+
+#: By the names of ``aot_gate.VARIANTS``.
+KERNELS: Mapping[str, Make] = {
+    "encode 4 bits, rotated, dithered, EF, bf16": _encode(4, **_ROTATED),
+    "encode 4 bits, rotated, dithered, EF, fp32": _encode(4, "fp32", **_ROTATED),
+    "encode 4 bits, rotated, dithered, EF, tail": _encode(4, tail=100, **_ROTATED),
+    "encode 2 bits, rotated, dithered, EF, given": _encode(2, scale="given", **_ROTATED),
+    "encode 1 bit, rotated, l1, EF": _encode(1, scale="l1", rotate=True, ef=True),
+    "encode 4 bits, nearest, fp32": _encode(4, "fp32"),
+    "encode 8 bits of 256, nearest, fp32": _encode(8, "fp32", block=256),
+    "encode 4 bits of 64, dithered, EF": _encode(4, block=64, stochastic=True, ef=True),
+    "decode_mean of 8, 4 bits, rotated": _decode(8, 4, rotate=True),
+    "decode_mean of 8, 1 bit, rotated": _decode(8, 1, rotate=True),
+    "decode_mean of 8, 4 bits of 256, fp32": _decode(8, 4, "fp32", block=256),
+    "decode_mean of 8, 4 bits, weighted": _decode(8, 4, weighted=True),
+    "decode_mean of 64, 4 bits, rotated": _decode(64, 4, rotate=True),
+    "decode_mean of 2, 4 bits, bytes": _decode(2, 4, apart=1),
+    "decode_sum_shared of 8, 4 bits, rotated": _shared(8, 4),
+    "decode_sum_shared of 32, 2 bits, rotated": _shared(32, 2),
+    "reduce_requant of 8, 4 bits, dithered, EF": _requant,
+    "chunk_absmax, rotated, EF": _absmax,
+    "topk_encode 64 of 4096, EF, fp32": _topk("fp32", ef=True),
+    "topk_encode 64 of 4096, bf16": _topk("bf16", ef=False),
+    "top_rows 1 of 64, EF": _rows(1),
+    "top_rows 2 of 64, EF": _rows(2),
+    "sparse_mean of 8, 64 of 4096": _sparse,
+    "project_quantise to rank 32, fp32": _project("fp32"),
+    "project_quantise to rank 32, bf16": _project("bf16"),
+}
+
+
+# -- peers: the nearest thing that others do -----------------------------------------------------
+
+
+def _torch_encode(numel: int, device: torch.device) -> Timed:
+    values = torch.randn(numel, device=device)
+    packed, scales = encode_by_torch(values, bits=4)
+    return lambda: encode_by_torch(values, bits=4), _bytes(values, packed, scales)
+
+
+def _torch_topk(numel: int, device: torch.device) -> Timed:
+    rows = torch.randn(numel // CHUNK, CHUNK, device=device)
+    return lambda: rows.abs().topk(64, sorted=False), _bytes(rows) + 12 * 64 * len(rows)
+
+
+def _torch_project(numel: int, device: torch.device) -> Timed:
+    columns = min(4096, numel // 64)
+    grad = torch.randn(numel // columns, columns, dtype=torch.bfloat16, device=device)
+    left = torch.randn(len(grad), 32, dtype=torch.bfloat16, device=device)
+    return lambda: left.T @ grad, _bytes(grad, left) + 2 * 32 * columns
+
+
+def _bitsandbytes_8bit(numel: int, device: torch.device) -> Timed:
+    import bitsandbytes.functional as bnb
+
+    values = torch.randn(numel, device=device)
+    call = lambda: bnb.quantize_blockwise(values, blocksize=256)  # noqa: E731
+    return call, numel * 5 + numel // 64
+
+
+def _bitsandbytes_4bit(numel: int, device: torch.device) -> Timed:
+    import bitsandbytes.functional as bnb
+
+    values = torch.randn(numel, device=device, dtype=torch.bfloat16)
+    call = lambda: bnb.quantize_4bit(values, blocksize=64, quant_type="nf4")  # noqa: E731
+    return call, numel * 5 // 2 + numel // 16
+
+
+def _torchao_8bit(numel: int, device: torch.device) -> Timed:
+    from torchao.optim import quant_utils as ao
+
+    values = torch.randn(numel, device=device)
+    qmap = torch.tensor(ao.create_dynamic_map(signed=True), device=device)
+
+    def quantise(x: Tensor) -> Any:
+        scaled, scale = ao.scale_tensor(x, 256)
+        return ao.quantize_8bit_with_qmap(scaled, qmap), scale
+
+    compiled = torch.compile(quantise)
+    return lambda: compiled(values), numel * 5 + numel // 64
+
+
+def _torchft_fp8(numel: int, device: torch.device) -> Timed:
+    from torchft.quantization import fused_quantize_into_fp8
+
+    values = [torch.randn(numel // CHUNK, CHUNK, device=device, dtype=torch.bfloat16)]
+    return lambda: fused_quantize_into_fp8(values, 8), numel * 3 + numel // 1024
+
+
+#: Each raises ``ImportError`` where its package is not installed.
+PEERS: Mapping[str, Make] = {
+    "torch: encode 4 bits, nearest, fp32 (reference)": _torch_encode,
+    "torch: topk 64 of 4096, fp32": _torch_topk,
+    "torch: projection to rank 32, bf16": _torch_project,
+    "bitsandbytes: 8 bits of 256, fp32": _bitsandbytes_8bit,
+    "bitsandbytes: nf4 of 64, bf16": _bitsandbytes_4bit,
+    "torchao: 8 bits of 256, fp32, compiled": _torchao_8bit,
+    "torchft: fp8 rows of 4096, bf16": _torchft_fp8,
+}

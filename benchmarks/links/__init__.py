@@ -1,0 +1,1 @@
+"""Network links of a given rate between processes of one machine."""
