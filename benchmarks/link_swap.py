@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import rows
 from benchmarks.links import LINKS, Place, network
 from benchmarks.run import ROOT
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.exchange.link import Link
 
 SIZES = (100_000, 400_000, 1_600_000, 6_400_000)
 ALL_TO_ALL, OURS = "all_to_all_single", "Link.swap"

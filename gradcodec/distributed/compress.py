@@ -10,14 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcodec.codecs.base import Codec
-from gradcodec.distributed import fsdp1, fsdp2
-from gradcodec.distributed.agreement import LinkChannel, alike
-from gradcodec.distributed.backend import CompressedGroup
-from gradcodec.distributed.handed import check_options
+from gradcodec.distributed.checks import check_options
+from gradcodec.distributed.exchange.agreement import LinkChannel, alike
+from gradcodec.distributed.exchange.link import control_link
 from gradcodec.distributed.hook import compress_hook
-from gradcodec.distributed.link import control_link
-from gradcodec.distributed.sharded import ShardedState
-from gradcodec.distributed.state import CompressState
+from gradcodec.distributed.wrappers import fsdp1, fsdp2
+from gradcodec.distributed.wrappers.ddp import CompressState
+from gradcodec.distributed.wrappers.group import CompressedGroup
+from gradcodec.distributed.wrappers.units import ShardedState
 from gradcodec.errors import ConfigError
 
 DEFAULT_CODEC = "int4"

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcodec.distributed.fsdp1 import reduce_fsdp1
-from gradcodec.distributed.state import CompressState
+from gradcodec.distributed.wrappers.ddp import CompressState
+from gradcodec.distributed.wrappers.fsdp1 import reduce_fsdp1
 from gradcodec.errors import ConfigError
 
 

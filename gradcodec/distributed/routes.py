@@ -17,8 +17,8 @@ from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.registry import make_codec
 from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Axis, Subspace
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.coders import CodecCoder, Coder, RawCoder
+from gradcodec.distributed.coding import CodecCoder, Coder, RawCoder
+from gradcodec.distributed.lowrank import LowRank
 from gradcodec.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from distributed.toy import CAP, everywhere, net, sgd, train, wrapped
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gradcodec.distributed.agreement as agreement
+import gradcodec.distributed.exchange.agreement as agreement
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.registry import make_codec

@@ -17,7 +17,7 @@ from gradcodec.distributed import (
     compressed_reduce_scatter,
     scatter_residual_numel,
 )
-from gradcodec.distributed.shims import all_gather_single, reduce_scatter_single
+from gradcodec.distributed.wrappers.torch_compat import all_gather_single, reduce_scatter_single
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import TensorSpec, UpdateSpec
 

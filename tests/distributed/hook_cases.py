@@ -28,7 +28,7 @@ from distributed.toy import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gradcodec.distributed.auto as auto_module
+import gradcodec.distributed.trial as auto_module
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
@@ -897,7 +897,7 @@ def nothing_is_lost_only_late(rank: int, world: int) -> None:
                 assert follower.error is not None
                 left += follower.flat(follower.error).double() / world
             else:
-                from gradcodec.distributed.parts import cut, turn
+                from gradcodec.distributed.shards import cut, turn
 
                 left += state.reducer.residuals.first[name].double() / world
                 start, stop = cut(left.numel(), world)[(rank - turn(name, world)) % world]

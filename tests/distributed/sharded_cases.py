@@ -26,11 +26,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.distributed.backend import CompressedGroup, register_compressed_backend
 from gradcodec.distributed.compress import compress
-from gradcodec.distributed.fsdp1 import reduce_fsdp1
 from gradcodec.distributed.hook import compress_hook
-from gradcodec.distributed.state import CompressState
+from gradcodec.distributed.wrappers.ddp import CompressState
+from gradcodec.distributed.wrappers.fsdp1 import reduce_fsdp1
+from gradcodec.distributed.wrappers.group import CompressedGroup, register_compressed_backend
 from gradcodec.errors import GradcodecError
 
 WIDTH, CLASSES, STEPS, RATE = 131, 10, 8, 1.0

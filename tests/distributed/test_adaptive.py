@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.distributed.adaptive import Follower, LowRank
+from gradcodec.distributed.lowrank import Follower, LowRank
 from gradcodec.errors import ConfigError
 
 

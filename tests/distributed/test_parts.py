@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradcodec.distributed.parts import ALIGN, cut, derive_seed, turn
+from gradcodec.distributed.shards import ALIGN, cut, derive_seed, turn
 
 NUMELS = st.integers(0, 5_000_000)
 WORLDS = st.integers(1, 17)

@@ -10,9 +10,9 @@ from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.registry import UNTRAINED, make_codec
 from gradcodec.codecs.topk import TopK, TopKConfig
-from gradcodec.distributed.coders import CodecCoder, RawCoder
-from gradcodec.distributed.parts import ALIGN, cut
-from gradcodec.distributed.pieces import Lane, Piece, lanes, resting, together
+from gradcodec.distributed.coding import CodecCoder, RawCoder
+from gradcodec.distributed.exchange.lanes import Lane, Piece, lanes, resting, together
+from gradcodec.distributed.shards import ALIGN, cut
 from gradcodec.errors import NonFiniteError
 
 OTHERS = {

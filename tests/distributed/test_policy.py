@@ -8,8 +8,8 @@ from gradcodec.codecs.cast import Cast, CastConfig
 from gradcodec.codecs.identity import Identity
 from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
 from gradcodec.codecs.topk import TopK
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.policy import Policy
+from gradcodec.distributed.lowrank import LowRank
+from gradcodec.distributed.plan import Policy
 from gradcodec.distributed.routes import flat_route, wants_feedback
 from gradcodec.errors import ConfigError
 from gradcodec.types import TensorSpec, UpdateSpec

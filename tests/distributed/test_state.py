@@ -6,9 +6,10 @@ from safetensors.torch import load, save
 from torch import nn
 
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
-from gradcodec.distributed import CompressState, LowRank, Residuals, auto
-from gradcodec.distributed.coders import CodecCoder
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed import CompressState, LowRank, Residuals
+from gradcodec.distributed import trial as auto
+from gradcodec.distributed.coding import CodecCoder
+from gradcodec.distributed.meter import Traffic
 from gradcodec.errors import ConfigError
 
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.agreement import MAX_TEXT, LinkChannel, alike
-from gradcodec.distributed.exchange import message, message_nbytes, opened
-from gradcodec.distributed.link import Link
-from gradcodec.distributed.policy import Policy
-from gradcodec.distributed.reducer import BucketReducer
-from gradcodec.distributed.slots import Slot
-from gradcodec.distributed.traffic import Meter
+from gradcodec.distributed.exchange.agreement import MAX_TEXT, LinkChannel, alike
+from gradcodec.distributed.exchange.link import Link
+from gradcodec.distributed.exchange.two_shot import message, message_nbytes, opened
+from gradcodec.distributed.lowrank import LowRank
+from gradcodec.distributed.meter import Meter
+from gradcodec.distributed.plan import Policy
+from gradcodec.distributed.wrappers.bucket import BucketReducer
+from gradcodec.distributed.wrappers.slots import Slot
 from gradcodec.errors import AgreementError, GradcodecError, MalformedBodyError, TrainingError
 from gradcodec.types import TensorSpec, UpdateSpec
 

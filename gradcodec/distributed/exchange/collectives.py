@@ -16,16 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
-from gradcodec.distributed.agreement import LinkChannel, alike
-from gradcodec.distributed.exchange import TwoShot, mean_of
-from gradcodec.distributed.feedback import Residuals
-from gradcodec.distributed.handed import FLOATS, check_seed, is_dtensor
-from gradcodec.distributed.link import Link, control_link
-from gradcodec.distributed.parts import derive_seed, turn
-from gradcodec.distributed.pieces import Piece
+from gradcodec.distributed.checks import FLOATS, check_seed, is_dtensor
+from gradcodec.distributed.exchange.agreement import LinkChannel, alike
+from gradcodec.distributed.exchange.lanes import Piece
+from gradcodec.distributed.exchange.link import Link, control_link
+from gradcodec.distributed.exchange.terms import choice_text, tensor_text
+from gradcodec.distributed.exchange.two_shot import TwoShot, mean_of
+from gradcodec.distributed.meter import Traffic
+from gradcodec.distributed.residuals import Residuals
 from gradcodec.distributed.routes import Route, flat_route, named_codec, routes
-from gradcodec.distributed.terms import choice_text, tensor_text
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.shards import derive_seed, turn
 from gradcodec.errors import ConfigError, UpdateError
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gradcodec.distributed.handed import check_dtype
-from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
+from gradcodec.distributed.checks import check_dtype
+from gradcodec.distributed.wrappers.units import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradcodec import layout
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.identity import Identity
-from gradcodec.distributed.parts import ALIGN
+from gradcodec.distributed.shards import ALIGN
 
 
 class Coder(Protocol):

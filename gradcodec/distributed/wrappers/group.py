@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
 from gradcodec.codecs.base import Codec
-from gradcodec.distributed import terms
-from gradcodec.distributed.agreement import Agreed, StoreChannel, alike
-from gradcodec.distributed.collectives import all_reduce
-from gradcodec.distributed.handed import check_count, check_seed, check_state
-from gradcodec.distributed.link import control_link
-from gradcodec.distributed.parts import derive_seed
+from gradcodec.distributed.checks import check_count, check_seed, check_state
+from gradcodec.distributed.exchange import terms
+from gradcodec.distributed.exchange.agreement import Agreed, StoreChannel, alike
+from gradcodec.distributed.exchange.collectives import all_reduce
+from gradcodec.distributed.exchange.link import control_link
+from gradcodec.distributed.meter import Traffic
 from gradcodec.distributed.routes import flat_route, named_codec
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError
 
 _COMPRESSED = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcodec.distributed.traffic import Meter
+from gradcodec.distributed.meter import Meter
 from gradcodec.errors import ConfigError, TrainingError
 
 _TAG = 1 << 30

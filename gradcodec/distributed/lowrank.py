@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.parts import derive_seed
+from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError
 from gradcodec.layout import matrix_shape
 from gradcodec.types import TensorSpec

@@ -19,15 +19,19 @@ from torch import Tensor
 
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.identity import Identity
-from gradcodec.distributed import terms
-from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
-from gradcodec.distributed.collectives import all_reduce, reduce_scatter, scatter_residual_numel
-from gradcodec.distributed.feedback import Residuals
-from gradcodec.distributed.handed import check_settings, check_state, rule_pairs
-from gradcodec.distributed.link import control_link
-from gradcodec.distributed.parts import derive_seed
+from gradcodec.distributed.checks import check_settings, check_state, rule_pairs
+from gradcodec.distributed.exchange import terms
+from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, alike
+from gradcodec.distributed.exchange.collectives import (
+    all_reduce,
+    reduce_scatter,
+    scatter_residual_numel,
+)
+from gradcodec.distributed.exchange.link import control_link
+from gradcodec.distributed.meter import Traffic
+from gradcodec.distributed.residuals import Residuals
 from gradcodec.distributed.routes import flat_route, named_codec, wants_feedback
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError, NonFiniteError
 
 _log = logging.getLogger(__name__)

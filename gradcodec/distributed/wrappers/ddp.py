@@ -12,11 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcodec.distributed import shims, terms
-from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
-from gradcodec.distributed.auto import Choice as AutoChoice
-from gradcodec.distributed.fsdp1 import sharded_state
-from gradcodec.distributed.handed import (
+from gradcodec.distributed.checks import (
     check_count,
     check_settings,
     check_state,
@@ -24,12 +20,17 @@ from gradcodec.distributed.handed import (
     rule_pairs,
     trainable,
 )
-from gradcodec.distributed.link import Link, control_link, place
-from gradcodec.distributed.policy import Choice, Policy, Rules
-from gradcodec.distributed.reducer import BucketReducer
-from gradcodec.distributed.slots import Named, Slot
-from gradcodec.distributed.traffic import Traffic
-from gradcodec.distributed.worker import Worker
+from gradcodec.distributed.exchange import terms
+from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, alike
+from gradcodec.distributed.exchange.link import Link, control_link, place
+from gradcodec.distributed.meter import Traffic
+from gradcodec.distributed.plan import Choice, Policy, Rules
+from gradcodec.distributed.trial import Choice as AutoChoice
+from gradcodec.distributed.wrappers import torch_compat as shims
+from gradcodec.distributed.wrappers.bucket import BucketReducer
+from gradcodec.distributed.wrappers.fsdp1 import sharded_state
+from gradcodec.distributed.wrappers.slots import Named, Slot
+from gradcodec.distributed.wrappers.worker import Worker
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.parameters import NamedParameters
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.adaptive import Follower
-from gradcodec.distributed.coders import RawCoder
-from gradcodec.distributed.exchange import mean_of
-from gradcodec.distributed.feedback import Residuals
-from gradcodec.distributed.handed import check_tensor
-from gradcodec.distributed.link import Link
-from gradcodec.distributed.parts import cut, derive_seed, turn
-from gradcodec.distributed.pieces import Piece, has_any
-from gradcodec.distributed.policy import Policy
+from gradcodec.distributed.checks import check_tensor
+from gradcodec.distributed.coding import RawCoder
+from gradcodec.distributed.exchange.lanes import Piece, has_any
+from gradcodec.distributed.exchange.link import Link
+from gradcodec.distributed.exchange.two_shot import mean_of
+from gradcodec.distributed.lowrank import Follower
+from gradcodec.distributed.plan import Policy
+from gradcodec.distributed.residuals import Residuals
 from gradcodec.distributed.routes import Projection, Route
-from gradcodec.distributed.slots import Slot
+from gradcodec.distributed.shards import cut, derive_seed, turn
+from gradcodec.distributed.wrappers.slots import Slot
 
 _BASIS = RawCoder(torch.bfloat16)
 """Of power iterations: rounding them changes which basis is taken, not what is lost."""

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.coders import Coder
-from gradcodec.distributed.parts import ALIGN
+from gradcodec.distributed.coding import Coder
+from gradcodec.distributed.shards import ALIGN
 
 Cut = list[tuple[int, int]]
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradcodec.distributed.fsdp1 import ROOT
-from gradcodec.distributed.handed import check_dtype
-from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
+from gradcodec.distributed.checks import check_dtype
+from gradcodec.distributed.wrappers.fsdp1 import ROOT
+from gradcodec.distributed.wrappers.units import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gradcodec.codecs.base import Codec
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.handed import check_count
+from gradcodec.distributed.checks import check_count
+from gradcodec.distributed.lowrank import LowRank
 from gradcodec.distributed.routes import RAW, Route, flat_route, named_codec, routes
 from gradcodec.errors import ConfigError
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.coders import Coder
-from gradcodec.distributed.parts import cut, turn
+from gradcodec.distributed.coding import Coder
+from gradcodec.distributed.shards import cut, turn
 from gradcodec.errors import ConfigError
 
 _FIRST, _SECOND, _WORLD, _RANK = "first.", "second.", "world", "rank"

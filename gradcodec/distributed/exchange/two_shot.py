@@ -24,10 +24,10 @@ import zlib
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.coders import Coder, RawCoder
-from gradcodec.distributed.link import Link
-from gradcodec.distributed.parts import cut, derive_seed
-from gradcodec.distributed.pieces import Cut, Lane, Piece, lanes
+from gradcodec.distributed.coding import Coder, RawCoder
+from gradcodec.distributed.exchange.lanes import Cut, Lane, Piece, lanes
+from gradcodec.distributed.exchange.link import Link
+from gradcodec.distributed.shards import cut, derive_seed
 from gradcodec.errors import MalformedBodyError, NonFiniteError
 
 _RAW = RawCoder(torch.float32)

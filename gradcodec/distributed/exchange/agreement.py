@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from gradcodec._version import __version__
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.exchange.link import Link
 from gradcodec.errors import AgreementError, TrainingError
 
 Terms = dict[str, str]

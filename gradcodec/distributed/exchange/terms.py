@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gradcodec.codecs.base import Codec
 from gradcodec.codecs.registry import UNTRAINED, make_codec
-from gradcodec.distributed.adaptive import Follower, LowRank
-from gradcodec.distributed.coders import CodecCoder
-from gradcodec.distributed.policy import Choice, Policy
+from gradcodec.distributed.coding import CodecCoder
+from gradcodec.distributed.lowrank import Follower, LowRank
+from gradcodec.distributed.plan import Choice, Policy
 from gradcodec.distributed.routes import Projection, Route, named_codec
 from gradcodec.wire import tensor_digest
 
