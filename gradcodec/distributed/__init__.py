@@ -1,6 +1,7 @@
-"""Data-parallel training with compressed gradients: collectives, DDP hook, adaptive low rank."""
+"""Data-parallel training with compressed gradients: DDP, FSDP, HSDP, and plain collectives."""
 
 from gradcodec.distributed.compress import compress
+from gradcodec.distributed.compression import Compression
 from gradcodec.distributed.exchange.collectives import (
     compressed_all_gather,
     compressed_all_reduce,
@@ -16,6 +17,7 @@ from gradcodec.distributed.wrappers.group import register_compressed_backend
 
 __all__ = [
     "CompressState",
+    "Compression",
     "LowRank",
     "Residuals",
     "Traffic",

@@ -1,8 +1,14 @@
-"""How the parts of one parameter become bytes: raw, or through a codec's flat interface."""
+"""How vectors become bytes between ranks. All that ``distributed`` knows of codecs is in this file.
+
+``CodecCoder`` is the only user of a codec's flat interface, and ``routes_of`` the only place that
+knows which codecs transform gradients before they pack them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,8 +16,15 @@ from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codecs.base import Codec
+from gradcodec.codecs.blockquant import BlockQuant
+from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
+from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs.rotsign import RotatedSign
+from gradcodec.codecs.subspace import Axis, Subspace
+from gradcodec.distributed.lowrank import LowRank
 from gradcodec.distributed.shards import ALIGN
+from gradcodec.errors import ConfigError
 
 
 class Coder(Protocol):
@@ -19,14 +32,14 @@ class Coder(Protocol):
 
     @property
     def align(self) -> int:
-        """Parts start at multiples of this many elements."""
+        """Shards start at multiples of this many elements."""
         ...
 
     @property
     def grain(self) -> int | None:
-        """The code of vectors in a row is that of each, if their lengths are multiples of this.
+        """Vectors whose lengths are multiples of this may be coded as one: no code changes.
 
-        ``None`` if it never is.
+        ``None`` if every vector has to be coded by itself.
         """
         ...
 
@@ -106,7 +119,7 @@ class CodecCoder:
         self.codec = codec
         self.grain = codec.grain
         self.identity = int.from_bytes(codec.digest, "little")
-        self._passes_infinities = isinstance(codec, Identity)
+        self._passes_infinities = is_cast(codec)
 
     def nbytes(self, numel: int) -> int:
         """The codec's exact size."""
@@ -131,3 +144,147 @@ class CodecCoder:
     def narrow(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Finite values that were rounded beyond a narrow dtype's range become its largest."""
         return x.to(dtype) if self._passes_infinities else layout.narrow(x, dtype)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One parameter's part of a learned linear codec: ``z = U^T g`` or ``g V``, and back."""
+
+    axis: Axis
+    basis: Tensor
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        axis = self.axis
+        return (axis.size, axis.other) if axis.left else (axis.other, axis.size)
+
+    @property
+    def code_numel(self) -> int:
+        """Length of a code."""
+        return self.basis.shape[1] * self.axis.other
+
+    def code(self, values: Tensor) -> Tensor:
+        """Flat gradient ``[n]`` -> flat code, fp32."""
+        g, u = values.reshape(self._shape).float(), self._basis_on(values)
+        return (u.T @ g if self.axis.left else g @ u).reshape(-1)
+
+    def values(self, code: Tensor) -> Tensor:
+        """Flat code -> flat gradient ``[n]``, fp32."""
+        u, k = self._basis_on(code), self.basis.shape[1]
+        if self.axis.left:
+            return (u @ code.reshape(k, -1)).reshape(-1)
+        return (code.reshape(-1, k) @ u.T).reshape(-1)
+
+    def _basis_on(self, like: Tensor) -> Tensor:
+        return self.basis.to(device=like.device, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The stages that one tensor passes on its way to bytes.
+
+    Attributes:
+        coder: of the values or of their code; ``None`` sends them in their own dtype.
+        projection: applied before coding and undone after averaging.
+    """
+
+    coder: CodecCoder | None = None
+    projection: Projection | None = None
+
+    @property
+    def raw(self) -> bool:
+        """Whether the values travel as they are."""
+        return self.coder is None and self.projection is None
+
+    def coder_for(self, dtype: torch.dtype) -> Coder:
+        """The coder of a tensor of this dtype."""
+        return RawCoder(dtype) if self.coder is None else self.coder
+
+
+RAW = Route()
+"""Sends values as they are."""
+
+
+def named_codec(codec: object) -> Codec:
+    """A codec itself, or the one that ``make_codec`` knows under a name.
+
+    Raises:
+        ConfigError: it is neither, or a scheme that is no codec.
+    """
+    if isinstance(codec, Codec):
+        return codec
+    if isinstance(codec, LowRank) or codec == "lowrank" or str(codec).split(":")[0] == "auto":
+        raise ConfigError(
+            f"expected a codec or its name, such as 'int4', got {codec!r}: low rank and 'auto' are "
+            "for DistributedDataParallel, as its codec=; low rank also in its rules"
+        )
+    if not isinstance(codec, str):
+        came = f"the class {codec.__name__}" if isinstance(codec, type) else repr(codec)
+        raise ConfigError(f"expected a codec object or a codec's name, such as 'int4', got {came}")
+    return make_codec(codec)
+
+
+def flat_route(codec: Codec) -> Route:
+    """The route of a codec that codes bare vectors.
+
+    Raises:
+        ConfigError: the codec is bound to a tensor table or has learned weights.
+    """
+    if type(codec) is Identity:
+        return RAW
+    if codec.spec is not None or codec.weights:
+        raise ConfigError(
+            f"expected a codec that needs no tensor table, got {codec}; of the learned ones only "
+            "Subspace, alone or chained with a quantiser, has codes that ranks can average"
+        )
+    return Route(CodecCoder(codec))
+
+
+def routes_of(codec: Codec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Route]:
+    """A route for every named shape.
+
+    A codec of bare vectors serves all alike. A ``Subspace``, alone or as the outer stage of a
+    ``Chain``, must be bound to a table with these names and shapes; a parameter that it has no
+    basis for is sent raw.
+
+    Raises:
+        ConfigError: the codec cannot serve these tensors.
+    """
+    outer = codec.outer if isinstance(codec, Chain) else codec
+    if not isinstance(outer, Subspace):
+        return dict.fromkeys(shapes, flat_route(codec))
+    inner = flat_route(codec.inner) if isinstance(codec, Chain) else RAW
+    table = {t.name: t.shape for t in outer.spec or ()}
+    missing = [n for n in shapes if n not in table]
+    if missing:
+        raise ConfigError(
+            f"subspace: fitted on {len(table)} parameters, {len(missing)} others came, for example "
+            f"{missing[0]!r}; give them a rule"
+        )
+    bases, out = outer.bases(), {}
+    for name, shape in shapes.items():
+        if math.prod(table[name]) != math.prod(shape):
+            raise ConfigError(f"subspace: {name!r} is {table[name]} in its table, not {shape}")
+        out[name] = Route(inner.coder, Projection(*bases[name])) if name in bases else RAW
+    return out
+
+
+def is_cast(codec: Codec) -> bool:
+    """Whether it sends each value in a floating dtype: its own, or a narrower one."""
+    return isinstance(codec, Identity)
+
+
+def wants_feedback(codec: Codec) -> bool:
+    """Whether error feedback is on under ``error_feedback="auto"``.
+
+    It needs a contractive codec (one that loses less than everything) and gains nothing where the
+    expectation is right already. Casts lose less than training notices; rotated signs of fewer
+    than one bit a value may lose more than there was.
+    """
+    if is_cast(codec):
+        return False
+    if isinstance(codec, RotatedSign):
+        return codec.config.kept == codec.config.block
+    if isinstance(codec, BlockQuant) and not codec.config.contractive:
+        return False
+    return not getattr(codec.config, "unbiased", False)

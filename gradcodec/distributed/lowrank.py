@@ -1,15 +1,17 @@
 """Low rank with a basis that follows the gradient: the learned counterpart of PowerSGD.
 
-A fixed basis with error feedback never sends what lies outside it. Here the basis of each matrix is
-learned while training, by power iteration on gradient plus residual, every ``refresh`` steps; in
-between only coordinates are exchanged. With ``refresh=1`` and ``code="fp32"`` this is PowerSGD
-(Vogels et al. 2019, arXiv 1905.13727), its ``P`` being our basis and its ``Q`` our coordinates, but
-for the 16 bits in which power iterations travel. What is added is coordinates of fewer bits and the
-choice of a longer life of the basis, which saves its half of the bytes.
+With a fixed basis, what lies outside of it is never sent, not even with error feedback. Here the
+basis of each matrix is learned while training, by power iteration on gradient plus residual, every
+``refresh`` steps; in between only coordinates are exchanged. With ``refresh=1`` and
+``code="fp32"`` this is PowerSGD (Vogels et al. 2019, arXiv 1905.13727), but for the 16 bits in
+which power iterations travel: its ``P`` is our basis, its ``Q`` our coordinates. New here are
+coordinates of fewer bits, and bases that live longer than a step, which saves their half of the
+bytes.
 """
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError
 from gradcodec.layout import matrix_shape
 from gradcodec.types import TensorSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class LowRank:
         return len(shape) > 1 and self.rank * (rows + cols) < rows * cols
 
 
-class Follower:
+class AdaptiveBasis:
     """Basis, start vectors and residual of one matrix ``G [rows, cols]``.
 
     Let ``M [long, short]`` be ``G + E``, transposed if it has more columns than rows.
@@ -141,11 +145,14 @@ class Follower:
         kept = {"start": self.start, "basis": self.basis, "error": self.error}
         return {f"{k}.{name}": t.detach().cpu().clone() for k, t in kept.items() if t is not None}
 
-    def load_state_dict(self, name: str, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(
+        self, name: str, state: Mapping[str, Tensor | int], *, strict: bool = True
+    ) -> None:
         """Inverse of ``state_dict``.
 
         Raises:
-            ConfigError: a shape is not that of this matrix and rank.
+            ConfigError: a shape is not that of this matrix and rank. If not ``strict``, nothing is
+                loaded then but a line is logged.
         """
         rank = self.settings.rank
         shapes = {
@@ -155,11 +162,15 @@ class Follower:
         }
         for key, shape in shapes.items():
             value = state.get(f"{key}.{name}")
+            if isinstance(value, Tensor) and tuple(value.shape) != shape:
+                text = f"{key}.{name}: expected {list(shape)}, got {list(value.shape)}"
+                if strict:
+                    raise ConfigError(text)
+                _log.warning("%s; the basis and residual of %s start anew", text, name)
+                return
+        for key in shapes:
+            value = state.get(f"{key}.{name}")
             if isinstance(value, Tensor):
-                if tuple(value.shape) != shape:
-                    raise ConfigError(
-                        f"{key}.{name}: expected {list(shape)}, got {list(value.shape)}"
-                    )
                 setattr(self, key, value.detach().float().clone())
             elif key != "start":
                 setattr(self, key, None)

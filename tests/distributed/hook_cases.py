@@ -28,7 +28,7 @@ from distributed.toy import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gradcodec.distributed.trial as auto_module
+import gradcodec.distributed.trial as trial
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
@@ -375,9 +375,9 @@ def unused_parameters_get_no_residual(rank: int, world: int) -> None:
 def errors(state: CompressState) -> dict[str, Tensor]:
     """Residuals of this rank's values by name, whatever the scheme."""
     found = state.reducer.residuals.first
-    for name, follower in state.reducer.followers.items():
-        if follower.error is not None:
-            found[name] = follower.error
+    for name, adaptive in state.reducer.adaptive.items():
+        if adaptive.error is not None:
+            found[name] = adaptive.error
     return found
 
 
@@ -690,9 +690,9 @@ def close_ends_the_thread(rank: int, world: int) -> None:
         backward(ddp, rank, 0)
         worker = state._worker
         assert worker is not None
-        assert worker.alive
+        assert worker._thread.is_alive()
         state.close()
-        assert not worker.alive
+        assert not worker._thread.is_alive()
         with pytest.raises(TrainingError, match="closed"):
             state.submit(None)
 
@@ -706,7 +706,7 @@ def a_state_that_nobody_holds_ends_its_thread(rank: int, world: int) -> None:
     del state
     gc.collect()
     worker._thread.join(5)
-    assert not worker.alive
+    assert not worker._thread.is_alive()
 
 
 def destroying_the_group_ends_the_thread(rank: int, world: int) -> None:
@@ -716,7 +716,7 @@ def destroying_the_group_ends_the_thread(rank: int, world: int) -> None:
     dist.barrier()
     dist.destroy_process_group()
     worker._thread.join(10)
-    assert not worker.alive
+    assert not worker._thread.is_alive()
 
 
 # -- rule 10 and counters -----------------------------------------------------------------------
@@ -768,9 +768,9 @@ def a_line_is_logged_every_n_steps(rank: int, world: int) -> None:
 
 
 def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
-    needed = auto_module.WARM + 2 * auto_module.ROUNDS
+    needed = trial.WARM + 2 * trial.ROUNDS
     for gain, compress in ((0.0, False), (float("inf"), True)):
-        auto_module.GAIN = gain
+        trial.GAIN = gain
         with wrapped("auto") as (ddp, state):
             assert state is not None
             assert state.auto is not None
@@ -797,7 +797,7 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
             state.load_state_dict(kept)
             assert state.auto.decision is compress
             backward(ddp, rank, 0)
-    auto_module.GAIN = 0.97
+    trial.GAIN = 0.97
 
 
 def auto_that_declined_is_plain_ddp(rank: int, world: int) -> None:
@@ -892,15 +892,17 @@ def nothing_is_lost_only_late(rank: int, world: int) -> None:
                     total[name] = total.get(name, 0) + exact[name] - came.double()
             name = "2.weight"
             left = torch.zeros(WIDTH * WIDTH, dtype=torch.float64)
-            follower = state.reducer.followers.get(name)
-            if follower is not None:
-                assert follower.error is not None
-                left += follower.flat(follower.error).double() / world
+            adaptive = state.reducer.adaptive.get(name)
+            if adaptive is not None:
+                assert adaptive.error is not None
+                left += adaptive.flat(adaptive.error).double() / world
             else:
-                from gradcodec.distributed.shards import cut, turn
+                from gradcodec.distributed.shards import first_owner, shard_ranges
 
                 left += state.reducer.residuals.first[name].double() / world
-                start, stop = cut(left.numel(), world)[(rank - turn(name, world)) % world]
+                start, stop = shard_ranges(left.numel(), world)[
+                    (rank - first_owner(name, world)) % world
+                ]
                 left[start:stop] += state.reducer.residuals.second[name].double()
             dist.all_reduce(left)
             assert left.abs().max() > 0

@@ -27,9 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.distributed.compress import compress
-from gradcodec.distributed.hook import compress_hook
 from gradcodec.distributed.wrappers.ddp import CompressState
-from gradcodec.distributed.wrappers.fsdp1 import reduce_fsdp1
 from gradcodec.distributed.wrappers.group import CompressedGroup, register_compressed_backend
 from gradcodec.errors import GradcodecError
 
@@ -161,15 +159,6 @@ def trained_fsdp1(codec: str | None, strategy: str = "FULL_SHARD") -> dict[str, 
     return result(net, losses, handle)
 
 
-@case
-def fsdp1_by_registration() -> dict[str, Any]:
-    """Without ``compress``: a state and the hook."""
-    net = fsdp1()
-    state = CompressState(net, codec="int8", min_numel=0)
-    net.register_comm_hook(state, compress_hook)
-    return result(net, train(net), state)
-
-
 @cases(native={"codec": None}, fp32={"codec": "fp32"})
 def fsdp1_no_sync(codec: str | None) -> dict[str, Any]:
     net = fsdp1()
@@ -233,12 +222,11 @@ def fsdp1_refusals() -> dict[str, Any]:
     taken = fsdp1()
     compress(taken, "int8")
     inner = nn.Sequential(fsdp1())
-    unbound = CompressState(nn.Linear(4, 4))
     return {
         "hybrid": error_of(lambda: compress(hybrid)),
         "taken": error_of(lambda: compress(taken)),
         "inner": error_of(lambda: compress(inner)),
-        "unbound": error_of(lambda: reduce_fsdp1(unbound, torch.ones(4), torch.ones(2))),
+        "state": error_of(lambda: CompressState(fsdp1())),
     }
 
 
