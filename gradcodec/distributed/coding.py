@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from gradcodec.codecs.base import Codec
 from gradcodec.codecs.blockquant import BlockQuant
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.identity import Identity
-from gradcodec.codecs.registry import make_codec
+from gradcodec.codecs.registry import UNTRAINED, make_codec
 from gradcodec.codecs.rotsign import RotatedSign
 from gradcodec.codecs.subspace import Axis, Subspace
 from gradcodec.distributed.lowrank import LowRank
@@ -204,6 +205,9 @@ class Route:
 RAW = Route()
 """Sends values as they are."""
 
+DENSE = Identity()
+"""The codec of ``RAW``."""
+
 
 def named_codec(codec: object) -> Codec:
     """A codec itself, or the one that ``make_codec`` knows under a name.
@@ -222,6 +226,16 @@ def named_codec(codec: object) -> Codec:
         came = f"the class {codec.__name__}" if isinstance(codec, type) else repr(codec)
         raise ConfigError(f"expected a codec object or a codec's name, such as 'int4', got {came}")
     return make_codec(codec)
+
+
+def codec_name(codec: Codec) -> str | None:
+    """The name under which ``make_codec`` makes an equal codec, if there is one."""
+    return _names().get(codec.digest)
+
+
+@lru_cache
+def _names() -> dict[bytes, str]:
+    return {make_codec(name).digest: name for name in UNTRAINED}
 
 
 def flat_route(codec: Codec) -> Route:

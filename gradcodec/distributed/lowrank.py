@@ -11,7 +11,6 @@ bytes.
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError
 from gradcodec.layout import matrix_shape
 from gradcodec.types import TensorSpec
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,15 +142,8 @@ class AdaptiveBasis:
         kept = {"start": self.start, "basis": self.basis, "error": self.error}
         return {f"{k}.{name}": t.detach().cpu().clone() for k, t in kept.items() if t is not None}
 
-    def load_state_dict(
-        self, name: str, state: Mapping[str, Tensor | int], *, strict: bool = True
-    ) -> None:
-        """Inverse of ``state_dict``.
-
-        Raises:
-            ConfigError: a shape is not that of this matrix and rank. If not ``strict``, nothing is
-                loaded then but a line is logged.
-        """
+    def misfit(self, name: str, state: Mapping[str, Tensor | int]) -> str:
+        """Which shape in a state is not that of this matrix and rank; empty if all are."""
         rank = self.settings.rank
         shapes = {
             "start": (self.short, rank),
@@ -163,12 +153,18 @@ class AdaptiveBasis:
         for key, shape in shapes.items():
             value = state.get(f"{key}.{name}")
             if isinstance(value, Tensor) and tuple(value.shape) != shape:
-                text = f"{key}.{name}: expected {list(shape)}, got {list(value.shape)}"
-                if strict:
-                    raise ConfigError(text)
-                _log.warning("%s; the basis and residual of %s start anew", text, name)
-                return
-        for key in shapes:
+                return f"{key}.{name}: expected {list(shape)}, got {list(value.shape)}"
+        return ""
+
+    def load_state_dict(self, name: str, state: Mapping[str, Tensor | int]) -> None:
+        """Inverse of ``state_dict``.
+
+        Raises:
+            ConfigError: a shape is not that of this matrix and rank.
+        """
+        if text := self.misfit(name, state):
+            raise ConfigError(text)
+        for key in ("start", "basis", "error"):
             value = state.get(f"{key}.{name}")
             if isinstance(value, Tensor):
                 setattr(self, key, value.detach().float().clone())

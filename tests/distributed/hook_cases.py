@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ import gradcodec.distributed.trial as trial
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.codecs.compose import Chain
 from gradcodec.codecs.subspace import Axis, Subspace, SubspaceConfig
-from gradcodec.distributed import CompressState, LowRank, Residuals, compress_hook
+from gradcodec.distributed import CompressState, LowRank, Residuals, compress, compress_hook
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.types import TensorSpec, UpdateSpec
 
@@ -218,6 +219,61 @@ def in_another_world_training_goes_on(rank: int, world: int) -> None:
             train(ddp, range(2, 4), sgd(ddp))
             assert state.step == 4
             assert_replicas_equal(ddp)
+
+
+def a_state_of_a_changed_model_is_loaded_as_far_as_it_fits(rank: int, world: int) -> None:
+    """Layers 2 and 4 have another width now, layer 8 is gone; the rest stays."""
+    for codec in ("int4", "lowrank"):
+        with wrapped(codec) as (ddp, state):
+            assert state is not None
+            train(ddp, range(2), sgd(ddp))
+            kept = state.state_dict()
+        changed = net()
+        changed[2], changed[4] = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        del changed[8]
+        with wrapped(codec, model=changed) as (ddp, state):
+            assert state is not None
+            with pytest.raises(ConfigError):
+                state.load_state_dict(kept)
+            assert state.step == 0  # what is refused leaves nothing behind
+            handler, logger = Lines(), logging.getLogger("gradcodec.distributed")
+            logger.addHandler(handler)
+            state.load_state_dict(kept, strict=False)
+            logger.removeHandler(handler)
+            said = "\n".join(handler.lines)
+            assert "2.weight" in said
+            assert "8.weight' is dropped: this model has no such parameter" in said
+            after = errors(state)
+            same = kept["first.0.weight" if codec == "int4" else "error.0.weight"]
+            assert torch.equal(after["0.weight"], same)  # type: ignore[arg-type]
+            assert "2.weight" not in after
+            assert state.step == 2
+            train(ddp, range(2, 4), sgd(ddp))
+            assert_replicas_equal(ddp)
+
+
+def a_copy_of_a_compressed_model_is_a_plain_one(rank: int, world: int) -> None:
+    with wrapped("int4") as (ddp, state):
+        assert state is not None
+        train(ddp, range(2), sgd(ddp))
+        average = torch.optim.swa_utils.AveragedModel(ddp)
+        copied, again = copy.deepcopy(ddp), copy.deepcopy(ddp)
+        assert torch.equal(weights(copied), weights(ddp))
+        with pytest.raises(ConfigError, match=r"call compress\(copy\)"):
+            compress_hook(copied._comm_hooks[0][1], cast(Any, None))
+        train(ddp, range(2, 3), sgd(ddp))
+        average.update_parameters(ddp)
+        sent = state.stats()["wire_bytes"]
+        with wrapped(model=copy.deepcopy(copied.module), hook=False) as (plain, _):
+            expected = train(plain, range(2, 4), sgd(plain))
+            assert train(copied, range(2, 4), sgd(copied)) == expected
+            assert torch.equal(weights(copied), weights(plain))
+        assert state.stats()["wire_bytes"] == sent
+        with compress(again, "int4") as other:
+            assert train(again, range(2, 3), sgd(again)) == expected[:1]
+            assert 0 < other.stats()["wire_bytes"] < other.stats()["dense_wire_bytes"]
+            assert torch.equal(weights(average.module), weights(ddp))
+            assert not torch.equal(weights(again), weights(copied))
 
 
 def without_its_state_a_resume_is_not_exact(rank: int, world: int) -> None:
@@ -769,7 +825,7 @@ def a_line_is_logged_every_n_steps(rank: int, world: int) -> None:
 
 def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
     needed = trial.WARM + 2 * trial.ROUNDS
-    for gain, compress in ((0.0, False), (float("inf"), True)):
+    for gain, decision in ((0.0, False), (float("inf"), True)):
         trial.GAIN = gain
         with wrapped("auto") as (ddp, state):
             assert state is not None
@@ -779,15 +835,15 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
             assert state.auto.decision is None
             assert "measuring" in state.stats()["auto"]
             train(ddp, range(needed - 1, needed), optimizer)
-            assert state.auto.decision is compress
+            assert state.auto.decision is decision
             before = state.stats()
             train(ddp, range(needed, needed + 3), optimizer, skew=0.001)
             after = state.stats()
             sent = after["wire_bytes"] - before["wire_bytes"]
             dense = after["dense_wire_bytes"] - before["dense_wire_bytes"]
-            assert sent < 0.2 * dense if compress else sent == dense
+            assert sent < 0.2 * dense if decision else sent == dense
             said = state.stats()["auto"]
-            assert ("not compressing" in said) == (not compress)
+            assert ("not compressing" in said) == (not decision)
             assert "coded" in said
             assert_replicas_equal(ddp)
             kept = state.state_dict()
@@ -795,7 +851,7 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
             assert state is not None
             assert state.auto is not None
             state.load_state_dict(kept)
-            assert state.auto.decision is compress
+            assert state.auto.decision is decision
             backward(ddp, rank, 0)
     trial.GAIN = 0.97
 

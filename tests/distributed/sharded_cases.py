@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcodec.codecs.blockquant import BlockQuant, BlockQuantConfig
 from gradcodec.distributed.compress import compress
+from gradcodec.distributed.compression import Compression
 from gradcodec.distributed.wrappers.ddp import CompressState
 from gradcodec.distributed.wrappers.group import CompressedGroup, register_compressed_backend
 from gradcodec.errors import GradcodecError
@@ -445,7 +446,10 @@ def fsdp2_other_world() -> dict[str, Any]:
     handle.load_state_dict(state)
     after = handle.stats()
     unknown = {k: v for k, v in state.items() if k != "steps.0"}
+    handle.load_state_dict({**unknown, "steps.gone": 7}, strict=False)
+    counts = {name: unit.steps for name, unit in handle.units.items()}
     return {
+        "loose": counts,
         "steps": after["steps"],
         "residual_bytes": after["residual_bytes"],
         "unknown": error_of(lambda: handle.load_state_dict(unknown)),
@@ -768,6 +772,54 @@ def compress_refusals() -> dict[str, Any]:
         "inner": error_of(lambda: compress(nn.Sequential(DDP(model())))),
         "replicas": error_of(lambda: compress(DDP(model()), replicas=mesh)),
     }
+
+
+def of_a_group(name: str) -> tuple[nn.Module, Any]:
+    register_compressed_backend(name, "int8-unbiased", min_numel=64)
+    group = everyone(name)
+    return DDP(model(), process_group=group), group
+
+
+def of_hsdp() -> tuple[nn.Module, Any]:
+    mesh = init_device_mesh(
+        "cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard")
+    )
+    net = fsdp2(mesh["shard"])
+    return net, compress(net, "int4", replicas=mesh["replicate"], min_numel=0)
+
+
+def of_wrapped(net: nn.Module) -> tuple[nn.Module, Any]:
+    return net, compress(net, "int4", min_numel=0)
+
+
+COMPRESSIONS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "ddp": lambda: of_wrapped(DDP(model())),
+    "fsdp1": lambda: of_wrapped(fsdp1()),
+    "fsdp2": lambda: of_wrapped(fsdp2()),
+    "hsdp": of_hsdp,
+    "group": lambda: of_a_group("closed"),
+}
+
+
+@case
+def compressions() -> dict[str, Any]:
+    """Every kind of compression, used and closed in one way."""
+    out = {}
+    for name, make in COMPRESSIONS.items():
+        net, made = make()
+        with made as handle:
+            train(net, 2)
+            state = handle.state_dict()
+            handle.load_state_dict(state, strict=False)
+            known = sorted(handle.state_dict()) == sorted(state)
+        out[name] = {
+            "protocol": isinstance(handle, Compression),
+            "counts": [handle.step, handle.traffic.wire],
+            "stats": handle.stats(),
+            "state": known and all(isinstance(v, Tensor | int) for v in state.values()),
+            "closed": error_of(lambda net=net: train(net, 1)),  # type: ignore[misc]
+        }
+    return out
 
 
 @case

@@ -261,6 +261,8 @@ def test_state_of_another_world_keeps_counts_and_drops_residuals(more: Results) 
         name, message = rank["unknown"]
         assert name == "ConfigError"
         assert "'0'" in message
+        assert "strict=False" in message
+        assert rank["loose"] == {"(root)": 2, "0": 0, "1": 2, "2": 2}
 
 
 @slow

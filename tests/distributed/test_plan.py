@@ -10,7 +10,7 @@ from gradcodec.codecs.rotsign import RotatedSign, RotatedSignConfig
 from gradcodec.codecs.topk import TopK
 from gradcodec.distributed.coding import flat_route, wants_feedback
 from gradcodec.distributed.lowrank import LowRank
-from gradcodec.distributed.plan import Plan
+from gradcodec.distributed.plan import Plan, UnitPlan
 from gradcodec.errors import ConfigError
 from gradcodec.types import TensorSpec, UpdateSpec
 
@@ -87,6 +87,22 @@ def test_feedback_is_on_where_something_is_lost_and_comes_back() -> None:
 def test_no_feedback_where_more_may_be_lost_than_there_was(stochastic: bool) -> None:
     one_bit = BlockQuantConfig(1, 64, scale="absmax", stochastic=stochastic)
     assert not wants_feedback(BlockQuant(one_bit))
+
+
+@pytest.mark.parametrize("feedback", ["auto", True, False])
+@pytest.mark.parametrize("scattered", [True, False])
+def test_names_are_replaced_in_a_reduce_scatter_that_keeps_no_residual(
+    feedback: bool | str, scattered: bool
+) -> None:
+    rules = [("a", "int8"), ("b", "int2"), ("c", BlockQuant(BlockQuantConfig(4)))]
+    plan = UnitPlan("int4", rules, error_feedback=feedback, scattered=scattered)
+    replaced = scattered and feedback == "auto"
+    assert plan.substituted == (
+        {"int4": "int4-unbiased", "int8": "int8-unbiased"} if replaced else {}
+    )
+    assert plan.codec_of("x", []).label == ("int4-unbiased" if replaced else "int4")
+    assert plan.codec_of("x", []).feedback == (feedback is True or not (replaced or not feedback))
+    assert plan.codec_of("c", []).codec.digest == BlockQuant(BlockQuantConfig(4)).digest
 
 
 def test_only_a_plan_that_codes_nothing_is_exact() -> None:

@@ -272,6 +272,20 @@ def test_states_are_looked_at_when_they_are_loaded(
     state.close()
 
 
+def test_a_codec_used_in_place_of_another_is_logged(
+    group: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "gradcodec.distributed"):
+        made = compress(sharded(2), log_every=1)
+        assert "int4-unbiased in place of int4" in caplog.text
+        caplog.clear()
+        made.counters.log(1)  # type: ignore[attr-defined]
+        assert "int4-unbiased in place of int4" in caplog.text
+        caplog.clear()
+        compress(sharded(2), error_feedback=True)
+        assert caplog.text == ""
+
+
 @pytest.mark.parametrize("wrong", [None, [1]])
 def test_a_state_is_a_mapping(group: None, wrong: Any) -> None:
     for state in (CompressState(net()), compress(sharded(2))):

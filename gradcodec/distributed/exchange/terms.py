@@ -7,14 +7,12 @@ as how often it logs or measures, is in none of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
-from gradcodec.codecs.registry import UNTRAINED, make_codec
-from gradcodec.distributed.coding import named_codec
+from gradcodec.distributed.coding import codec_name, named_codec
 from gradcodec.distributed.lowrank import LowRank
 from gradcodec.wire import tensor_digest
 
@@ -26,13 +24,7 @@ def choice_text(choice: Codec | LowRank | str) -> str:
     if isinstance(choice, LowRank):
         return repr(choice)
     codec = named_codec(choice)
-    name = _names().get(codec.digest)
-    return name or f"{codec!r} of digest {codec.digest.hex()}"
-
-
-@lru_cache
-def _names() -> dict[bytes, str]:
-    return {make_codec(name).digest: name for name in UNTRAINED}
+    return codec_name(codec) or f"{codec!r} of digest {codec.digest.hex()}"
 
 
 def rules_text(rules: Iterable[tuple[str, Codec | LowRank | str]]) -> str:

@@ -343,18 +343,19 @@ class BucketReducer:
             if text and strict:
                 raise ConfigError(text)
             if text:
-                _log.warning("%s; the residuals of %s start at zero", text, name)
-                for kind in _RESIDUALS:
+                _log.warning("%s; what was kept for %s is dropped", text, name)
+                for kind in (*_RESIDUALS, *_OF_A_BASIS):
                     fitting.pop(f"{kind}.{name}", None)
         self.residuals.load_state_dict(fitting, rank=rank, world=world)
         for name, adaptive in self.adaptive.items():
-            adaptive.load_state_dict(name, fitting, strict=strict)
+            adaptive.load_state_dict(name, fitting)
 
     def _misfit(self, name: str, state: Mapping[str, Tensor | int], rank: int, world: int) -> str:
-        """Why the residuals of a parameter are not as long as they are here; empty if they are."""
-        entry = self.plan[name]
-        coder, projection = entry.route.coder, entry.route.projection
-        if coder is None or entry.lowrank is not None:
+        """Why the memory of a parameter has another size than it has here; empty if it has not."""
+        if name in self.adaptive:
+            return self.adaptive[name].misfit(name, state)
+        coder, projection = self.plan[name].route.coder, self.plan[name].route.projection
+        if coder is None:
             return ""
         whole = math.prod(self.plan.shapes[name])
         numel = whole if projection is None else projection.code_numel

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcodec.codecs.base import Codec
-from gradcodec.codecs.identity import Identity
 from gradcodec.distributed.checks import check_settings, check_state, rule_pairs
-from gradcodec.distributed.coding import CodecCoder
+from gradcodec.distributed.coding import DENSE, CodecCoder
 from gradcodec.distributed.compression import Closing, State
 from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
 from gradcodec.distributed.exchange.collectives import (
@@ -36,9 +35,6 @@ from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError, NonFiniteError
 
 _log = logging.getLogger(__name__)
-
-DENSE = Identity()
-"""Sends values as they are: before ``start_step``, and for small units."""
 
 _STEPS, _SCATTER, _REDUCE = "steps.", "scatter.", "reduce."
 _WORLD, _RANK = "world", "rank"
