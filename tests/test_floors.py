@@ -58,6 +58,18 @@ FLOORS: dict[int, tuple[str, ...]] = {
 }
 ORDER = [name for names in FLOORS.values() for name in names]
 
+#: Floors inside a package, in the same order; its own ``__init__`` is the roof.
+INSIDE: dict[str, dict[str, tuple[str, ...]]] = {
+    "gradcodec.distributed": {
+        "a": ("meter", "shards", "checks", "compression"),
+        "b": ("lowrank", "coding"),
+        "c": ("residuals", "exchange"),
+        "d": ("plan",),
+        "e": ("trial", "wrappers"),
+        "f": ("hook", "compress"),
+    }
+}
+
 
 def modules() -> dict[str, Path]:
     """Every module of the tree by its import name."""
@@ -124,6 +136,49 @@ def test_the_picture_shows_these_floors() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_import_only_lower_floors(module: str) -> None:
     assert violations(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_modules_inside_a_package_import_only_lower_floors(package: str) -> None:
+    order = [f"{package}.{name}" for names in INSIDE[package].values() for name in names]
+
+    def floor(module: str) -> int | None:
+        """The position of a module of this package."""
+        found = [i for i, n in enumerate(order) if module == n or module.startswith(n + ".")]
+        return found[0] if found else None
+
+    bad = []
+    for module, path in MODULES.items():
+        if not module.startswith(package + "."):
+            continue
+        mine = floor(module)
+        assert mine is not None, f"{module} is on no floor of {package}"
+        for name in imports(module, path.read_text()):
+            theirs = floor(name) if name.startswith(package) else -1
+            if theirs is None or theirs > mine:
+                bad.append(f"{module} imports {name}")
+    assert bad == []
+
+
+def test_inside_floors_are_drawn() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for floors in INSIDE.values():
+        rows = dict(re.findall(r"^\| ([a-z]) \| (.*?) \|", page, re.MULTILINE))
+        drawn = {floor: tuple(re.findall(r"`(\w+)`", names)) for floor, names in rows.items()}
+        assert drawn == floors
+
+
+def test_one_module_of_distributed_knows_codecs() -> None:
+    """All others know the class ``Codec`` alone, and what ``coding`` makes of one."""
+    known = "gradcodec.codecs.base"
+    bad = [
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        if module.startswith("gradcodec.distributed.") and not module.endswith(".coding")
+        for name in imports(module, path.read_text())
+        if name.startswith("gradcodec.codecs") and name != known
+    ]
+    assert bad == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.links.link import LINKS, Place, network
-from benchmarks.run import Options
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.exchange.link import Link
 
 CASE = "link_swap"
 SIZES = (100_000, 400_000, 1_600_000, 6_400_000)

@@ -1,21 +1,23 @@
-"""Data-parallel training with compressed gradients: collectives, DDP hook, adaptive low rank."""
+"""Data-parallel training with compressed gradients: DDP, FSDP, HSDP, and plain collectives."""
 
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.backend import register_compressed_backend
-from gradcodec.distributed.collectives import (
+from gradcodec.distributed.compress import compress
+from gradcodec.distributed.compression import Compression
+from gradcodec.distributed.exchange.collectives import (
     compressed_all_gather,
     compressed_all_reduce,
     compressed_reduce_scatter,
     scatter_residual_numel,
 )
-from gradcodec.distributed.compress import compress
-from gradcodec.distributed.feedback import Residuals
 from gradcodec.distributed.hook import compress_hook
-from gradcodec.distributed.state import CompressState
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.lowrank import LowRank
+from gradcodec.distributed.meter import Traffic
+from gradcodec.distributed.residuals import Residuals
+from gradcodec.distributed.wrappers.ddp import CompressState
+from gradcodec.distributed.wrappers.group import register_compressed_backend
 
 __all__ = [
     "CompressState",
+    "Compression",
     "LowRank",
     "Residuals",
     "Traffic",

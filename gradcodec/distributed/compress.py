@@ -10,14 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcodec.codec import Codec
-from gradcodec.distributed import fsdp1, fsdp2
-from gradcodec.distributed.agreement import LinkChannel, alike
-from gradcodec.distributed.backend import CompressedGroup
-from gradcodec.distributed.handed import check_options
+from gradcodec.distributed.checks import check_options
+from gradcodec.distributed.compression import Compression
+from gradcodec.distributed.exchange.agreement import LinkChannel, must_agree
+from gradcodec.distributed.exchange.link import control_link
 from gradcodec.distributed.hook import compress_hook
-from gradcodec.distributed.link import control_link
-from gradcodec.distributed.sharded import ShardedState
-from gradcodec.distributed.state import CompressState
+from gradcodec.distributed.wrappers import fsdp1, fsdp2
+from gradcodec.distributed.wrappers.ddp import CompressState, CopiedState
+from gradcodec.distributed.wrappers.group import CompressedGroup
+from gradcodec.distributed.wrappers.units import ShardedState
 from gradcodec.errors import ConfigError
 
 DEFAULT_CODEC = "int4"
@@ -29,7 +30,7 @@ def compress(
     *,
     replicas: DeviceMesh | dist.ProcessGroup | None = None,
     **options: Any,
-) -> CompressState | ShardedState | CompressedGroup:
+) -> Compression:
     """Compress the gradients of a wrapped model; all ranks call it once, after wrapping.
 
     ========================================  ===================================================
@@ -40,8 +41,8 @@ def compress(
     ``fully_shard`` (FSDP2), 1-D mesh          the reduce-scatter of every module
     ``fully_shard`` on ``mesh["shard"]``,      the all-reduce over the replicas, which this adds;
     with ``replicas=mesh["replicate"]``        the sharding dimension stays dense
-    ``fully_shard`` on a 2-D mesh (HSDP) or    nothing further: the backend compresses. The result
-    ``replicate()``, over a compressed         is its ``CompressedGroup``
+    ``fully_shard`` on a 2-D mesh (HSDP) or    nothing further: the group of that backend compresses
+    ``replicate()``, over a compressed         already, and is what is returned
     backend
     ========================================  ===================================================
 
@@ -54,7 +55,8 @@ def compress(
         options: of ``CompressState`` for DDP, of ``ShardedState`` otherwise.
 
     Returns:
-        An object with ``stats()``, ``state_dict()`` and ``load_state_dict()``.
+        A ``Compression``: its counters, its state for checkpoints, and ``close``; also a context
+        manager.
 
     Raises:
         ConfigError: the model cannot be compressed; the message says why and what can.
@@ -82,7 +84,7 @@ def _ddp(
     model: DistributedDataParallel, codec: Codec | str, options: dict[str, Any]
 ) -> CompressState:
     # Compared as well: where one rank refuses, the others must not wait for it.
-    with alike(LinkChannel(control_link(model.process_group)), "compress"):
+    with must_agree(LinkChannel(control_link(model.process_group)), "compress"):
         _check_ddp(model, options)
     state = CompressState(model, codec=codec, process_group=model.process_group, **options)
     model.register_comm_hook(state, compress_hook)
@@ -97,7 +99,10 @@ def _check_ddp(model: DistributedDataParallel, options: dict[str, Any]) -> None:
             "parameter in compiled code, which cannot encode; set it to 'ddp_optimizer' before "
             "wrapping"
         )
-    taken = [hook.__qualname__ for hook, _ in model._comm_hooks]
+    # A copy of a compressed model has nothing in its slot but the note that it was copied.
+    hooks = [pair for pair in model._comm_hooks if not isinstance(pair[1], CopiedState)]
+    model._comm_hooks = hooks
+    taken = [hook.__qualname__ for hook, _ in hooks]
     if taken or getattr(model, "mixed_precision", None) is not None:
         who = "mixed_precision=" if getattr(model, "mixed_precision", None) else taken[0]
         raise ConfigError(
@@ -107,17 +112,8 @@ def _check_ddp(model: DistributedDataParallel, options: dict[str, Any]) -> None:
 
 
 def _fsdp1(model: nn.Module, codec: Codec | str, options: dict[str, Any]) -> ShardedState:
-    if fsdp1.hook_taken(model):
-        raise ConfigError("FSDP1 has one slot for a communication hook, and it is taken: wrap anew")
     check_options("compress of FSDP1", ShardedState, options)
-    state = fsdp1.sharded_state(model, codec=codec, **options)
-    assert state is not None
-    try:
-        model.register_comm_hook(state, compress_hook)  # type: ignore[operator]
-    except AssertionError as err:
-        raise ConfigError(f"FSDP1 refuses a communication hook: {err}") from err
-    fsdp1.bind(model, state)
-    return state
+    return fsdp1.compress_fsdp1(model, codec=codec, **options)
 
 
 def _fsdp2(
@@ -138,7 +134,7 @@ def _fsdp2(
     codec = DEFAULT_CODEC if codec is None else codec
     check_options("compress of a fully_shard model", ShardedState, options)
     if replicas is None:
-        return fsdp2.compress_sharded(model, units, codec=codec, **options)
+        return fsdp2.compress_sharded(units, codec=codec, **options)
     group = replicas.get_group() if isinstance(replicas, DeviceMesh) else replicas
     return fsdp2.compress_replicas(model, units, group, codec=codec, **options)
 

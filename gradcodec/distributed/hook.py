@@ -1,16 +1,13 @@
-"""The function for ``register_comm_hook`` of ``DistributedDataParallel`` and of FSDP1."""
+"""The function for ``register_comm_hook`` of ``DistributedDataParallel``."""
 
 # No `from __future__ import annotations` here: DDP compares the annotations with the objects
 # themselves and refuses strings.
-
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcodec.distributed.fsdp1 import reduce_fsdp1
-from gradcodec.distributed.state import CompressState
+from gradcodec.distributed.wrappers.ddp import CompressState, CopiedState
 from gradcodec.errors import ConfigError
 
 
@@ -23,21 +20,26 @@ def compress_hook(
 
     Register it with ``ddp.register_comm_hook(state, compress_hook)``, or hand both to whatever
     wraps DDP (Lightning's ``DDPStrategy(ddp_comm_state=state, ddp_comm_hook=compress_hook)``). It
-    enqueues and returns; the state's thread exchanges while the backward pass goes on.
-
-    FSDP1 calls the same function with a unit's flat gradient instead of a bucket, and ``output``
-    for this rank's part of the mean unless it shards nothing; that is done before it returns.
+    enqueues and returns; the state's thread exchanges while the backward pass goes on. Only FSDP1
+    would pass an ``output``, and is refused.
 
     Raises:
         ConfigError: ``state`` is not a ``CompressState`` of this model, or the bucket comes from
-            compiled autograd's ``python_reducer``, which hands over single gradients.
+            FSDP1, or from compiled autograd's ``python_reducer``, which hands over single
+            gradients.
         AgreementError: ranks differ in what must be equal.
-        TrainingError: a rank is gone, or an earlier exchange failed.
+        TrainingError: a rank is gone, an earlier exchange failed, or the state was closed.
     """
     if isinstance(bucket, Tensor):
-        reduce_fsdp1(state, bucket, output)
-        # FSDP1 looks at no result; DDP, whose signature this is, never comes here.
-        return cast("torch.futures.Future[Tensor]", None)
+        raise ConfigError(
+            "expected a GradBucket of DistributedDataParallel, got a tensor: this hook cannot be "
+            "registered with FSDP1; call compress(model) instead"
+        )
+    if isinstance(state, CopiedState):
+        raise ConfigError(
+            "this is a copy of a compressed model, and its state was not copied: call "
+            "compress(copy) on all ranks"
+        )
     if not isinstance(state, CompressState):
         raise ConfigError(f"expected a CompressState as the hook's state, got {type(state)}")
     if isinstance(bucket, tuple):

@@ -18,7 +18,7 @@ from distributed.toy import CAP, everywhere, net, sgd, train, wrapped
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gradcodec.distributed.agreement as agreement
+import gradcodec.distributed.exchange.agreement as agreement
 from gradcodec.chain import Chain
 from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.distributed import (
@@ -258,7 +258,7 @@ def what_was_agreed_is_not_asked_again(rank: int, world: int) -> None:
         train(ddp, range(3), optimizer)
         asked: list[Any] = []
         state._agree = lambda *a: asked.append(a[0])  # type: ignore[method-assign]
-        known, before = state._buckets, state.stats()["wire_bytes"]
+        known, before = state._agreed, state.stats()["wire_bytes"]
         train(ddp, range(3, 4), optimizer)
         once = state.stats()["wire_bytes"] - before
         assert all(key in known for key in asked)
@@ -372,10 +372,11 @@ def settings_of_fully_shard_are_told(rank: int, world: int) -> None:
 def settings_of_fsdp1_are_told(rank: int, world: int) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    for make in (compress, CompressState):
-        model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-        codec = "int8" if rank == 1 else "int4"
-        all_are_told(lambda f=make, m=model, c=codec: f(m, codec=c), "codec: 'int4")  # type: ignore[misc]
+    model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    codec = "int8" if rank == 1 else "int4"
+    all_are_told(lambda: compress(model, codec), "codec: 'int4")
+    wrong: Any = model if rank == 0 else net()
+    all_are_told(lambda: CompressState(wrong), r"rank 0 refused: .* call compress\(model")
 
 
 def settings_of_replicas_are_told(rank: int, world: int) -> None:

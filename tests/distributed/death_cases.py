@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distributed.toy import sgd, train, wrapped
 
 from gradcodec.distributed import CompressState, compressed_all_reduce
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.exchange.link import Link
 from gradcodec.errors import TrainingError
 
 TIMEOUT = 12.0

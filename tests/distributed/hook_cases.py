@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ from distributed.toy import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gradcodec.distributed.auto as auto_module
+import gradcodec.distributed.trial as trial
 from gradcodec.chain import Chain
 from gradcodec.codecs import BlockQuant, Subspace
-from gradcodec.distributed import CompressState, LowRank, Residuals, compress_hook
+from gradcodec.distributed import CompressState, LowRank, Residuals, compress, compress_hook
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
@@ -221,6 +222,61 @@ def in_another_world_training_goes_on(rank: int, world: int) -> None:
             assert_replicas_equal(ddp)
 
 
+def a_state_of_a_changed_model_is_loaded_as_far_as_it_fits(rank: int, world: int) -> None:
+    """Layers 2 and 4 have another width now, layer 8 is gone; the rest stays."""
+    for codec in ("int4", "lowrank"):
+        with wrapped(codec) as (ddp, state):
+            assert state is not None
+            train(ddp, range(2), sgd(ddp))
+            kept = state.state_dict()
+        changed = net()
+        changed[2], changed[4] = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        del changed[8]
+        with wrapped(codec, model=changed) as (ddp, state):
+            assert state is not None
+            with pytest.raises(ConfigError):
+                state.load_state_dict(kept)
+            assert state.step == 0  # what is refused leaves nothing behind
+            handler, logger = Lines(), logging.getLogger("gradcodec.distributed")
+            logger.addHandler(handler)
+            state.load_state_dict(kept, strict=False)
+            logger.removeHandler(handler)
+            said = "\n".join(handler.lines)
+            assert "2.weight" in said
+            assert "8.weight' is dropped: this model has no such parameter" in said
+            after = errors(state)
+            same = kept["first.0.weight" if codec == "int4" else "error.0.weight"]
+            assert torch.equal(after["0.weight"], same)  # type: ignore[arg-type]
+            assert "2.weight" not in after
+            assert state.step == 2
+            train(ddp, range(2, 4), sgd(ddp))
+            assert_replicas_equal(ddp)
+
+
+def a_copy_of_a_compressed_model_is_a_plain_one(rank: int, world: int) -> None:
+    with wrapped("int4") as (ddp, state):
+        assert state is not None
+        train(ddp, range(2), sgd(ddp))
+        average = torch.optim.swa_utils.AveragedModel(ddp)
+        copied, again = copy.deepcopy(ddp), copy.deepcopy(ddp)
+        assert torch.equal(weights(copied), weights(ddp))
+        with pytest.raises(ConfigError, match=r"call compress\(copy\)"):
+            compress_hook(copied._comm_hooks[0][1], cast(Any, None))
+        train(ddp, range(2, 3), sgd(ddp))
+        average.update_parameters(ddp)
+        sent = state.stats()["wire_bytes"]
+        with wrapped(model=copy.deepcopy(copied.module), hook=False) as (plain, _):
+            expected = train(plain, range(2, 4), sgd(plain))
+            assert train(copied, range(2, 4), sgd(copied)) == expected
+            assert torch.equal(weights(copied), weights(plain))
+        assert state.stats()["wire_bytes"] == sent
+        with compress(again, "int4") as other:
+            assert train(again, range(2, 3), sgd(again)) == expected[:1]
+            assert 0 < other.stats()["wire_bytes"] < other.stats()["dense_wire_bytes"]
+            assert torch.equal(weights(average.module), weights(ddp))
+            assert not torch.equal(weights(again), weights(copied))
+
+
 def without_its_state_a_resume_is_not_exact(rank: int, world: int) -> None:
     """The law above can fail: residuals do matter."""
     with wrapped("sign") as (ddp, state):
@@ -376,9 +432,9 @@ def unused_parameters_get_no_residual(rank: int, world: int) -> None:
 def errors(state: CompressState) -> dict[str, Tensor]:
     """Residuals of this rank's values by name, whatever the scheme."""
     found = state.reducer.residuals.first
-    for name, follower in state.reducer.followers.items():
-        if follower.error is not None:
-            found[name] = follower.error
+    for name, adaptive in state.reducer.adaptive.items():
+        if adaptive.error is not None:
+            found[name] = adaptive.error
     return found
 
 
@@ -691,9 +747,9 @@ def close_ends_the_thread(rank: int, world: int) -> None:
         backward(ddp, rank, 0)
         worker = state._worker
         assert worker is not None
-        assert worker.alive
+        assert worker._thread.is_alive()
         state.close()
-        assert not worker.alive
+        assert not worker._thread.is_alive()
         with pytest.raises(TrainingError, match="closed"):
             state.submit(None)
 
@@ -707,7 +763,7 @@ def a_state_that_nobody_holds_ends_its_thread(rank: int, world: int) -> None:
     del state
     gc.collect()
     worker._thread.join(5)
-    assert not worker.alive
+    assert not worker._thread.is_alive()
 
 
 def destroying_the_group_ends_the_thread(rank: int, world: int) -> None:
@@ -717,7 +773,7 @@ def destroying_the_group_ends_the_thread(rank: int, world: int) -> None:
     dist.barrier()
     dist.destroy_process_group()
     worker._thread.join(10)
-    assert not worker.alive
+    assert not worker._thread.is_alive()
 
 
 # -- rule 10 and counters -----------------------------------------------------------------------
@@ -769,9 +825,9 @@ def a_line_is_logged_every_n_steps(rank: int, world: int) -> None:
 
 
 def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
-    needed = auto_module.WARM + 2 * auto_module.ROUNDS
-    for gain, compress in ((0.0, False), (float("inf"), True)):
-        auto_module.GAIN = gain
+    needed = trial.WARM + 2 * trial.ROUNDS
+    for gain, decision in ((0.0, False), (float("inf"), True)):
+        trial.GAIN = gain
         with wrapped("auto") as (ddp, state):
             assert state is not None
             assert state.auto is not None
@@ -780,15 +836,15 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
             assert state.auto.decision is None
             assert "measuring" in state.stats()["auto"]
             train(ddp, range(needed - 1, needed), optimizer)
-            assert state.auto.decision is compress
+            assert state.auto.decision is decision
             before = state.stats()
             train(ddp, range(needed, needed + 3), optimizer, skew=0.001)
             after = state.stats()
             sent = after["wire_bytes"] - before["wire_bytes"]
             dense = after["dense_wire_bytes"] - before["dense_wire_bytes"]
-            assert sent < 0.2 * dense if compress else sent == dense
+            assert sent < 0.2 * dense if decision else sent == dense
             said = state.stats()["auto"]
-            assert ("not compressing" in said) == (not compress)
+            assert ("not compressing" in said) == (not decision)
             assert "coded" in said
             assert_replicas_equal(ddp)
             kept = state.state_dict()
@@ -796,9 +852,9 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
             assert state is not None
             assert state.auto is not None
             state.load_state_dict(kept)
-            assert state.auto.decision is compress
+            assert state.auto.decision is decision
             backward(ddp, rank, 0)
-    auto_module.GAIN = 0.97
+    trial.GAIN = 0.97
 
 
 def auto_that_declined_is_plain_ddp(rank: int, world: int) -> None:
@@ -893,15 +949,17 @@ def nothing_is_lost_only_late(rank: int, world: int) -> None:
                     total[name] = total.get(name, 0) + exact[name] - came.double()
             name = "2.weight"
             left = torch.zeros(WIDTH * WIDTH, dtype=torch.float64)
-            follower = state.reducer.followers.get(name)
-            if follower is not None:
-                assert follower.error is not None
-                left += follower.flat(follower.error).double() / world
+            adaptive = state.reducer.adaptive.get(name)
+            if adaptive is not None:
+                assert adaptive.error is not None
+                left += adaptive.flat(adaptive.error).double() / world
             else:
-                from gradcodec.distributed.parts import cut, turn
+                from gradcodec.distributed.shards import first_owner, shard_ranges
 
                 left += state.reducer.residuals.first[name].double() / world
-                start, stop = cut(left.numel(), world)[(rank - turn(name, world)) % world]
+                start, stop = shard_ranges(left.numel(), world)[
+                    (rank - first_owner(name, world)) % world
+                ]
                 left[start:stop] += state.reducer.residuals.second[name].double()
             dist.all_reduce(left)
             assert left.abs().max() > 0

@@ -26,11 +26,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gradcodec.codecs import BlockQuant
-from gradcodec.distributed.backend import CompressedGroup, register_compressed_backend
 from gradcodec.distributed.compress import compress
-from gradcodec.distributed.fsdp1 import reduce_fsdp1
-from gradcodec.distributed.hook import compress_hook
-from gradcodec.distributed.state import CompressState
+from gradcodec.distributed.compression import Compression
+from gradcodec.distributed.wrappers.ddp import CompressState
+from gradcodec.distributed.wrappers.group import CompressedGroup, register_compressed_backend
 from gradcodec.errors import GradcodecError
 from gradcodec.packers.blockquant import BlockQuantConfig
 
@@ -162,15 +161,6 @@ def trained_fsdp1(codec: str | None, strategy: str = "FULL_SHARD") -> dict[str, 
     return result(net, losses, handle)
 
 
-@case
-def fsdp1_by_registration() -> dict[str, Any]:
-    """Without ``compress``: a state and the hook."""
-    net = fsdp1()
-    state = CompressState(net, codec="int8", min_numel=0)
-    net.register_comm_hook(state, compress_hook)
-    return result(net, train(net), state)
-
-
 @cases(native={"codec": None}, fp32={"codec": "fp32"})
 def fsdp1_no_sync(codec: str | None) -> dict[str, Any]:
     net = fsdp1()
@@ -234,12 +224,11 @@ def fsdp1_refusals() -> dict[str, Any]:
     taken = fsdp1()
     compress(taken, "int8")
     inner = nn.Sequential(fsdp1())
-    unbound = CompressState(nn.Linear(4, 4))
     return {
         "hybrid": error_of(lambda: compress(hybrid)),
         "taken": error_of(lambda: compress(taken)),
         "inner": error_of(lambda: compress(inner)),
-        "unbound": error_of(lambda: reduce_fsdp1(unbound, torch.ones(4), torch.ones(2))),
+        "state": error_of(lambda: CompressState(fsdp1())),
     }
 
 
@@ -458,7 +447,10 @@ def fsdp2_other_world() -> dict[str, Any]:
     handle.load_state_dict(state)
     after = handle.stats()
     unknown = {k: v for k, v in state.items() if k != "steps.0"}
+    handle.load_state_dict({**unknown, "steps.gone": 7}, strict=False)
+    counts = {name: unit.steps for name, unit in handle.units.items()}
     return {
+        "loose": counts,
         "steps": after["steps"],
         "residual_bytes": after["residual_bytes"],
         "unknown": error_of(lambda: handle.load_state_dict(unknown)),
@@ -781,6 +773,54 @@ def compress_refusals() -> dict[str, Any]:
         "inner": error_of(lambda: compress(nn.Sequential(DDP(model())))),
         "replicas": error_of(lambda: compress(DDP(model()), replicas=mesh)),
     }
+
+
+def of_a_group(name: str) -> tuple[nn.Module, Any]:
+    register_compressed_backend(name, "int8-unbiased", min_numel=64)
+    group = everyone(name)
+    return DDP(model(), process_group=group), group
+
+
+def of_hsdp() -> tuple[nn.Module, Any]:
+    mesh = init_device_mesh(
+        "cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard")
+    )
+    net = fsdp2(mesh["shard"])
+    return net, compress(net, "int4", replicas=mesh["replicate"], min_numel=0)
+
+
+def of_wrapped(net: nn.Module) -> tuple[nn.Module, Any]:
+    return net, compress(net, "int4", min_numel=0)
+
+
+COMPRESSIONS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "ddp": lambda: of_wrapped(DDP(model())),
+    "fsdp1": lambda: of_wrapped(fsdp1()),
+    "fsdp2": lambda: of_wrapped(fsdp2()),
+    "hsdp": of_hsdp,
+    "group": lambda: of_a_group("closed"),
+}
+
+
+@case
+def compressions() -> dict[str, Any]:
+    """Every kind of compression, used and closed in one way."""
+    out = {}
+    for name, make in COMPRESSIONS.items():
+        net, made = make()
+        with made as handle:
+            train(net, 2)
+            state = handle.state_dict()
+            handle.load_state_dict(state, strict=False)
+            known = sorted(handle.state_dict()) == sorted(state)
+        out[name] = {
+            "protocol": isinstance(handle, Compression),
+            "counts": [handle.step, handle.traffic.wire],
+            "stats": handle.stats(),
+            "state": known and all(isinstance(v, Tensor | int) for v in state.values()),
+            "closed": error_of(lambda net=net: train(net, 1)),  # type: ignore[misc]
+        }
+    return out
 
 
 @case

@@ -12,6 +12,7 @@ CASES = (
     "compress_ddp__fp32",
     "compress_ddp__int8",
     "compress_refusals",
+    "compressions",
     "compress_without_group",
 )
 
@@ -38,6 +39,42 @@ def test_ddp_gets_the_hook(two: Results) -> None:
     one, other = two["compress_ddp__int8"]
     assert one["digest"] == other["digest"]
     assert one["kind"] == "CompressState"
+
+
+KINDS = ("ddp", "fsdp1", "fsdp2", "hsdp", "group")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_wrapper_gives_one_kind_of_compression(two: Results, kind: str) -> None:
+    for rank in two["compressions"]:
+        found, other = rank[kind], rank["ddp"]
+        assert found["protocol"]
+        assert found["state"]
+        assert list(found["stats"]) == list(other["stats"])
+        assert found["counts"][0] == found["stats"]["steps"] > 0
+        assert found["counts"][1] == found["stats"]["wire_bytes"] > 0
+        # gloo's own reductions of a closed world: eight bits at most are sent for 32.
+        assert 2 * found["stats"]["wire_bytes"] < found["stats"]["dense_wire_bytes"]
+        assert all(type(v) is str for v in found["stats"]["codecs"].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_compression_ends_the_training_with_an_error(two: Results, kind: str) -> None:
+    for rank in two["compressions"]:
+        name, message = rank[kind]["closed"]
+        assert name == "TrainingError"
+        assert "closed" in message
+
+
+def test_a_codec_that_is_used_in_place_of_another_is_named(two: Results) -> None:
+    for rank in two["compressions"]:
+        instead = {kind: rank[kind]["stats"]["substituted"] for kind in KINDS}
+        unbiased = {"int4": "int4-unbiased"}
+        assert instead == {
+            "ddp": {}, "fsdp1": unbiased, "fsdp2": unbiased, "hsdp": {}, "group": {}
+        }  # fmt: skip
+        assert set(rank["fsdp2"]["stats"]["codecs"].values()) == {"int4-unbiased"}
+        assert set(rank["hsdp"]["stats"]["codecs"].values()) == {"int4"}
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ CASES = (
     "trained_fsdp1__no_shard_native",
     "trained_fsdp1__no_shard_fp32",
     "trained_fsdp1__no_shard_int4",
-    "fsdp1_by_registration",
     "fsdp1_resumed__sharded",
     "fsdp1_resumed__no_shard",
     "fsdp1_no_sync__native",
@@ -80,13 +79,6 @@ def test_no_shard_has_feedback_and_bit_identical_replicas(two: Results) -> None:
     assert one["stats"]["residual_bytes"] > 0
 
 
-def test_a_registered_state_does_what_compress_does(two: Results) -> None:
-    registered, compressed = two["fsdp1_by_registration"], two["trained_fsdp1__int8"]
-    assert [r["digest"] for r in registered] == [r["digest"] for r in compressed]
-    for mine, theirs in zip(registered, compressed, strict=True):
-        assert mine["stats"]["wire_bytes"] == theirs["stats"]["wire_bytes"] > 0
-
-
 def test_no_sync_sends_nothing_and_then_the_sum(two: Results) -> None:
     coded = two["fsdp1_no_sync__fp32"]
     assert [r["before"] for r in coded] == [0, 0]
@@ -108,7 +100,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two: Results, kind: s
         ("hybrid", "HYBRID_SHARD"),
         ("taken", "one slot"),
         ("inner", "its module '0'"),
-        ("unbound", "CompressState"),
+        ("state", "call compress(model, codec)"),
     ],
 )
 def test_refusals_say_why(case: str, says: str) -> None:

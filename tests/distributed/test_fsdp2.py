@@ -116,7 +116,7 @@ def test_fewer_bytes_are_sent(quick: Results, codec: str, least: float) -> None:
 def test_every_module_is_compressed(quick: Results) -> None:
     for rank in quick["trained_fsdp2__int8"]:
         assert set(rank["stats"]["codecs"]) == {"(root)", "0", "1", "2"}
-        assert all("bits=8" in c for c in rank["stats"]["codecs"].values())
+        assert set(rank["stats"]["codecs"].values()) == {"int8-unbiased"}
         assert set(rank["stats"]["nmse"]) == {"(root)", "0", "1", "2"}
         assert all(1e-6 < e < 1e-3 for e in rank["stats"]["nmse"].values())
 
@@ -155,9 +155,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(quick: Results, kind:
 
 def test_rules_name_modules_and_parameters(quick: Results) -> None:
     codecs = quick["fsdp2_ruled"][0]["codecs"]
-    assert "bits=4" in codecs["0"]
-    assert codecs["1"] == "Identity()"
-    assert "bits=8" in codecs["2"]
+    assert codecs["0"] == "int4-unbiased"
+    assert codecs["1"] == "fp32"
+    assert codecs["2"] == "int8-unbiased"
 
 
 def test_nan_is_seen_by_all_and_kept_out_of_residuals(quick: Results) -> None:
@@ -261,6 +261,8 @@ def test_state_of_another_world_keeps_counts_and_drops_residuals(more: Results) 
         name, message = rank["unknown"]
         assert name == "ConfigError"
         assert "'0'" in message
+        assert "strict=False" in message
+        assert rank["loose"] == {"(root)": 2, "0": 0, "1": 2, "2": 2}
 
 
 @slow

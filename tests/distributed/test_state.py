@@ -6,9 +6,9 @@ from safetensors.torch import load, save
 from torch import nn
 
 from gradcodec.codecs import BlockQuant
-from gradcodec.distributed import CompressState, LowRank, Residuals, auto
-from gradcodec.distributed.coders import CodecCoder
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed import CompressState, LowRank, Residuals, trial
+from gradcodec.distributed.coding import CodecCoder
+from gradcodec.distributed.meter import Traffic
 from gradcodec.errors import ConfigError
 from gradcodec.packers.blockquant import BlockQuantConfig
 
@@ -54,10 +54,10 @@ def test_a_state_dict_is_plain_and_safetensors_can_hold_it() -> None:
     other = CompressState(model, LowRank(rank=2))
     other.load_state_dict(back)
     other._rank, other._world = 0, 2
-    other._load(back)
+    other._load(back, True)
     assert torch.equal(other.reducer.residuals.first["weight"], kept["first.weight"])  # type: ignore[arg-type]
     assert torch.equal(
-        other.reducer.followers["weight"].start, state.reducer.followers["weight"].start
+        other.reducer.adaptive["weight"].start, state.reducer.adaptive["weight"].start
     )
     assert other.step == state.step
 
@@ -71,14 +71,14 @@ def test_states_of_other_models_are_refused() -> None:
 
 
 def test_auto_measures_both_ways_after_warming_up() -> None:
-    choice = auto.Choice()
+    choice = trial.Trial()
     ways = []
-    for _ in range(auto.WARM + 2 * auto.ROUNDS):
+    for _ in range(trial.WARM + 2 * trial.ROUNDS):
         assert choice.measuring
         ways.append(choice.compress)
         choice._steps += 1
-    assert ways[: auto.WARM] == [False] * auto.WARM
-    assert ways[auto.WARM :] == [False, True] * auto.ROUNDS
+    assert ways[: trial.WARM] == [False] * trial.WARM
+    assert ways[trial.WARM :] == [False, True] * trial.ROUNDS
 
 
 def test_traffic_adds_up() -> None:

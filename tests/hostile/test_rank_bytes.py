@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from gradcodec.codecs import Subspace
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.agreement import MAX_TEXT, LinkChannel, alike
-from gradcodec.distributed.exchange import message, message_nbytes, opened
-from gradcodec.distributed.link import Link
-from gradcodec.distributed.policy import Policy
-from gradcodec.distributed.reducer import BucketReducer
-from gradcodec.distributed.slots import Slot
-from gradcodec.distributed.traffic import Meter
+from gradcodec.distributed.exchange.agreement import MAX_TEXT, LinkChannel, must_agree
+from gradcodec.distributed.exchange.link import Link
+from gradcodec.distributed.exchange.two_shot import message, message_nbytes, opened
+from gradcodec.distributed.lowrank import LowRank
+from gradcodec.distributed.meter import Meter
+from gradcodec.distributed.plan import Plan
+from gradcodec.distributed.wrappers.bucket import BucketReducer, Slot
 from gradcodec.errors import AgreementError, GradcodecError, MalformedBodyError, TrainingError
 from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
@@ -134,7 +133,7 @@ SCHEMES: dict[str, Callable[[], Any]] = {
 def reducer(scheme: str) -> BucketReducer:
     torch.manual_seed(0)
     rules = [("b", "fp32")]
-    return BucketReducer(Policy(SHAPES, SCHEMES[scheme](), 0, rules), 0, None, SHAPES)
+    return BucketReducer(Plan(SHAPES, SCHEMES[scheme](), 0, rules), 0)
 
 
 def slots(rank: int, step: int) -> list[Slot]:
@@ -149,8 +148,8 @@ def slots(rank: int, step: int) -> list[Slot]:
 def finite(kept: BucketReducer) -> bool:
     """All that is kept from step to step."""
     tensors = [*kept.residuals.first.values(), *kept.residuals.second.values()]
-    for follower in kept.followers.values():
-        tensors += [t for t in (follower.error, follower.basis, follower.start) if t is not None]
+    for adaptive in kept.adaptive.values():
+        tensors += [t for t in (adaptive.error, adaptive.basis, adaptive.start) if t is not None]
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
@@ -298,7 +297,7 @@ def test_an_altered_handshake_ends_in_an_error_of_ours(name: str, mutator: Mutat
             return mutator(draw, raw) if raw and sent == at else raw
 
         def agree(link: PipeLink, alike_terms: bool = target == 1) -> None:
-            with alike(LinkChannel(cast("Link", link)), "a call") as terms:
+            with must_agree(LinkChannel(cast("Link", link)), "a call") as terms:
                 terms["codec"] = "int4" if alike_terms or link.rank else "int8"
 
         for err in both(agree, alter):
@@ -311,7 +310,7 @@ def test_an_altered_handshake_ends_in_an_error_of_ours(name: str, mutator: Mutat
 def test_a_message_of_another_length_is_refused_before_it_is_cut() -> None:
     sizes = [13, 0, 7]
     bodies = [torch.zeros(n, dtype=torch.uint8) for n in sizes]
-    whole = torch.cat(message(7, torch.zeros(3, dtype=torch.bool), bodies))
+    whole = torch.cat(message(7, [False] * 3, bodies))
     assert len(whole) == message_nbytes(3, sizes)
     opened(whole, 7, 3, sizes)
     for n in range(len(whole)):

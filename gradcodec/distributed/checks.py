@@ -1,6 +1,7 @@
-"""What a caller hands over, looked at where it is handed over and not where it would fail.
+"""Checks of what a caller hands over: settings, options, parameters, loaded states.
 
-Every wrapper takes the same settings, so one function looks at each.
+They run where it is handed over, not in a later step, where it would fail. Every wrapper takes the
+same settings, so there is one function for each.
 """
 
 from __future__ import annotations
@@ -179,13 +180,14 @@ def check_state(state: object, *needed: str) -> None:
             raise ConfigError(f"{key!r}: expected a whole number, got {_kind(value)}")
 
 
-def check_tensor(key: str, value: object, numel: int) -> None:
-    """A residual of this length."""
-    if not isinstance(value, Tensor) or value.numel() != numel:
-        raise ConfigError(
-            f"{key!r}: expected {numel} values, got {_kind(value)}; it was made for another codec "
-            "or another shape"
-        )
+def misfit(key: str, value: object, numel: int) -> str:
+    """Why a value is not a residual of this length; empty if it is one."""
+    if isinstance(value, Tensor) and value.numel() == numel:
+        return ""
+    return (
+        f"{key!r}: expected {numel} values, got {_kind(value)}; it was made for another codec or "
+        "another shape"
+    )
 
 
 def _is_whole(value: object) -> bool:

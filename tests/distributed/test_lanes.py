@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, TopK
-from gradcodec.distributed.coders import CodecCoder, RawCoder
-from gradcodec.distributed.parts import ALIGN, cut
-from gradcodec.distributed.pieces import Lane, Piece, lanes, resting, together
+from gradcodec.distributed.coding import CodecCoder, RawCoder
+from gradcodec.distributed.exchange.lanes import Lane, Operand, held_back, lanes_of, side_by_side
+from gradcodec.distributed.shards import ALIGN, shard_ranges
 from gradcodec.errors import NonFiniteError
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.topk import TopKConfig
@@ -84,70 +84,75 @@ def test_dither_and_random_rotations_have_no_grain() -> None:
     }
 
 
-def piece(numel: int, coder: CodecCoder | RawCoder, turn: int = 0) -> Piece:
+def operand(numel: int, coder: CodecCoder | RawCoder, owner: int = 0) -> Operand:
     values = torch.arange(numel).float() + 1
-    return Piece(values, coder, torch.zeros(numel), turn=turn)
+    return Operand(values, coder, torch.zeros(numel), first_owner=owner)
 
 
 INT4 = CodecCoder(make_codec("int4"))
 
 
-def test_pieces_of_whole_blocks_share_a_lane() -> None:
+def test_operands_of_whole_blocks_share_a_lane() -> None:
     other = CodecCoder(make_codec("int8"))
-    pieces = [piece(5 * 256, INT4), piece(100, INT4), piece(512, other), piece(256, INT4, 1)]
-    made = lanes(pieces, [cut(p.values.numel(), 2) for p in pieces])
-    at = {id(p): k for k, p in enumerate(pieces)}
-    assert [[at[id(p)] for p in lane.pieces] for lane in made] == [[0, 3], [1], [2]]
+    operands = [
+        operand(5 * 256, INT4),
+        operand(100, INT4),
+        operand(512, other),
+        operand(256, INT4, 1),
+    ]
+    made = lanes_of(operands, [shard_ranges(p.values.numel(), 2) for p in operands])
+    at = {id(p): k for k, p in enumerate(operands)}
+    assert [[at[id(p)] for p in lane.operands] for lane in made] == [[0, 3], [1], [2]]
 
 
-def test_blocks_that_parts_would_cut_through_do_not_join() -> None:
+def test_blocks_that_shards_would_cut_through_do_not_share_a_lane() -> None:
     coder = CodecCoder(BlockQuant(BlockQuantConfig(4, block=3 * ALIGN)))
-    assert not piece(6 * ALIGN, coder).joins
+    assert not operand(6 * ALIGN, coder).shares_lane
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4)), min_size=1, max_size=5),
     st.integers(1, 5),
 )
-def test_all_parts_written_are_all_values(sizes: list[tuple[int, int]], world: int) -> None:
-    pieces = [piece(256 * n, INT4, turn) for n, turn in sizes]
-    lane = Lane(pieces, [cut(p.values.numel(), world) for p in pieces])
+def test_all_shards_written_are_all_values(sizes: list[tuple[int, int]], world: int) -> None:
+    operands = [operand(256 * n, INT4, owner) for n, owner in sizes]
+    lane = Lane(operands, [shard_ranges(p.values.numel(), world) for p in operands])
     for owner in range(world):
         if lane.numel(owner):
             lane.write(owner, lane.values(owner), INT4)
-    assert all(torch.equal(p.out, p.values) for p in pieces)
+    assert all(torch.equal(p.out, p.values) for p in operands)
 
 
 def test_residuals_move_side_by_side_once() -> None:
     lists = [[torch.full((3,), 1.0)], [torch.zeros(0)], [torch.full((2,), 2.0), torch.ones(4)]]
-    whole = together(lists, [0, 0, 0])
+    whole = side_by_side(lists, [0, 0, 0])
     assert whole.tolist() == [1, 1, 1, 2, 2]
     whole.mul_(3)
     assert lists[2][0].tolist() == [6, 6]
-    assert together(lists, [0, 0, 0]).data_ptr() == whole.data_ptr()
+    assert side_by_side(lists, [0, 0, 0]).data_ptr() == whole.data_ptr()
 
 
 def test_residuals_move_again_when_others_are_beside_them() -> None:
     lists = [[torch.full((3,), 1.0)], [torch.full((2,), 2.0)], [torch.full((1,), 5.0)]]
-    together(lists, [0, 0, 0])
-    assert together([lists[2], lists[0]], [0, 0]).tolist() == [5, 1, 1, 1]
-    assert together(lists, [0, 0, 0]).tolist() == [1, 1, 1, 2, 2, 5]
+    side_by_side(lists, [0, 0, 0])
+    assert side_by_side([lists[2], lists[0]], [0, 0]).tolist() == [5, 1, 1, 1]
+    assert side_by_side(lists, [0, 0, 0]).tolist() == [1, 1, 1, 2, 2, 5]
 
 
-def test_an_idle_part_rests() -> None:
+def test_the_residual_of_an_unused_operand_is_held_back() -> None:
     whole = torch.arange(6.0)
     parts = list(whole.split([2, 4]))
-    with resting(parts, [False, True]):
+    with held_back(parts, [False, True]):
         assert whole.tolist() == [0, 1, 0, 0, 0, 0]
         whole += 1
     assert whole.tolist() == [1, 2, 2, 3, 4, 5]
 
 
-def test_an_idle_part_comes_back_if_coding_is_refused() -> None:
+def test_a_residual_that_was_held_back_comes_back_if_coding_is_refused() -> None:
     whole = torch.arange(6.0)
 
     def refuse() -> None:
-        with resting([whole], [True]):
+        with held_back([whole], [True]):
             raise NonFiniteError("as a codec does")
 
     with pytest.raises(NonFiniteError):

@@ -3,9 +3,9 @@
 import pytest
 
 from gradcodec.codecs import BlockQuant, Cast, Identity, RotatedSign, TopK
-from gradcodec.distributed.adaptive import LowRank
-from gradcodec.distributed.policy import Policy
-from gradcodec.distributed.routes import flat_route, wants_feedback
+from gradcodec.distributed.coding import flat_route, wants_feedback
+from gradcodec.distributed.lowrank import LowRank
+from gradcodec.distributed.plan import Plan, UnitPlan
 from gradcodec.errors import ConfigError
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.cast import CastConfig
@@ -17,8 +17,8 @@ SHAPES = {"embed.weight": (500, 64), "h.0.weight": (128, 128), "h.0.bias": (128,
 
 
 def test_the_first_rule_that_matches_wins() -> None:
-    policy = Policy(SHAPES, "int4", 4096, [("h.*", "int8"), ("*.weight", "int2")])
-    assert policy.labels() == {
+    plan = Plan(SHAPES, "int4", 4096, [("h.*", "int8"), ("*.weight", "int2")])
+    assert plan.labels() == {
         "embed.weight": "int2",
         "h.0.weight": "int8",
         "h.0.bias": "int8",
@@ -27,27 +27,28 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 
 def test_small_parameters_are_raw_unless_a_rule_names_them() -> None:
-    assert Policy(SHAPES, "int4", 4096, []).labels()["h.0.bias"] == "fp32"
-    assert Policy(SHAPES, "int4", 0, []).labels()["h.0.bias"] == "int4"
-    assert Policy(SHAPES, "int4", 4096, [("*bias", "sign")]).labels()["h.0.bias"] == "sign"
+    assert Plan(SHAPES, "int4", 4096, []).labels()["h.0.bias"] == "fp32"
+    assert Plan(SHAPES, "int4", 0, []).labels()["h.0.bias"] == "int4"
+    assert Plan(SHAPES, "int4", 4096, [("*bias", "sign")]).labels()["h.0.bias"] == "sign"
 
 
 @pytest.mark.parametrize("pattern", ["*.baias", "H.*", ""])
 def test_a_rule_that_matches_nothing_is_an_error(pattern: str) -> None:
     with pytest.raises(ConfigError, match="matches no parameter"):
-        Policy(SHAPES, "int4", 4096, [(pattern, "fp32")])
+        Plan(SHAPES, "int4", 4096, [(pattern, "fp32")])
 
 
 def test_a_rule_behind_another_is_no_error() -> None:
-    policy = Policy(SHAPES, "int4", 4096, [("*", "int8"), ("n", "fp32")])
-    assert set(policy.labels().values()) == {"int8"}
+    plan = Plan(SHAPES, "int4", 4096, [("*", "int8"), ("n", "fp32")])
+    assert set(plan.labels().values()) == {"int8"}
 
 
 def test_low_rank_is_for_matrices_that_gain() -> None:
-    policy = Policy(SHAPES, LowRank(rank=4, other="int8"), 100, [])
-    assert set(policy.lowrank) == {"embed.weight", "h.0.weight"}
-    assert policy.labels()["n"] == "int8"
-    assert set(Policy(SHAPES, LowRank(rank=60), 100, []).lowrank) == {"h.0.weight"} - {
+    plan = Plan(SHAPES, LowRank(rank=4, other="int8"), 100, [])
+    assert {n for n, e in plan.entries.items() if e.lowrank} == {"embed.weight", "h.0.weight"}
+    assert plan.labels()["n"] == "int8"
+    high = Plan(SHAPES, LowRank(rank=60), 100, []).entries
+    assert {n for n, e in high.items() if e.lowrank} == {"h.0.weight"} - {
         n for n, s in SHAPES.items() if len(s) == 2 and 60 * sum(s) >= s[0] * s[1]
     }
 
@@ -60,9 +61,9 @@ def test_low_rank_settings_are_checked(wrong: dict[str, int]) -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="int4"):
-        Policy(SHAPES, "int3", 0, [])
+        Plan(SHAPES, "int3", 0, [])
     with pytest.raises(ConfigError, match="expected a codec name"):
-        Policy(SHAPES, LowRank(code="int3"), 0, [])
+        Plan(SHAPES, LowRank(code="int3"), 0, [])
 
 
 def test_codecs_that_need_a_table_are_refused() -> None:
@@ -87,7 +88,23 @@ def test_no_feedback_where_more_may_be_lost_than_there_was(stochastic: bool) -> 
     assert not wants_feedback(BlockQuant(one_bit))
 
 
-def test_only_a_policy_that_codes_nothing_is_exact() -> None:
-    assert Policy(SHAPES, "fp32", 0, []).exact
-    assert not Policy(SHAPES, "fp32", 0, [("n", "int8")]).exact
-    assert not Policy(SHAPES, LowRank(rank=1, code="fp32"), 0, []).exact
+@pytest.mark.parametrize("feedback", ["auto", True, False])
+@pytest.mark.parametrize("scattered", [True, False])
+def test_names_are_replaced_in_a_reduce_scatter_that_keeps_no_residual(
+    feedback: bool | str, scattered: bool
+) -> None:
+    rules = [("a", "int8"), ("b", "int2"), ("c", BlockQuant(BlockQuantConfig(4)))]
+    plan = UnitPlan("int4", rules, error_feedback=feedback, scattered=scattered)
+    replaced = scattered and feedback == "auto"
+    assert plan.substituted == (
+        {"int4": "int4-unbiased", "int8": "int8-unbiased"} if replaced else {}
+    )
+    assert plan.codec_of("x", []).label == ("int4-unbiased" if replaced else "int4")
+    assert plan.codec_of("x", []).feedback == (feedback is True or not (replaced or not feedback))
+    assert plan.codec_of("c", []).codec.digest == BlockQuant(BlockQuantConfig(4)).digest
+
+
+def test_only_a_plan_that_codes_nothing_is_exact() -> None:
+    assert Plan(SHAPES, "fp32", 0, []).exact
+    assert not Plan(SHAPES, "fp32", 0, [("n", "int8")]).exact
+    assert not Plan(SHAPES, LowRank(rank=1, code="fp32"), 0, []).exact

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from gradcodec._version import __version__
-from gradcodec.distributed.link import Link
+from gradcodec.distributed.exchange.link import Link
 from gradcodec.errors import AgreementError, TrainingError
 
 Terms = dict[str, str]
@@ -111,7 +111,7 @@ class Agreed:
         All ranks come here with equal keys as long as they agree, hence hold the same ones.
         """
         if key not in self._known:
-            with alike(LinkChannel(link), what) as mine:
+            with must_agree(LinkChannel(link), what) as mine:
                 mine.update(terms())
             self._known.add(key)
 
@@ -121,7 +121,7 @@ class Agreed:
 
 
 @contextmanager
-def alike(channel: Channel | None, what: str) -> Iterator[Terms]:
+def must_agree(channel: Channel | None, what: str) -> Iterator[Terms]:
     """Fill in this rank's terms in the block; at its end they are compared.
 
     An exception in the block is compared as well: where other ranks did not raise one, all raise

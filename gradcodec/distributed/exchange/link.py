@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcodec.distributed.traffic import Meter
+from gradcodec.distributed.meter import Meter
 from gradcodec.errors import ConfigError, TrainingError
 
 _TAG = 1 << 30
-"""Of sends and receives, so that those of the caller's own program are not taken for ours.
+"""The tags of our sends and receives start here, so that the caller's own are not taken for ours.
 
-The length is added: gloo aborts a process to which more comes than it expects, but a message of
-another tag is just not the one it waits for, which ends with the group's timeout, as an error.
+A message's length is added to its tag. Gloo aborts a process that gets more bytes than it expects;
+but a message with another tag is not the one that it waits for, and the wait ends with the group's
+timeout, as an error.
 """
 
 
@@ -23,10 +24,10 @@ class Link:
     """A group, seen as a thing that swaps bytes. One link is used by one thread.
 
     Everything that the package exchanges is an all-to-all of uint8 with uneven splits. On gloo it
-    is made of sends and receives, the receives posted first: in its own ``all_to_all_single`` a
-    rank that is already sending tells the other only behind its payload that it may send too, and
-    the two directions of a link take turns (twice the time, in a quarter of the calls at 100
-    Mbit/s).
+    is made of sends and receives, and the receives are posted first. (In gloo's own
+    ``all_to_all_single``, a rank that is sending already tells the other only after its payload
+    that the other may send too. In a quarter of the calls at 100 Mbit/s the two directions of a
+    link then take turns, which takes twice the time.)
 
     Args:
         group: the process group; ``None`` is the default group.
@@ -41,7 +42,7 @@ class Link:
         self.group = group
         self.rank, self.size = place(group)
         self.device = carrier(group, device)
-        over_gloo = getattr(group, "over_gloo", False)  # as ``backend.CompressedGroup`` is
+        over_gloo = getattr(group, "over_gloo", False)  # as ``group.CompressedGroup`` is
         self._gloo = over_gloo or backends_of(group).get(self.device.type) == "gloo"
         self.meter = Meter()
 
@@ -50,7 +51,7 @@ class Link:
 
         Args:
             messages: for each rank, uint8 tensors that are sent one after the other, at least one;
-                all on one device. The own message counts for nothing.
+                all on one device. This rank's message to itself is returned as it is.
             sizes: what each rank sends here.
 
         Raises:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradcodec.distributed.fsdp1 import ROOT
-from gradcodec.distributed.handed import check_dtype
-from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
+from gradcodec.distributed.checks import check_dtype
+from gradcodec.distributed.wrappers.fsdp1 import ROOT
+from gradcodec.distributed.wrappers.units import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 
@@ -69,7 +69,7 @@ class Managed:
         return found
 
     def shard_numel(self) -> int:
-        """Elements of this rank's part of all trainable parameters, padding included.
+        """Elements of this rank's shard of all trainable parameters, padding included.
 
         A reduce-scatter whose output is shorter lacks parameters that got no gradient; no smaller
         set of them has as many elements.
@@ -80,6 +80,7 @@ class Managed:
             if p.sharded_param.requires_grad
         )
 
+    @property
     def divide_factor(self) -> float | None:
         """What ``set_gradient_divide_factor`` was given."""
         factor: float | None = self.group.gradient_divide_factor
@@ -109,7 +110,7 @@ def managed(model: nn.Module) -> list[Managed]:
                 )
             for group in groups:
                 one = Managed(name, module, group)
-                _ = one.parameters, one.replicated, one.shard_numel(), one.divide_factor()
+                _ = one.parameters, one.replicated, one.shard_numel(), one.divide_factor
                 found.append(one)
     except AttributeError as err:
         raise ConfigError(
@@ -191,11 +192,11 @@ class CompressedReplicaReduce:
     def __call__(self, reduce_output: Tensor) -> None:
         """Average ``[n]`` in place, or sum where a divide factor stands for the average."""
         whole = reduce_output.numel() == self.of.shard_numel()
-        op = "mean" if self.of.divide_factor() is None else "sum"
+        op = "mean" if self.of.divide_factor is None else "sum"
         self.state.all_reduce(self.unit, reduce_output, self.replicas, op=op, whole=whole)
 
 
-def compress_sharded(model: nn.Module, units: list[Managed], **options: Any) -> ShardedState:
+def compress_sharded(units: list[Managed], **options: Any) -> ShardedState:
     """Compress the reduce-scatters of a model on a 1-D mesh.
 
     Pins FSDP2's reduction to SUM, which leaves all scaling to FSDP2.

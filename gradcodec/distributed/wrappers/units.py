@@ -1,8 +1,8 @@
-"""What the compressed reductions of a sharded model share: codecs, residuals and counts per unit.
+"""``ShardedState``: the compressed gradients of a model in FSDP1, FSDP2 or HSDP.
 
-A *unit* is what a wrapper reduces at once: the gradients of one FSDP module as a flat vector. Its
-identity is the name of that module, never a length or an order of calls, for the length changes
-with the parameters that got gradients.
+A *unit* is what a wrapper reduces at once: the gradients of one FSDP module as a flat vector. It
+is identified by the name of that module, never by a length or an order of calls, for its length
+changes with the parameters that got gradients.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,24 +17,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcodec.codec import Codec
-from gradcodec.codecs import Identity
-from gradcodec.distributed import terms
-from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
-from gradcodec.distributed.collectives import all_reduce, reduce_scatter, scatter_residual_numel
-from gradcodec.distributed.feedback import Residuals
-from gradcodec.distributed.handed import check_settings, check_state, rule_pairs
-from gradcodec.distributed.link import control_link
-from gradcodec.distributed.parts import derive_seed
-from gradcodec.distributed.routes import flat_route, named_codec, wants_feedback
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.checks import check_settings, check_state, rule_pairs
+from gradcodec.distributed.coding import DENSE, CodecCoder
+from gradcodec.distributed.compression import Closing, State
+from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
+from gradcodec.distributed.exchange.collectives import (
+    all_reduce,
+    reduce_scatter,
+    scatter_residual_numel,
+)
+from gradcodec.distributed.exchange.link import control_link
+from gradcodec.distributed.exchange.terms import choice_text, tensor_text
+from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
+from gradcodec.distributed.plan import UnitCodec, UnitPlan
+from gradcodec.distributed.residuals import Residuals
+from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError, NonFiniteError
 
 _log = logging.getLogger(__name__)
 
-DENSE = Identity()
-"""Sends values as they are: before ``start_step``, and for small units."""
-
-_UNBIASED = {"int8": "int8-unbiased", "int4": "int4-unbiased"}
 _STEPS, _SCATTER, _REDUCE = "steps.", "scatter.", "reduce."
 _WORLD, _RANK = "world", "rank"
 _MEASURE_EVERY, _MEASURED = 64, 1 << 18
@@ -47,11 +47,8 @@ class Unit:
 
     Attributes:
         name: of the module, ``"(root)"`` for the model itself.
-        codec: what its gradient is coded with.
-        feedback: whether what the coding loses is kept for the next step.
+        coding: what its gradient is coded with.
         steps: reductions so far.
-        traffic: bytes and seconds so far.
-        dense_wire: bytes that dense ring reductions would have sent so far.
         scatter: residual of reduce-scatters, fp32; as large as the unsharded unit.
         reduce: residuals of all-reduces.
         partial: reductions of which some parameters were missing, in which residuals waited.
@@ -59,27 +56,27 @@ class Unit:
     """
 
     name: str
-    codec: Codec
-    feedback: bool
+    coding: UnitCodec
     steps: int = 0
-    traffic: Traffic = field(default_factory=Traffic)
-    dense_wire: int = 0
     scatter: Tensor | None = None
     reduce: Residuals = field(default_factory=Residuals)
     partial: int = 0
     nmse: float | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its residuals."""
+        return self.reduce.nbytes + (0 if self.scatter is None else self.scatter.nbytes)
 
-class ShardedState:
-    r"""State of compressed FSDP1, FSDP2 or HSDP training on one rank; ``compress`` returns one.
 
-    Error feedback of a reduce-scatter needs memory for the *unsharded* gradient on each rank, which
-    undoes the sharding. Hence under ``"auto"`` the names ``"int8"`` and ``"int4"`` stand for
-    ``"int8-unbiased"`` and ``"int4-unbiased"``, rotated and rounded at random so that
-    :math:`E[Q(g)] = g`, and no residual is kept. Other codecs that need error feedback get it, and
-    a log line says what it costs. An all-reduce (HSDP's replicas, ``NO_SHARD``) keeps residuals of
-    what it reduces, a shard under HSDP, and under ``"auto"`` does so for every codec that is not
-    unbiased.
+class ShardedState(Closing):
+    """The ``Compression`` of an FSDP1, FSDP2 or HSDP model on one rank; ``compress`` returns it.
+
+    A reduce-scatter under ``error_feedback="auto"`` uses unbiased codecs in place of ``"int8"`` and
+    ``"int4"``, and keeps no residual; ``plan.scattered_codec`` says why. Other codecs that need
+    error feedback get it, and a log line says what it costs. An all-reduce (HSDP's replicas,
+    ``NO_SHARD``) keeps residuals of what it reduces, which is a shard under HSDP, and does so under
+    ``"auto"`` for every codec that is not unbiased.
 
     Args:
         codec: a fixed-rate codec or its name.
@@ -88,7 +85,7 @@ class ShardedState:
         start_step: the first reductions of each unit that are sent dense.
         min_numel: units with fewer elements are sent dense.
         rules: ``(pattern, codec)`` pairs; the first whose pattern (``fnmatch``) fits a unit's name
-            or that of one of its parameters, with all its parameters fitting, decides.
+            or the names of all its parameters decides.
         seed: of stochastic rounding; equal on all ranks.
         log_every: a log line after so many steps, or ``None``.
 
@@ -115,25 +112,15 @@ class ShardedState:
             min_numel=min_numel,
             log_every=log_every,
         )
-        self.scattered, self.error_feedback = scattered, error_feedback
-        self.start_step, self.min_numel = start_step, min_numel
-        self.seed, self.log_every = seed, log_every
-        self.default = self._choice(codec)
-        self.rules = [(pattern, self._choice(one)) for pattern, one in rule_pairs(rules)]
-        self._unused = {pattern for pattern, _ in self.rules}
+        self.start_step, self.min_numel, self.seed = start_step, min_numel, seed
+        self.plan = UnitPlan(
+            codec, rule_pairs(rules), error_feedback=error_feedback, scattered=scattered
+        )
+        self.counters = Counters(log_every, self.plan.substituted)
         self.units: dict[str, Unit] = {}
+        self._dense_wire = 0
         self._agreed = Agreed()
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
-
-    def _choice(self, codec: Codec | str) -> tuple[Codec, bool]:
-        """A codec and whether it gets error feedback."""
-        if self.scattered and self.error_feedback == "auto" and isinstance(codec, str):
-            codec = _UNBIASED.get(codec, codec)
-        chosen = named_codec(codec)
-        flat_route(chosen)  # raises for codecs that cannot code bare vectors
-        if self.error_feedback == "auto":
-            return chosen, wants_feedback(chosen)
-        return chosen, bool(self.error_feedback) and not isinstance(chosen, Identity)
 
     def add(self, name: str, parameters: Sequence[str] = ()) -> Unit:
         """Make the unit of a module.
@@ -142,16 +129,7 @@ class ShardedState:
             name: of the module.
             parameters: full names of the parameters in the unit; rules are matched with them too.
         """
-        codec, feedback = self.default
-        fitting = []
-        for pattern, choice in self.rules:
-            named = bool(parameters) and all(fnmatchcase(p, pattern) for p in parameters)
-            if named or fnmatchcase(name, pattern):
-                fitting.append(choice)
-                self._unused.discard(pattern)
-        if fitting:
-            codec, feedback = fitting[0]
-        unit = self.units[name] = Unit(name, codec, feedback)
+        unit = self.units[name] = Unit(name, self.plan.codec_of(name, parameters))
         return unit
 
     def terms(self) -> dict[str, str]:
@@ -160,22 +138,15 @@ class ShardedState:
         Raises:
             ConfigError: a rule fits none of the units.
         """
-        if self._unused:
-            raise ConfigError(
-                f"rule {min(self._unused)!r} fits no unit, which takes the unit's name or those of "
-                f"all its parameters; there are {', '.join(list(self.units)[:5])}, ..."
-            )
+        self.plan.check_used(list(self.units))
         return {
-            "codec": terms.codec_text(*self.default),
-            "error_feedback": str(self.error_feedback),
+            **self.plan.terms(),
             "start_step": str(self.start_step),
             "min_numel": str(self.min_numel),
-            "rules": ", ".join(f"{p!r}: {terms.codec_text(*c)}" for p, c in self.rules),
             "seed": str(self.seed),
-            "reduces": "scattered" if self.scattered else "to all",
             **{
-                f"unit {i}": f"{u.name}: {terms.codec_text(u.codec, u.feedback)}"
-                for i, u in enumerate(self.units.values())
+                f"unit {i}": f"{unit.name}: {unit.coding.terms()}"
+                for i, unit in enumerate(self.units.values())
             },
         }
 
@@ -191,7 +162,7 @@ class ShardedState:
         op: str = "mean",
         whole: bool = True,
     ) -> None:
-        """This rank's part of the mean (or sum) of ``input`` over ``group``.
+        """This rank's shard of the mean (or sum) of ``input`` over ``group``.
 
         Args:
             unit: whose gradient it is.
@@ -204,11 +175,8 @@ class ShardedState:
         """
         codec = self._codec_now(unit, input.numel())
         residual = None
-        if unit.feedback and codec is not DENSE:
-            if whole:
-                residual = self._scatter_residual(unit, output, group.size())
-            else:
-                unit.partial += 1
+        if self._feeds_back(unit, codec, whole):
+            residual = self._scatter_residual(unit, output, group.size())
         asked = self._agree(unit, input, group, op, codec)
         self._measure(unit, input, codec)
         traffic = reduce_scatter(
@@ -235,12 +203,7 @@ class ShardedState:
     ) -> None:
         """Replace a contiguous tensor by its mean (or sum) over ``group``; ``whole`` as above."""
         codec = self._codec_now(unit, tensor.numel())
-        residuals = None
-        if unit.feedback and codec is not DENSE:
-            if whole:
-                residuals = unit.reduce
-            else:
-                unit.partial += 1
+        residuals = unit.reduce if self._feeds_back(unit, codec, whole) else None
         asked = self._agree(unit, tensor, group, op, codec)
         self._measure(unit, tensor, codec)
         traffic = all_reduce(
@@ -249,7 +212,19 @@ class ShardedState:
         world = group.size()
         if op == "sum":
             tensor.mul_(world)
-        self._count(unit, traffic + asked, 2 * (world - 1) * traffic.dense // world)
+        self._count(unit, traffic + asked, ring_nbytes(traffic.dense, world))
+
+    def _codec_now(self, unit: Unit, numel: int) -> Codec:
+        self.check_open()
+        if unit.steps < self.start_step or numel < self.min_numel:
+            return DENSE
+        return unit.coding.codec
+
+    def _feeds_back(self, unit: Unit, codec: Codec, whole: bool) -> bool:
+        if not unit.coding.feedback or codec is DENSE:
+            return False
+        unit.partial += not whole
+        return whole
 
     def _agree(
         self, unit: Unit, values: Tensor, group: dist.ProcessGroup, op: str, codec: Codec
@@ -264,25 +239,20 @@ class ShardedState:
             link,
             f"the gradients of {unit.name}",
             lambda: {
-                "gradient": terms.tensor_text(values),
+                "gradient": tensor_text(values),
                 "op": op,
-                "codec": terms.choice_text(codec),
+                "codec": choice_text(codec),
                 "step": str(unit.steps),
                 "seed": str(self.seed),
             },
         )
         return link.meter.traffic
 
-    def _codec_now(self, unit: Unit, numel: int) -> Codec:
-        if unit.steps < self.start_step or numel < self.min_numel:
-            return DENSE
-        return unit.codec
-
     def _seed(self, unit: Unit) -> int:
         return derive_seed(self.seed, *unit.name.encode(), unit.steps)
 
     def _scatter_residual(self, unit: Unit, like: Tensor, world: int) -> Tensor:
-        numel = scatter_residual_numel(unit.codec, like.numel(), world)
+        numel = scatter_residual_numel(unit.coding.codec, like.numel(), world)
         kept = unit.scatter
         if kept is not None and kept.numel() != numel:
             _log.warning(
@@ -307,30 +277,20 @@ class ShardedState:
         energy = float(sample.square().sum())
         if not 0 < energy < float("inf"):
             return
+        coder = CodecCoder(codec)
         try:
-            body = codec.packer.pack(sample, seed=self._seed(unit))
+            body = coder.pack(sample, self._seed(unit), None)
         except NonFiniteError:
             return
-        lost = sample - codec.packer.unpack(body, sample.numel())
+        lost = sample - coder.mean([body], sample.numel())
         unit.nmse = float(lost.square().sum()) / energy
 
     def _count(self, unit: Unit, traffic: Traffic, dense_wire: int) -> None:
         unit.steps += 1
-        unit.dense_wire += dense_wire
-        unit.traffic += traffic
-        first = next(iter(self.units.values()))
-        if self.log_every and unit is first and unit.steps % self.log_every == 0:
-            total = self.traffic
-            _log.info(
-                "gradcodec: after %d steps: %.1f MB of gradients, %.2f MB sent by this rank; "
-                "seconds: encode %.2f, exchange %.2f, decode %.2f",
-                unit.steps,
-                total.dense / 1e6,
-                total.wire / 1e6,
-                total.encode,
-                total.exchange,
-                total.decode,
-            )
+        self._dense_wire += dense_wire
+        self.counters.traffic += traffic
+        if unit is next(iter(self.units.values())):
+            self.counters.log(unit.steps)
 
     # -- what is reported and kept ------------------------------------------------------------
 
@@ -341,46 +301,31 @@ class ShardedState:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes and seconds of all units so far."""
-        total = Traffic()
-        for unit in self.units.values():
-            total += unit.traffic
-        return total
+        """Bytes and seconds of all units so far, of this rank."""
+        return self.counters.traffic
 
     def stats(self) -> dict[str, Any]:
-        """What was moved so far on this rank.
+        """Counters by the keys of ``Compression.stats``; names are those of units.
 
-        Returns:
-            The keys of ``CompressState.stats``: ``steps`` (of the busiest unit), ``dense_bytes``
-            (gradients before coding), ``dense_wire_bytes`` (what dense reductions would have sent),
-            ``wire_bytes`` (sent), ``residual_bytes``, ``encode_seconds``, ``exchange_seconds``,
-            ``decode_seconds``, ``codecs`` by unit, ``nmse`` by unit (the relative squared error of
-            coding the first 2^18 values of this rank's gradient, measured every 64 reductions); and
-            ``partial`` by unit: reductions without some of its parameters, in which error feedback
-            waited.
+        ``nmse`` is of the first 2^18 values of this rank's gradient, measured every 64 reductions.
         """
-        total, units = self.traffic, self.units.values()
-        return {
-            "steps": self.step,
-            "dense_bytes": total.dense,
-            "dense_wire_bytes": sum(u.dense_wire for u in units),
-            "wire_bytes": total.wire,
-            "residual_bytes": sum(_residual_nbytes(u) for u in units),
-            "encode_seconds": total.encode,
-            "exchange_seconds": total.exchange,
-            "decode_seconds": total.decode,
-            "codecs": {u.name: str(u.codec) for u in units},
-            "nmse": {u.name: u.nmse for u in units if u.nmse is not None},
-            "partial": {u.name: u.partial for u in units},
-        }
+        units = self.units.values()
+        return self.counters.stats(
+            steps=self.step,
+            dense_wire=self._dense_wire,
+            residual_bytes=sum(u.nbytes for u in units),
+            codecs={u.name: u.coding.label for u in units},
+            nmse={u.name: u.nmse for u in units if u.nmse is not None},
+            partial={u.name: u.partial for u in units},
+        )
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> State:
         """This rank's memory, flat: plain tensors (copies on the CPU) and ints.
 
         ``world``, ``rank``, ``steps.UNIT``, ``scatter.UNIT`` and ``reduce.UNIT|...``. Residuals are
         those of one rank: save it per rank.
         """
-        out: dict[str, Tensor | int] = {_WORLD: self.world, _RANK: self.rank}
+        out: State = {_WORLD: self.world, _RANK: self.rank}
         for name, unit in self.units.items():
             out[_STEPS + name] = unit.steps
             if unit.scatter is not None:
@@ -389,22 +334,31 @@ class ShardedState:
                 out[f"{_REDUCE}{name}|{key}"] = value
         return out
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
         """Inverse of ``state_dict``; call it after ``compress``, before the first backward.
 
         All ranks load, and compare in the next reductions what they have loaded but for residuals.
         Residuals of another rank or world size, which belong to other parts of the model, are
-        dropped with a warning: one step's rounding is lost.
+        dropped with a warning: one step's rounding is lost. So is a residual whose unit has another
+        length now, in the unit's next reduction.
+
+        Args:
+            state: what ``state_dict`` returned.
+            strict: ``False`` after the model has changed: units that are gone are dropped with a
+                log line, and new ones start at step 0 without residuals.
 
         Raises:
-            ConfigError: the units of the state are not those of this model.
+            ConfigError: if ``strict``, the units of the state are not those of this model.
         """
         check_state(state)
         theirs = {k.removeprefix(_STEPS) for k in state if k.startswith(_STEPS)}
-        if theirs != set(self.units):
+        if strict and theirs != set(self.units):
             raise ConfigError(
-                f"expected the state of units {sorted(self.units)}, got {sorted(theirs)}"
+                f"expected the state of units {sorted(self.units)}, got {sorted(theirs)}; if the "
+                "model has changed, load with strict=False"
             )
+        for name in sorted(theirs - set(self.units)):
+            _log.warning("the state of unit %r is dropped: this model has no such unit", name)
         self._agreed.forget()
         world, rank = int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))
         known = (self.world, self.rank)
@@ -414,7 +368,7 @@ class ShardedState:
                 "residuals of rank %d of %d are dropped: this is rank %d of %d", rank, world, *known
             )
         for name, unit in self.units.items():
-            unit.steps = int(state[_STEPS + name])
+            unit.steps = int(state.get(_STEPS + name, 0))
             kept = state.get(_SCATTER + name) if same else None
             unit.scatter = kept.detach().float().clone() if isinstance(kept, Tensor) else None
             prefix = f"{_REDUCE}{name}|"
@@ -432,7 +386,7 @@ def agreed_state(
     """A state with its units, compared with those of the ranks that it will reduce with.
 
     Args:
-        make: the state; a refusal of one rank is told to all.
+        make: makes the state; a refusal of one rank is told to all.
         groups: of the units; each is asked once, in their order.
 
     Raises:
@@ -440,11 +394,15 @@ def agreed_state(
     """
     state: ShardedState | None = None
     for group in {id(g): g for g in groups}.values():
-        with alike(LinkChannel(control_link(group)), "compress") as mine:
+        with must_agree(LinkChannel(control_link(group)), "compress") as mine:
             state = state or make()
             mine.update(state.terms())
-    return state or make()
-
-
-def _residual_nbytes(unit: Unit) -> int:
-    return unit.reduce.nbytes + (0 if unit.scatter is None else unit.scatter.nbytes)
+    state = state or make()
+    for asked, used in state.plan.substituted.items():
+        _log.info(
+            "gradcodec: %s in place of %s: a reduce-scatter under error_feedback='auto' keeps no "
+            "residual; for the plain codec set error_feedback",
+            used,
+            asked,
+        )
+    return state

@@ -1,10 +1,10 @@
 """All-reduce, reduce-scatter and all-gather of compressed tensors, as plain functions.
 
-For pseudogradients (DiLoCo, LocalSGD), sharded training and everything that has no hook. They
-block; all ranks of the group must call them with equal shapes, codecs and seeds. Each call first
-compares these, in one exchange of 48 bytes: where they differ, or a rank refuses what it was given,
-all raise the same ``AgreementError``. On CUDA they work on the current stream and wait for it. In a
-world of one nothing is exchanged, nor lost.
+They are for pseudogradients (DiLoCo, LocalSGD), for sharded training and for everything that has no
+hook. They block; all ranks of the group must call them with equal shapes, codecs and seeds. Each
+call first compares these, in one exchange of 48 bytes: where they differ, or a rank refuses what it
+was given, all raise the same ``AgreementError``. On CUDA they work on the current stream and wait
+for it. In a world of one nothing is exchanged, nor lost.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcodec.codec import Codec
-from gradcodec.distributed.agreement import LinkChannel, alike
-from gradcodec.distributed.exchange import TwoShot, mean_of
-from gradcodec.distributed.feedback import Residuals
-from gradcodec.distributed.handed import FLOATS, check_seed, is_dtensor
-from gradcodec.distributed.link import Link, control_link
-from gradcodec.distributed.parts import derive_seed, turn
-from gradcodec.distributed.pieces import Piece
-from gradcodec.distributed.routes import Route, flat_route, named_codec, routes
-from gradcodec.distributed.terms import choice_text, tensor_text
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.checks import FLOATS, check_seed, is_dtensor
+from gradcodec.distributed.coding import Route, flat_route, named_codec, routes_of
+from gradcodec.distributed.exchange.agreement import LinkChannel, must_agree
+from gradcodec.distributed.exchange.lanes import Operand
+from gradcodec.distributed.exchange.link import Link, control_link
+from gradcodec.distributed.exchange.terms import choice_text, tensor_text
+from gradcodec.distributed.exchange.two_shot import gather_shards, mean_of_own_shard, two_shot_mean
+from gradcodec.distributed.meter import Traffic
+from gradcodec.distributed.residuals import Residuals
+from gradcodec.distributed.shards import derive_seed, first_owner
 from gradcodec.errors import ConfigError, UpdateError
 
 
@@ -39,11 +39,11 @@ def compressed_all_reduce(
 ) -> Traffic:
     """Replace every tensor by its mean over the ranks of ``group``, in place.
 
-    Two shots (``exchange.mean_of``): parts to their owners, the owners' means to everyone, so that
-    all ranks end with equal bits. The mean, not the sum. Each tensor is coded by itself. A learned
-    linear codec (``Subspace``, or a ``Chain`` on one) must be bound to exactly these tensors in
-    this order; its codes are averaged instead of the tensors. Parts with NaN or Inf travel
-    uncompressed.
+    It is the mean, not the sum, in two shots (see ``two_shot``): shards go to their owners, and the
+    owners' means to everyone, so that all ranks end with equal bits. Each tensor is coded by
+    itself. A learned linear codec (``Subspace``, or a ``Chain`` on one) must be bound to exactly
+    these tensors in this order; its codes are averaged instead of the tensors. Shards with NaN or
+    Inf travel uncompressed.
 
     Args:
         tensors: one or several dense floating tensors of any shape.
@@ -76,17 +76,17 @@ def compressed_reduce_scatter(
     seed: int = 0,
     residual: Tensor | None = None,
 ) -> Traffic:
-    """The mean over ranks of this rank's part of ``input``: the first shot alone.
+    """The mean over ranks of this rank's shard of ``input``: the first shot alone.
 
     Args:
-        output: contiguous floating tensor of ``n`` elements; part ``r`` of the mean at rank ``r``.
+        output: contiguous floating tensor of ``n`` elements; shard ``r`` of the mean at rank ``r``.
         input: contiguous, ``W n`` elements of the same dtype, rank-major.
         codec: a fixed-rate codec or its name.
         group: process group; ``None`` is the default group.
         op: ``"mean"``, or ``"sum"``: ``W`` times the mean.
         seed: of stochastic rounding, equal on all ranks; take another one for each call.
         residual: error feedback, fp32 ``[scatter_residual_numel(codec, n, W)]``, zeros to begin
-            with, in and out. It is as large as the unsharded input.
+            with; it is read and written. It is as large as the unsharded input.
 
     Raises:
         ConfigError: an unknown ``op``, a codec that needs a tensor table, a wrong residual.
@@ -105,14 +105,14 @@ def compressed_all_gather(
     *,
     seed: int = 0,
 ) -> Traffic:
-    """Everyone's ``input`` at everyone: the second shot alone.
+    """Gather every rank's ``input`` at every rank: the second shot alone.
 
-    What a rank gets of itself is decoded too, so that all ranks hold equal bits.
+    A rank decodes its own bytes as well, so that all ranks hold equal bits.
 
     Args:
         outputs: one contiguous tensor of the inputs' elements in rank order, or a tensor per rank;
             a list may be of uneven sizes.
-        input: floating tensor with as many elements as the own part of ``outputs``.
+        input: floating tensor with as many elements as this rank's tensor or part of ``outputs``.
         codec: a fixed-rate codec or its name.
         group: process group; ``None`` is the default group.
         seed: of stochastic rounding, equal on all ranks; take another one for each call.
@@ -123,7 +123,7 @@ def compressed_all_gather(
         AgreementError, TrainingError, MalformedBodyError: as in ``compressed_all_reduce``.
     """
     control = LinkChannel(control_link(group))
-    with alike(control, "compressed_all_gather") as terms:
+    with must_agree(control, "compressed_all_gather") as terms:
         given = _listed(outputs)
         _check([input, *given], seed)
         coder = flat_route(named_codec(codec)).coder_for(input.dtype)
@@ -151,9 +151,9 @@ def compressed_all_gather(
         out.copy_(flat)
     else:
         ends = [sum(sizes[: r + 1]) for r in range(link.size)]
-        cuts = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        piece = Piece(out, coder, out, derive_seed(seed))
-        TwoShot([piece], link, seed, [cuts]).spread([flat])
+        ranges = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        operand = Operand(out, coder, out, derive_seed(seed))
+        gather_shards(operand, ranges, flat, link, context=seed)
     if not single:
         for part, tensor in zip(torch.split(out, sizes), given, strict=True):
             tensor.copy_(part.view(tensor.shape))
@@ -180,41 +180,41 @@ def all_reduce(
 ) -> Traffic:
     """``compressed_all_reduce``; ``agreed``: ranks compare nothing."""
     control = None if agreed else LinkChannel(control_link(group))
-    with alike(control, "compressed_all_reduce") as terms:
+    with must_agree(control, "compressed_all_reduce") as terms:
         given = _listed(tensors)
         _check(given, seed)
         if residuals is not None and not isinstance(residuals, Residuals):
             raise ConfigError(f"expected Residuals() or None, got {type(residuals).__name__}")
-        ways = _ways(codec, given) if given else []
+        routes = _routes(codec, given) if given else []
         link = Link(group, given[0].device) if given else control_link(group)
         link.meter.dense = sum(t.numel() * t.element_size() for t in given)
-        pieces = []
-        for i, (tensor, way) in enumerate(zip(given, ways, strict=True)):
+        operands = []
+        for i, (tensor, route) in enumerate(zip(given, routes, strict=True)):
             if link.size == 1:
                 break
             values = tensor.reshape(-1).contiguous()
-            if way.projection is not None:
-                values = way.projection.code(values)
-            piece = Piece(
+            if route.projection is not None:
+                values = route.projection.code(values)
+            operand = Operand(
                 values,
-                way.coder_for(values.dtype),
+                route.coder_for(values.dtype),
                 out=values,
                 seed=derive_seed(seed, i),
-                turn=turn(str(i), link.size),
+                first_owner=first_owner(str(i), link.size),
             )
             if residuals is not None:
-                piece.first, piece.second = residuals.of(
-                    str(i), values, piece.coder, link.rank, link.size
+                operand.first, operand.second = residuals.of(
+                    str(i), values, operand.coder, link.rank, link.size
                 )
-            pieces.append(piece)
+            operands.append(operand)
         if control is not None:
             terms["codec"] = choice_text(codec)
             terms.update({f"tensor {i}": tensor_text(t) for i, t in enumerate(given)})
             terms["seed"], terms["residuals"] = str(seed), _kept(residuals)
-    if pieces:
-        mean_of(pieces, link, context=seed)
-    for piece, tensor, way in zip(pieces, given, ways, strict=bool(pieces)):
-        mean = piece.out if way.projection is None else way.projection.values(piece.out)
+    if operands:
+        two_shot_mean(operands, link, context=seed)
+    for operand, tensor, route in zip(operands, given, routes, strict=bool(operands)):
+        mean = operand.out if route.projection is None else route.projection.values(operand.out)
         if mean.data_ptr() != tensor.data_ptr():
             tensor.copy_(mean.view(tensor.shape))
     return link.meter.traffic + _spent(control)
@@ -234,7 +234,7 @@ def reduce_scatter(
 ) -> Traffic:
     """``compressed_reduce_scatter``; ``agreed``: ranks compare nothing."""
     control = None if agreed else LinkChannel(control_link(group))
-    with alike(control, "compressed_reduce_scatter") as terms:
+    with must_agree(control, "compressed_reduce_scatter") as terms:
         if op not in ("mean", "sum"):
             raise ConfigError(f"expected op of ['mean', 'sum'], got {op!r}")
         _check([output, input], seed)
@@ -264,9 +264,9 @@ def reduce_scatter(
         return link.meter.traffic
     flat = input.view(-1)
     first = None if residual is None else list(torch.split(residual, coder.residual_numel(n)))
-    piece = Piece(flat, coder, flat, derive_seed(seed), first=first)
-    cuts = [(r * n, (r + 1) * n) for r in range(link.size)]
-    mean = TwoShot([piece], link, seed, [cuts]).reduce()[0]
+    operand = Operand(flat, coder, flat, derive_seed(seed), first=first)
+    ranges = [(r * n, (r + 1) * n) for r in range(link.size)]
+    mean = mean_of_own_shard(operand, ranges, link, context=seed)
     if op == "sum":
         mean *= link.size
     output.view(-1).copy_(coder.narrow(mean, output.dtype))
@@ -281,7 +281,7 @@ def _spent(control: LinkChannel | None) -> Traffic:
     return Traffic() if control is None else control.link.meter.traffic
 
 
-def _ways(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
+def _routes(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
     """A route per tensor; a learned codec's table gives the names."""
     bound = named_codec(codec)
     shapes = [tuple(t.shape) for t in tensors]
@@ -291,8 +291,8 @@ def _ways(codec: Codec | str, tensors: list[Tensor]) -> list[Route]:
         names = [t.name for t in bound.spec]
         if len(names) != len(shapes):
             raise ConfigError(f"expected the {len(names)} tensors of {bound}, got {len(shapes)}")
-    ways = routes(bound, dict(zip(names, shapes, strict=True)))
-    return [ways[n] for n in names]
+    routes = routes_of(bound, dict(zip(names, shapes, strict=True)))
+    return [routes[n] for n in names]
 
 
 def _check(tensors: list[Tensor], seed: object) -> None:

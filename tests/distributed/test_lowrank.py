@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradcodec.distributed.adaptive import Follower, LowRank
+from gradcodec.distributed.lowrank import AdaptiveBasis, LowRank
 from gradcodec.errors import ConfigError
 
 
-def step(followers: list[Follower], gradients: list[Tensor], number: int) -> Tensor:
+def step(followers: list[AdaptiveBasis], gradients: list[Tensor], number: int) -> Tensor:
     """One step of several ranks by hand: the protocol of the docstring with exact exchanges."""
     ms = [f.with_error(g.reshape(-1), True) for f, g in zip(followers, gradients, strict=True)]
     if followers[0].due(number):
@@ -25,8 +25,8 @@ def step(followers: list[Follower], gradients: list[Tensor], number: int) -> Ten
     return followers[0].flat(followers[0].values(mean)).view(gradients[0].shape)
 
 
-def make(shape: tuple[int, ...], ranks: int = 1, **settings: int) -> list[Follower]:
-    return [Follower("w", shape, LowRank(**settings), seed=1) for _ in range(ranks)]
+def make(shape: tuple[int, ...], ranks: int = 1, **settings: int) -> list[AdaptiveBasis]:
+    return [AdaptiveBasis("w", shape, LowRank(**settings), seed=1) for _ in range(ranks)]
 
 
 @given(st.sampled_from([(30, 50), (50, 30), (20, 3, 3)]), st.integers(1, 3))

@@ -1,6 +1,7 @@
-"""A process group whose all-reduce is compressed, for what torch hard-codes as ``dist.all_reduce``.
+"""A process group whose all-reduce is compressed.
 
-That is ``replicate()``, the replica dimension of HSDP, and DDP without a hook.
+It is for wrappers in which torch calls ``dist.all_reduce`` with no hook in between:
+``replicate()``, the replica dimension of HSDP, and DDP without a hook.
 """
 
 # What torch's stubs say of the constructor, of `name` and of `allreduce` is of the C++ class.
@@ -8,7 +9,7 @@ That is ``replicate()``, the replica dimension of HSDP, and DDP without a hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,14 +20,15 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
 from gradcodec.codec import Codec
-from gradcodec.distributed import terms
-from gradcodec.distributed.agreement import Agreed, StoreChannel, alike
-from gradcodec.distributed.collectives import all_reduce
-from gradcodec.distributed.handed import check_count, check_seed, check_state
-from gradcodec.distributed.link import control_link
-from gradcodec.distributed.parts import derive_seed
-from gradcodec.distributed.routes import flat_route, named_codec
-from gradcodec.distributed.traffic import Traffic
+from gradcodec.distributed.checks import check_count, check_seed, check_state
+from gradcodec.distributed.coding import flat_route, named_codec
+from gradcodec.distributed.compression import Closing, State
+from gradcodec.distributed.exchange.agreement import Agreed, StoreChannel, must_agree
+from gradcodec.distributed.exchange.collectives import all_reduce
+from gradcodec.distributed.exchange.link import control_link
+from gradcodec.distributed.exchange.terms import choice_text
+from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
+from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError
 
 _COMPRESSED = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,10 +59,9 @@ def register_compressed_backend(
     dense tensor of at least ``min_numel`` fp32, bf16 or fp16 elements go through ``codec``, all
     else goes to gloo as it is. All ranks end with equal bits.
 
-    **Lossy for everyone who uses the group**: give it to gradients only, never to metrics, and
-    nothing else that all-reduces large floating tensors. Tensors come without names, so there is
-    no error feedback: take an unbiased codec, such as
-    ``BlockQuant(BlockQuantConfig(bits=4, stochastic=True))``.
+    **Lossy for everyone who uses the group**: reduce gradients over it, and neither metrics nor
+    any other large floating tensors. Tensors come without names, so there is no error feedback:
+    take an unbiased codec, ``"int4-unbiased"`` or ``"int8-unbiased"``.
 
     Args:
         name: of the backend, a lower-case identifier that no other backend has.
@@ -92,8 +93,8 @@ def register_compressed_backend(
     _registered[name] = settings
 
 
-class CompressedGroup(dist.ProcessGroup):
-    """Gloo with one method replaced; torch makes it from a backend's name.
+class CompressedGroup(Closing, dist.ProcessGroup):
+    """Gloo with one method replaced; torch makes it from a backend's name. It is a ``Compression``.
 
     The same gloo backend carries the compressed bytes: ranks issue collectives of one group in
     equal order, so they cannot be mixed up. A compressed all-reduce is done when the call returns,
@@ -108,13 +109,13 @@ class CompressedGroup(dist.ProcessGroup):
     def __init__(self, options: Any, name: str, settings: _Settings) -> None:
         super().__init__(options.group_rank, options.group_size)
         self.name, self.settings = name, settings
-        self.steps = 0
-        self.traffic = Traffic()
+        self.counters = Counters()
+        self._steps = 0
         self._agreed = Agreed()
         here = (options.group_rank, options.group_size)
         channel = StoreChannel(options.store, *here, options.timeout)
-        with alike(channel, f"register_compressed_backend({name!r})") as mine:
-            mine["codec"] = terms.choice_text(settings.codec)
+        with must_agree(channel, f"register_compressed_backend({name!r})") as mine:
+            mine["codec"] = choice_text(settings.codec)
             mine["min_numel"], mine["seed"] = str(settings.min_numel), str(settings.seed)
         gloo = dist.ProcessGroupGloo(
             options.store, options.group_rank, options.group_size, options.timeout
@@ -151,17 +152,18 @@ class CompressedGroup(dist.ProcessGroup):
         summed = op == dist.ReduceOp.SUM
         if not summed and op != dist.ReduceOp.AVG:
             return self._plain.allreduce(tensors, options)
+        self.check_open()
         # Values are replaced in place under autograd's eyes.
         values = tensor.detach()
         self._agree(values, "sum" if summed else "mean")
-        self.traffic += all_reduce(
+        self.counters.traffic += all_reduce(
             values,
             self.settings.codec,
             self,
-            seed=derive_seed(self.settings.seed, self.steps),
+            seed=derive_seed(self.settings.seed, self._steps),
             agreed=True,
         )
-        self.steps += 1
+        self._steps += 1
         if summed:
             values.mul_(self.size())
         return _Done(tensors)
@@ -179,10 +181,10 @@ class CompressedGroup(dist.ProcessGroup):
             lambda: {
                 "tensor": f"{values.dtype} of {values.numel()} elements",
                 "op": op,
-                "step": str(self.steps),
+                "step": str(self._steps),
             },
         )
-        self.traffic += link.meter.traffic
+        self.counters.traffic += link.meter.traffic
 
     def _compresses(self, tensors: Sequence[Tensor]) -> bool:
         if len(tensors) != 1 or self.size() == 1:
@@ -191,27 +193,38 @@ class CompressedGroup(dist.ProcessGroup):
         dense = t.layout is torch.strided and t.dtype in _COMPRESSED
         return dense and t.numel() >= max(self.settings.min_numel, 1)
 
+    @property
+    def step(self) -> int:
+        """Compressed all-reduces so far."""
+        return self._steps
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes and seconds of compressed all-reduces so far, of this rank."""
+        return self.counters.traffic
+
     def stats(self) -> dict[str, Any]:
-        """What was moved by compressed all-reduces on this rank; keys as in ``ShardedState``."""
-        return {
-            "steps": self.steps,
-            "dense_bytes": self.traffic.dense,
-            "wire_bytes": self.traffic.wire,
-            "residual_bytes": 0,
-            "encode_seconds": self.traffic.encode,
-            "exchange_seconds": self.traffic.exchange,
-            "decode_seconds": self.traffic.decode,
-        }
+        """Counters by the keys of ``Compression.stats``; the only name is that of the backend."""
+        return self.counters.stats(
+            steps=self._steps,
+            dense_wire=ring_nbytes(self.traffic.dense, self.size()),
+            codecs={self.getBackendName(): choice_text(self.settings.codec)},
+        )
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> State:
         """Number of reductions so far: what the dither depends on. There are no residuals."""
-        return {"steps": self.steps}
+        return {"steps": self._steps}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Inverse of ``state_dict``, on all ranks."""
+    def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
+        """Inverse of ``state_dict``, on all ranks. ``strict`` changes nothing: no names are kept.
+
+        Raises:
+            ConfigError: there is no number of steps in it.
+        """
         check_state(state, "steps")
+        check_count("steps", int(state["steps"]))
         self._agreed.forget()
-        self.steps = int(state["steps"])
+        self._steps = int(state["steps"])
 
 
 def _passed_on(name: str) -> Callable[..., Any]:

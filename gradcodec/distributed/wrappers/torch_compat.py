@@ -1,21 +1,14 @@
-"""Where torch versions differ, and private names that have no public one; nowhere else."""
+"""Process groups: what torch offers no public name for."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# Renamed in torch 2.13; the old names warn there.
-all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single: Any = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
 
-
-def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     """How long the group's collectives wait; ``None`` if its backend does not say."""
     found = group or dist.distributed_c10d._get_default_group()
     for device in sorted(found._device_types, key=str):
@@ -35,7 +28,7 @@ def sister_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     whole = len(ranks) == dist.get_world_size()
     made = dist.new_group(
         None if whole else ranks,
-        timeout=timeout_of(group),
+        timeout=_timeout_of(group),
         backend=str(dist.get_backend_config(group)),
         use_local_synchronization=not whole,
         group_desc="gradcodec",

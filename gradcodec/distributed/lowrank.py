@@ -1,11 +1,12 @@
 """Low rank with a basis that follows the gradient: the learned counterpart of PowerSGD.
 
-A fixed basis with error feedback never sends what lies outside it. Here the basis of each matrix is
-learned while training, by power iteration on gradient plus residual, every ``refresh`` steps; in
-between only coordinates are exchanged. With ``refresh=1`` and ``code="fp32"`` this is PowerSGD
-(Vogels et al. 2019, arXiv 1905.13727), its ``P`` being our basis and its ``Q`` our coordinates, but
-for the 16 bits in which power iterations travel. What is added is coordinates of fewer bits and the
-choice of a longer life of the basis, which saves its half of the bytes.
+With a fixed basis, what lies outside of it is never sent, not even with error feedback. Here the
+basis of each matrix is learned while training, by power iteration on gradient plus residual, every
+``refresh`` steps; in between only coordinates are exchanged. With ``refresh=1`` and
+``code="fp32"`` this is PowerSGD (Vogels et al. 2019, arXiv 1905.13727), but for the 16 bits in
+which power iterations travel: its ``P`` is our basis, its ``Q`` our coordinates. New here are
+coordinates of fewer bits, and bases that live longer than a step, which saves their half of the
+bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.parts import derive_seed
+from gradcodec.distributed.shards import derive_seed
 from gradcodec.errors import ConfigError
 from gradcodec.layout import matrix_shape
 from gradcodec.types import TensorSpec
@@ -56,7 +57,7 @@ class LowRank:
         return len(shape) > 1 and self.rank * (rows + cols) < rows * cols
 
 
-class Follower:
+class AdaptiveBasis:
     """Basis, start vectors and residual of one matrix ``G [rows, cols]``.
 
     Let ``M [long, short]`` be ``G + E``, transposed if it has more columns than rows.
@@ -141,12 +142,8 @@ class Follower:
         kept = {"start": self.start, "basis": self.basis, "error": self.error}
         return {f"{k}.{name}": t.detach().cpu().clone() for k, t in kept.items() if t is not None}
 
-    def load_state_dict(self, name: str, state: Mapping[str, Tensor | int]) -> None:
-        """Inverse of ``state_dict``.
-
-        Raises:
-            ConfigError: a shape is not that of this matrix and rank.
-        """
+    def misfit(self, name: str, state: Mapping[str, Tensor | int]) -> str:
+        """Which shape in a state is not that of this matrix and rank; empty if all are."""
         rank = self.settings.rank
         shapes = {
             "start": (self.short, rank),
@@ -155,11 +152,21 @@ class Follower:
         }
         for key, shape in shapes.items():
             value = state.get(f"{key}.{name}")
+            if isinstance(value, Tensor) and tuple(value.shape) != shape:
+                return f"{key}.{name}: expected {list(shape)}, got {list(value.shape)}"
+        return ""
+
+    def load_state_dict(self, name: str, state: Mapping[str, Tensor | int]) -> None:
+        """Inverse of ``state_dict``.
+
+        Raises:
+            ConfigError: a shape is not that of this matrix and rank.
+        """
+        if text := self.misfit(name, state):
+            raise ConfigError(text)
+        for key in ("start", "basis", "error"):
+            value = state.get(f"{key}.{name}")
             if isinstance(value, Tensor):
-                if tuple(value.shape) != shape:
-                    raise ConfigError(
-                        f"{key}.{name}: expected {list(shape)}, got {list(value.shape)}"
-                    )
                 setattr(self, key, value.detach().float().clone())
             elif key != "start":
                 setattr(self, key, None)

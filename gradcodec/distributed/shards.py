@@ -1,8 +1,8 @@
-"""Who owns what: fixed functions of (numel, world size, name), never of a bucket.
+"""Who owns which shard: fixed functions of (numel, world size, name), never of a bucket.
 
-A flat parameter is cut in ``world`` contiguous parts; part ``i`` belongs to rank
-``(i + turn(name)) % world``, so that small parameters, which have fewer parts than there are ranks,
-do not all fall to rank 0.
+A flat parameter is cut in ``world`` contiguous shards. Shard ``i`` belongs to rank
+``(i + first_owner(name)) % world``, so that small parameters, which fill fewer shards than there
+are ranks, do not all fall to rank 0.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import zlib
 
 ALIGN = 4096
-"""Parts of coded parameters start at multiples of this: whole blocks, whole rotated chunks."""
+"""Shards of coded parameters start at multiples of this: whole blocks, whole rotated chunks."""
+
+Ranges = list[tuple[int, int]]
+"""``(start, stop)`` of each shard of a flat tensor, in order."""
 
 _MASK = (1 << 64) - 1
 
 
-def cut(numel: int, world: int, align: int = ALIGN) -> list[tuple[int, int]]:
+def shard_ranges(numel: int, world: int, align: int = ALIGN) -> Ranges:
     """``world`` consecutive ranges ``(start, stop)`` that cover ``range(numel)``.
 
     They start at multiples of ``align`` and differ by at most one ``align`` (the last that is not
@@ -29,8 +32,8 @@ def cut(numel: int, world: int, align: int = ALIGN) -> list[tuple[int, int]]:
     return list(zip([0, *stops], stops, strict=False))
 
 
-def turn(name: str, world: int) -> int:
-    """Rank that owns a parameter's first part."""
+def first_owner(name: str, world: int) -> int:
+    """Rank that owns a parameter's first shard."""
     return zlib.crc32(name.encode()) % world
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.coders import Coder
-from gradcodec.distributed.parts import cut, turn
+from gradcodec.distributed.coding import Coder
+from gradcodec.distributed.shards import first_owner, shard_ranges
 from gradcodec.errors import ConfigError
 
 _FIRST, _SECOND, _WORLD, _RANK = "first.", "second.", "world", "rank"
@@ -17,12 +17,13 @@ _FIRST, _SECOND, _WORLD, _RANK = "first.", "second.", "world", "rank"
 class Residuals:
     """Residuals of both shots of an all-reduce by tensor name (Seide et al. 2014).
 
-    The first is of this rank's own values, the second of the means of the parts it owns. Made where
-    they are first asked for. One object belongs to one rank, one codec per name.
+    The first is what coding this rank's own values lost, the second what coding the means of its
+    own shards lost. They are made when they are first asked for, as zeros. One object belongs to
+    one rank; each name in it belongs to one codec.
     """
 
     def __init__(self) -> None:
-        # Lists, since what shares a lane moves together there (``pieces.together``).
+        # Lists, since residuals of one lane move side by side (``lanes.side_by_side``).
         self._first: dict[str, list[Tensor]] = {}
         self._second: dict[str, list[Tensor]] = {}
         self.world: int | None = None
@@ -35,13 +36,13 @@ class Residuals:
 
     @property
     def second(self) -> dict[str, Tensor]:
-        """Residuals of means of owned parts by name; copies."""
+        """Residuals of the means of own shards by name; copies."""
         return {name: torch.cat(parts) for name, parts in self._second.items()}
 
     def of(
         self, name: str, values: Tensor, coder: Coder, rank: int, world: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """First residual of each part of a tensor, in their order, and the second one; fp32.
+        """First residual of each shard of a tensor, in their order, and the second one; fp32.
 
         Raises:
             ConfigError: a residual of that name has another length, or these residuals were made
@@ -53,9 +54,9 @@ class Residuals:
             raise ConfigError(
                 f"residuals of rank {self.rank} of {self.world} cannot serve rank {rank} of {world}"
             )
-        parts = cut(values.numel(), world, coder.align)
-        start, stop = parts[(rank - turn(name, world)) % world]
-        sizes = [coder.residual_numel(b - a) for a, b in parts]
+        shards = shard_ranges(values.numel(), world, coder.align)
+        start, stop = shards[(rank - first_owner(name, world)) % world]
+        sizes = [coder.residual_numel(b - a) for a, b in shards]
         first = self._kept(self._first, name, sizes, values)
         second = self._kept(self._second, name, [coder.residual_numel(stop - start)], values)
         return first, second
@@ -97,8 +98,8 @@ class Residuals:
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, rank: int, world: int) -> None:
         """Inverse of ``state_dict``.
 
-        Second residuals belong to parts, which are cut differently in a world of another size (and
-        are other ones at another rank): there they are dropped, the first ones are kept.
+        Second residuals belong to shards, which are others in a world of another size and at
+        another rank: there they are dropped. The first ones are kept.
         """
         same = (int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))) == (world, rank)
         self._first, self._second = {}, {}

@@ -8,14 +8,14 @@ all touched in this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gradcodec.distributed.handed import check_dtype
-from gradcodec.distributed.sharded import ShardedState, Unit, agreed_state
+from gradcodec.distributed.checks import check_dtype
+from gradcodec.distributed.wrappers.units import ShardedState, Unit, agreed_state
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 
@@ -40,39 +40,33 @@ class UnitState:
         self.owner, self.unit, self.group = owner, unit, group
 
 
-def sharded_state(
-    model: object, of_ddp: Mapping[str, object] | None = None, **options: Any
-) -> ShardedState | None:
-    """The state of an FSDP1 model, or ``None`` of any other.
-
-    Its units are the FSDP modules in the model, by their names. Whoever registers the state binds
-    it to them, at the latest in the first forward.
+def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
+    """Compress the gradients of an FSDP1 model; its units are the FSDP modules in it, by name.
 
     Args:
-        model: perhaps a root ``FullyShardedDataParallel`` module.
-        of_ddp: what only DDP has, all ``None`` for such a module.
+        model: a root ``FullyShardedDataParallel`` module.
         options: those of ``ShardedState``.
 
     Raises:
-        ConfigError: a hybrid strategy, or a setting of ``ShardedState``.
+        ConfigError: a hook is there already, a hybrid strategy, or a setting of ``ShardedState``.
+        AgreementError: ranks came with different settings or units, or one of them refused.
     """
-    if not is_fsdp1(model):
-        return None
-    assert isinstance(model, nn.Module)
-    for option, value in (of_ddp or {}).items():
-        if value is not None:
-            raise ConfigError(f"{option}= is for DistributedDataParallel, got an FSDP1 model")
     units = dict(_fsdp_modules(model))
-    for name, module in units.items():
-        strategy = _private(module, "sharding_strategy").name
-        if strategy in _HYBRID:
-            raise ConfigError(
-                f"FSDP1 calls no communication hook under {strategy} (module {name!r}): use "
-                "fully_shard on the sharding mesh and compress(model, replicas=mesh['replicate'])"
-            )
     groups = [_private(module, "process_group") for module in units.values()]
 
     def make() -> ShardedState:
+        for name, module in units.items():
+            strategy = _private(module, "sharding_strategy").name
+            if strategy in _HYBRID:
+                raise ConfigError(
+                    f"FSDP1 calls no communication hook under {strategy} (module {name!r}): use "
+                    "fully_shard on the sharding mesh and compress(model, "
+                    "replicas=mesh['replicate'])"
+                )
+            if _private(module, "_comm_hook") is not None:
+                raise ConfigError(
+                    "FSDP1 has one slot for a communication hook, and it is taken: wrap anew"
+                )
         made = ShardedState(scattered=any(map(_is_sharded, units.values())), **options)
         for name, module in units.items():
             check_dtype(name, _private(_private(module, "_handle"), "flat_param").dtype)
@@ -80,46 +74,25 @@ def sharded_state(
         return made
 
     state = agreed_state(make, groups)
-
-    def first_forward(root: nn.Module, _: object) -> None:
-        # Registration, which hands over one state for all modules, has happened by now.
-        bind(root, state)
-        handle.remove()
-
-    handle = model.register_forward_pre_hook(first_forward)
+    try:
+        model.register_comm_hook(state, reduce_unit)  # type: ignore[operator]
+    except AssertionError as err:
+        raise ConfigError(f"FSDP1 refuses a communication hook: {err}") from err
+    # Registration hands one state to all modules; each gets one of its own, which names its unit.
+    for name, module in units.items():
+        of_unit = UnitState(state, state.units[name], _private(module, "process_group"))
+        module._comm_hook_state = of_unit  # type: ignore[assignment]
     return state
 
 
-def bind(root: nn.Module, state: ShardedState) -> None:
-    """Give every FSDP module whose hook has this state one that also names the unit."""
-    for name, module in _fsdp_modules(root):
-        registered = _private(module, "_comm_hook_state")
-        if getattr(registered, "sharded", registered) is state:
-            group = _private(module, "process_group")
-            module._comm_hook_state = UnitState(state, state.units[name], group)  # type: ignore[assignment]
-
-
-def hook_taken(root: nn.Module) -> bool:
-    """Whether a communication hook is registered already."""
-    return any(_private(module, "_comm_hook") is not None for _, module in _fsdp_modules(root))
-
-
-def reduce_fsdp1(state: object, grad: Tensor, output: Tensor | None = None) -> None:
-    """Average a unit's gradient over the ranks.
+def reduce_unit(state: UnitState, grad: Tensor, output: Tensor | None = None) -> None:
+    """The hook of FSDP1: average a unit's gradient over the ranks. It blocks.
 
     Args:
-        state: what the unit was bound to.
+        state: of the unit.
         grad: flat gradient ``[W n]``, padded; under ``NO_SHARD`` any shape, averaged in place.
-        output: ``[n]``, this rank's part of the mean; ``None`` under ``NO_SHARD``.
-
-    Raises:
-        ConfigError: the state was not made from this model.
+        output: ``[n]``, this rank's shard of the mean; ``None`` under ``NO_SHARD``.
     """
-    if not isinstance(state, UnitState):
-        raise ConfigError(
-            "expected a state that was made from the FSDP model itself and whose model has run a "
-            f"forward since, got {type(state).__name__}: CompressState(fsdp_model, ...)"
-        )
     if output is None:
         state.owner.all_reduce(state.unit, grad, state.group)
     else:

@@ -23,6 +23,7 @@ from gradcodec.distributed import (
     LowRank,
     Residuals,
     compress,
+    compress_hook,
     compressed_all_reduce,
     compressed_reduce_scatter,
     register_compressed_backend,
@@ -161,10 +162,11 @@ def test_options_that_a_wrapper_has_not_are_named(group: None, model: Any, optio
         compress(model(), **{option: 1})
 
 
-@pytest.mark.parametrize("option", [{"nmse_every": 2}, {"process_group": object()}])
-def test_options_of_ddp_are_refused_for_fsdp1(group: None, option: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is for DistributedDataParallel"):
-        CompressState(sharded(1), **option)
+def test_a_state_of_ddp_refuses_fsdp1_with_the_way_out(group: None) -> None:
+    with pytest.raises(ConfigError, match=r"call compress\(model, codec\)"):
+        CompressState(sharded(1))
+    with pytest.raises(ConfigError, match=r"call compress\(model\)"):
+        compress_hook(None, torch.zeros(3), torch.zeros(3))
 
 
 def parameter(dtype: torch.dtype, **options: Any) -> dict[str, nn.Parameter]:
@@ -243,17 +245,7 @@ def test_compressing_twice_is_refused(group: None) -> None:
             compress(model)
 
 
-# -- a state of FSDP1, and states that are loaded -------------------------------------------------
-
-
-def test_a_state_of_fsdp1_is_a_whole_one(group: None) -> None:
-    state = CompressState(sharded(1))
-    assert state.step == 0
-    assert state.traffic.wire == state.stats()["wire_bytes"] == 0
-    state.load_state_dict(state.state_dict())
-    with pytest.raises(ConfigError, match=r"use compress\(model\)"):
-        state.submit(None)
-    state.close()
+# -- states that are loaded ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,6 +271,20 @@ def test_states_are_looked_at_when_they_are_loaded(
     with pytest.raises(ConfigError, match=says):
         state.load_state_dict(kept)
     state.close()
+
+
+def test_a_codec_used_in_place_of_another_is_logged(
+    group: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "gradcodec.distributed"):
+        made = compress(sharded(2), log_every=1)
+        assert "int4-unbiased in place of int4" in caplog.text
+        caplog.clear()
+        made.counters.log(1)  # type: ignore[attr-defined]
+        assert "int4-unbiased in place of int4" in caplog.text
+        caplog.clear()
+        compress(sharded(2), error_feedback=True)
+        assert caplog.text == ""
 
 
 @pytest.mark.parametrize("wrong", [None, [1]])

@@ -1,11 +1,11 @@
-"""Cuts and owners: fixed functions of the parameter and the number of ranks."""
+"""Shards and owners: fixed functions of the parameter and the number of ranks."""
 
 import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradcodec.distributed.parts import ALIGN, cut, derive_seed, turn
+from gradcodec.distributed.shards import ALIGN, derive_seed, first_owner, shard_ranges
 
 NUMELS = st.integers(0, 5_000_000)
 WORLDS = st.integers(1, 17)
@@ -13,7 +13,7 @@ WORLDS = st.integers(1, 17)
 
 @given(NUMELS, WORLDS, st.sampled_from([1, 256, ALIGN]))
 def test_parts_cover_everything_once_in_order(numel: int, world: int, align: int) -> None:
-    parts = cut(numel, world, align)
+    parts = shard_ranges(numel, world, align)
     assert len(parts) == world
     assert parts[0][0] == 0
     assert parts[-1][1] == numel
@@ -22,7 +22,7 @@ def test_parts_cover_everything_once_in_order(numel: int, world: int, align: int
 
 @given(NUMELS, WORLDS)
 def test_parts_start_at_whole_blocks_and_are_even(numel: int, world: int) -> None:
-    parts = cut(numel, world)
+    parts = shard_ranges(numel, world)
     assert all(start % ALIGN == 0 for start, stop in parts if stop > start)
     blocks = [-(-(stop - start) // ALIGN) for start, stop in parts]
     assert max(blocks) - min(blocks) <= 1
@@ -30,11 +30,11 @@ def test_parts_start_at_whole_blocks_and_are_even(numel: int, world: int) -> Non
 
 @given(st.text(max_size=30), WORLDS)
 def test_the_first_owner_is_a_rank(name: str, world: int) -> None:
-    assert 0 <= turn(name, world) < world
+    assert 0 <= first_owner(name, world) < world
 
 
 def test_small_parameters_do_not_all_fall_to_one_rank() -> None:
-    owners = [turn(f"layers.{i}.bias", 4) for i in range(100)]
+    owners = [first_owner(f"layers.{i}.bias", 4) for i in range(100)]
     assert all(owners.count(r) > 10 for r in range(4))
 
 

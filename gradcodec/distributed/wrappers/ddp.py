@@ -1,4 +1,4 @@
-"""The state of the hook: policy, residuals, thread, counters, checkpoint."""
+"""``CompressState``: the compressed gradients of a model in ``DistributedDataParallel``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcodec.distributed import shims, terms
-from gradcodec.distributed.agreement import Agreed, LinkChannel, alike
-from gradcodec.distributed.auto import Choice as AutoChoice
-from gradcodec.distributed.fsdp1 import sharded_state
-from gradcodec.distributed.handed import (
+from gradcodec.distributed.checks import (
     check_count,
     check_settings,
     check_state,
@@ -24,48 +20,53 @@ from gradcodec.distributed.handed import (
     rule_pairs,
     trainable,
 )
-from gradcodec.distributed.link import Link, control_link, place
-from gradcodec.distributed.policy import Choice, Policy, Rules
-from gradcodec.distributed.reducer import BucketReducer
-from gradcodec.distributed.slots import Named, Slot
-from gradcodec.distributed.traffic import Traffic
-from gradcodec.distributed.worker import Worker
-from gradcodec.errors import ConfigError, TrainingError
+from gradcodec.distributed.compression import Closing, State
+from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
+from gradcodec.distributed.exchange.link import Link, control_link, place
+from gradcodec.distributed.exchange.terms import choice_text, rules_text, tensor_text
+from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
+from gradcodec.distributed.plan import Choice, Plan, Rules
+from gradcodec.distributed.trial import Trial
+from gradcodec.distributed.wrappers.bucket import BucketReducer, ParameterNames, Slot
+from gradcodec.distributed.wrappers.fsdp1 import is_fsdp1
+from gradcodec.distributed.wrappers.torch_compat import sister_group
+from gradcodec.distributed.wrappers.worker import Worker
+from gradcodec.errors import ConfigError
 from gradcodec.parameters import NamedParameters
 
-logger = logging.getLogger("gradcodec.distributed")
+_log = logging.getLogger(__name__)
 
 Future = torch.futures.Future
 
 AUTO = "auto"
 _AUTO_CODEC = "int4"
 _WHAT = "CompressState"
-_KEYS = ("step", "seed", "auto", "world", "rank")
 
 
-class CompressState:
-    """What ``compress_hook`` works with: one per model and rank.
+class CompressState(Closing):
+    """What ``compress_hook`` works with: one per model and rank. It is a ``Compression``.
 
         state = CompressState(model, codec="int4")
         ddp.register_comm_hook(state, compress_hook)
 
-    Every parameter is coded by itself and cut among the ranks by its name, so that results do not
-    depend on buckets; residuals belong to names. All ranks construct it together, with equal
-    arguments (``log_every`` and ``nmse_every`` may differ), and get gradients with equal bits.
-    Where something differs that must not, all of them raise the same ``AgreementError``: when the
-    state is made, or in the first step if there is no process group before; and wherever a bucket
-    comes that was not there before, so that models that go different ways are found out as well.
+    Every parameter is coded by itself, and its name decides which ranks own its shards. Results
+    therefore do not depend on buckets, and residuals belong to names. All ranks construct it
+    together, with equal arguments (``log_every`` and ``nmse_every`` may differ), and get gradients
+    with equal bits. Where something differs that must not, all of them raise the same
+    ``AgreementError``: when the state is made, or in the first step if there was no process group
+    before. They compare again whenever a bucket comes that was not there before, which finds models
+    that go different ways.
 
     Args:
         model: the model (plain, compiled or in ``DistributedDataParallel``), or named parameters.
         codec: a codec, a name of ``make_codec``, ``LowRank(...)``, ``"lowrank"``, or ``"auto"``
-            (also ``"auto:int8"`` and so on; plain ``"auto"`` tries ``"int4"``): measures a few
-            steps and does not compress where that would lose time.
-            ``"fp32"`` leaves gradients to the group's own all-reduce, as DDP without a hook does.
+            (also ``"auto:int8"`` and so on; plain ``"auto"`` tries ``"int4"``), which measures a
+            few steps and does not compress where that would lose time. ``"fp32"`` leaves gradients
+            to the group's own all-reduce, as DDP without a hook does.
         process_group: the group of the data-parallel ranks; by default that of ``model`` if it is
             wrapped, else the default group. Exchanges run on a new group of the same ranks.
         error_feedback: ``True``, ``False``, or ``"auto"``: where it helps (see
-            ``routes.wants_feedback``).
+            ``coding.wants_feedback``).
         start_step: steps before this one are averaged exactly, as warm-up.
         min_numel: smaller parameters are sent raw, in the same messages.
         rules: ``(pattern, codec)`` by parameter name, the first match wins:
@@ -75,7 +76,8 @@ class CompressState:
         nmse_every: measure what coding loses of each gradient every so many steps, for ``stats``.
 
     Raises:
-        ConfigError: a setting is wrong, or a rule matches nothing.
+        ConfigError: a setting is wrong, a rule matches nothing, or the model is in FSDP, for which
+            ``compress(model)`` is the call.
         AgreementError: ranks came with different models or settings.
 
     What to know:
@@ -88,6 +90,8 @@ class CompressState:
       residual added there. Gradients with NaN or Inf travel as they are; residuals stay finite.
     - Sparse gradients are averaged uncompressed.
     - Error feedback takes 4 bytes per parameter and rank.
+    - A copy of the model (``copy.deepcopy``, ``AveragedModel``) is not compressed. That is right
+      for an average of weights; to train a copy, call ``compress(copy)`` on all ranks.
     """
 
     def __init__(
@@ -103,27 +107,16 @@ class CompressState:
         log_every: int | None = None,
         nmse_every: int | None = None,
     ) -> None:
-        #: Of a model in FSDP1: all that follows is then its business. Reductions are synchronous
-        #: there, without buckets or a thread.
-        self.sharded = sharded_state(
-            model,
-            {"process_group": process_group, "nmse_every": nmse_every},
-            codec=codec,
-            error_feedback=error_feedback,
-            start_step=start_step,
-            min_numel=min_numel,
-            rules=rules,
-            seed=seed,
-            log_every=log_every,
-        )
-        self._worker: Worker | None = None
-        self._closed = False
-        if self.sharded is not None:
-            return
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         self.process_group = process_group
-        with alike(self._channel(), _WHAT) as mine:
+        with must_agree(self._channel(), _WHAT) as mine:
+            if is_fsdp1(model):
+                raise ConfigError(
+                    "CompressState is for DistributedDataParallel, got a model in "
+                    "FullyShardedDataParallel: call compress(model, codec), which registers what "
+                    "FSDP1 needs"
+                )
             check_settings(
                 error_feedback=error_feedback,
                 seed=seed,
@@ -135,35 +128,35 @@ class CompressState:
             parameters = trainable(model)
             shapes = {n: real_shape(p) for n, p in parameters.items()}
             self.codec = codec
-            self.auto: AutoChoice | None = None
+            self.auto: Trial | None = None
             if isinstance(codec, str) and codec.split(":")[0] == AUTO:
-                self.auto = AutoChoice()
+                self.auto = Trial()
                 codec = _AUTO_CODEC if codec == AUTO else codec.partition(":")[2]
             feedback = None if error_feedback == AUTO else bool(error_feedback)
-            policy = Policy(shapes, codec, min_numel, rules)
+            plan = Plan(shapes, codec, min_numel, rules, feedback)
             self._terms = {
-                "codec": (f"{AUTO}, " if self.auto else "") + terms.choice_text(codec),
+                "codec": (f"{AUTO}, " if self.auto else "") + choice_text(codec),
                 "error_feedback": str(error_feedback),
                 "start_step": str(start_step),
                 "min_numel": str(min_numel),
-                "rules": terms.rules_text(rules),
+                "rules": rules_text(rules),
                 "seed": str(seed),
-                **terms.parameter_terms(parameters, policy, feedback),
+                **plan.terms(parameters),
             }
             mine.update(self._terms)
-        self._named = Named(parameters)
-        self.start_step = start_step
-        self.log_every, self.nmse_every = log_every, nmse_every
-        self.reducer = BucketReducer(policy, seed, feedback, shapes)
+        self.start_step, self.nmse_every = start_step, nmse_every
+        self.reducer = BucketReducer(plan, seed)
+        self.counters = Counters(log_every)
+        self._names = ParameterNames(parameters)
         # Nothing is coded anywhere, ``codec="fp32"``: then DDP's own all-reduce is the fastest way.
-        self._exact = policy.exact and self.auto is None
+        self._exact = plan.exact and self.auto is None
         self._step = 0
-        self._traffic = Traffic()
         self._world = self._rank = 0
-        self._pending: Mapping[str, Tensor | int] | None = None
+        self._pending: tuple[Mapping[str, Tensor | int], bool] | None = None
+        self._worker: Worker | None = None
         self._own_group: dist.ProcessGroup | None = None
         self._streams: dict[torch.device, Any] = {}
-        self._buckets = Agreed()
+        self._agreed = Agreed()
         if dist.is_initialized():
             self._start()
 
@@ -176,52 +169,59 @@ class CompressState:
         it keeps the message alone, in a ``RuntimeError``, where one that is raised here reaches the
         caller of ``backward()`` as it is.
         """
-        if self.sharded is not None:
-            raise ConfigError("the state of an FSDP1 model has no buckets; use compress(model)")
         self._start()
+        self.check_open()
         worker, step = self._worker, self._step
-        if self._closed:
-            raise TrainingError("the state was closed")
         if worker is not None:
             worker.check()
         buffer, last = bucket.buffer(), bool(bucket.is_last())
-        compress = step >= self.start_step and (self.auto is None or self.auto.compress)
-        plain = self.auto is not None and not compress and step >= self.start_step
-        untouched = self._exact or (plain and self.auto is not None and not self.auto.measuring)
+        slots = [] if buffer.is_sparse else self._names.slots(bucket)
+        names = self._names.names(bucket)
+        coded, dense = self._way(step)
         if last:
             self._step += 1
-        slots = []
-        if not buffer.is_sparse:
-            slots = self._named.slots(bucket)
-        future: Future[Tensor]
         if worker is None:  # a world of one
-            future = Future()
-            future.set_result(buffer)
-            return future
-        names = self._named.names(bucket)
+            alone: Future[Tensor] = Future()
+            alone.set_result(buffer)
+            return alone
         key = (names, buffer.dtype, buffer.is_sparse)
-        if untouched and not buffer.is_sparse and key in self._buckets:
-            future = self._plain(buffer)
+        measuring = self.auto is not None and self.auto.measuring
+        if dense and not measuring and not buffer.is_sparse and key in self._agreed:
+            future = self._left_to_ddp(buffer)
             if last:
                 worker.finish()
-                self._log(step)
+                self.counters.log(step + 1)
             return future
 
         def work() -> Tensor:
-            self._agree(key, names, buffer, step, compress)
-            if buffer.is_sparse or plain or untouched:
-                mean = self._dense(buffer)
+            self._agree(key, names, buffer, step, coded)
+            if buffer.is_sparse or dense:
+                mean = self._all_reduce(buffer)
             else:
-                mean = self._reduce(buffer, slots, step, compress)
+                mean = self._reduce(buffer, slots, step, coded)
             if last:
                 self._step_done(step, buffer.device)
             return mean
 
+        future = self._enqueue(worker, work, buffer)
+        if last:
+            worker.finish()
+        return future
+
+    def _way(self, step: int) -> tuple[bool, bool]:
+        """Whether a step's gradients are coded, and whether they go through a dense all-reduce.
+
+        If neither, as before ``start_step``, they are averaged exactly, by our own two shots.
+        """
+        started = step >= self.start_step
+        coded = started and (self.auto is None or self.auto.compress)
+        return coded, self._exact or (started and not coded)
+
+    def _enqueue(self, worker: Worker, work: Any, buffer: Tensor) -> Future[Tensor]:
+        future: Future[Tensor]
         if buffer.device.type != "cuda":
             future = Future()
             worker.submit(work, future)
-            if last:
-                worker.finish()
             return future
         # The gradients are ready where autograd's stream is now. A future that knows its device
         # records an event on the stream that is current where it is completed, which is the
@@ -237,17 +237,16 @@ class CompressState:
         def work_on_stream() -> Tensor:
             torch.cuda.set_stream(stream)  # of the worker, for good
             stream.wait_event(ready)
-            return work()
+            mean: Tensor = work()
+            return mean
 
         worker.submit(work_on_stream, future)
-        if last:
-            worker.finish()
         return future
 
-    def _plain(self, buffer: Tensor) -> Future[Tensor]:
+    def _left_to_ddp(self, buffer: Tensor) -> Future[Tensor]:
         """What ``DistributedDataParallel`` does without a hook; its seconds are not counted."""
         dense = buffer.numel() * buffer.element_size()
-        self._traffic += Traffic(dense, 2 * (self._world - 1) * dense // self._world)
+        self.counters.traffic += Traffic(dense, ring_nbytes(dense, self._world))
         buffer.div_(self._world)
         work = dist.all_reduce(buffer, group=self.process_group, async_op=True)
         assert work is not None
@@ -257,73 +256,56 @@ class CompressState:
     # -- the worker's side ------------------------------------------------------------------
 
     def _agree(
-        self, key: object, names: Sequence[str], buffer: Tensor, step: int, compress: bool
+        self, key: object, names: Sequence[str], buffer: Tensor, step: int, coded: bool
     ) -> None:
         """Before a bucket that was not there before: DDP's first, rebuilt and resumed ones."""
-        if key in self._buckets:
+        if key in self._agreed:
             return
         link = control_link(self._own_group)
-        self._buckets.ensure(
+        self._agreed.ensure(
             key,
             link,
             "a bucket of gradients",
             lambda: {
                 "parameters": ", ".join(names),
-                "gradients": terms.tensor_text(buffer),
+                "gradients": tensor_text(buffer),
                 "step": str(step),
-                "compressed": str(compress),
+                "compressed": str(coded),
                 "decision of auto": str(self.auto and self.auto.decision),
                 "seed": str(self.reducer.seed),
-                **terms.follower_terms(self.reducer.followers, names),
+                **self.reducer.terms(names),
             },
         )
-        self._traffic += link.meter.traffic
+        self.counters.traffic += link.meter.traffic
 
-    def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, compress: bool) -> Tensor:
+    def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, coded: bool) -> Tensor:
         link = Link(self._own_group, buffer.device)
         link.meter.dense = buffer.numel() * buffer.element_size()
-        if compress:
+        if coded:
             measure = self.nmse_every is not None and step % self.nmse_every == 0
             self.reducer.reduce(slots, link, step, measure=measure)
         else:
             self.reducer.reduce_raw(slots, link, step)
-        self._traffic += link.meter.traffic
+        self.counters.traffic += link.meter.traffic
         return buffer
 
-    def _dense(self, buffer: Tensor) -> Tensor:
+    def _all_reduce(self, buffer: Tensor) -> Tensor:
         link = Link(self._own_group, buffer.device)
         size = buffer._values().numel() if buffer.is_sparse else buffer.numel()
         link.meter.dense = size * buffer.element_size()
-        link.meter.wire = 2 * (self._world - 1) * link.meter.dense // self._world
+        link.meter.wire = ring_nbytes(link.meter.dense, self._world)
         with link.meter.phase("exchange"):
-            if buffer.is_sparse:
-                buffer = buffer / self._world
-            else:
-                buffer.div_(self._world)
-            dist.all_reduce(buffer, group=self._own_group)
-        self._traffic += link.meter.traffic
-        return buffer
+            mean = buffer / self._world if buffer.is_sparse else buffer.div_(self._world)
+            dist.all_reduce(mean, group=self._own_group)
+        self.counters.traffic += link.meter.traffic
+        return mean
 
     def _step_done(self, step: int, device: torch.device) -> None:
         if self.auto is not None and step >= self.start_step:
             assert self._own_group is not None
             if self.auto.step_done(self._own_group, device):
-                logger.info("gradcodec: %s", self.auto.describe())
-        self._log(step)
-
-    def _log(self, step: int) -> None:
-        if self.log_every is not None and (step + 1) % self.log_every == 0:
-            t = self.traffic
-            logger.info(
-                "gradcodec: after %d steps: %.1f MB of gradients, %.2f MB sent by this rank; "
-                "seconds: encode %.2f, exchange %.2f, decode %.2f",
-                step + 1,
-                t.dense / 1e6,
-                t.wire / 1e6,
-                t.encode,
-                t.exchange,
-                t.decode,
-            )
+                _log.info("gradcodec: %s", self.auto.describe())
+        self.counters.log(step + 1)
 
     # -- life -------------------------------------------------------------------------------
 
@@ -333,11 +315,11 @@ class CompressState:
             return
         rank, world = place(self.process_group)
         if self._early:
-            with alike(self._channel(), _WHAT) as mine:
+            with must_agree(self._channel(), _WHAT) as mine:
                 mine.update(self._terms)
         self._world = world
         if self._world > 1:
-            self._own_group = shims.sister_group(self.process_group)
+            self._own_group = sister_group(self.process_group)
             rank = dist.get_rank(self._own_group)
             self._worker = Worker()
             weakref.finalize(self, self._worker.stop)
@@ -345,7 +327,7 @@ class CompressState:
             self.auto.decision = False  # nothing is exchanged
         self._rank = rank
         if self._pending is not None:
-            self._load(self._pending)
+            self._load(*self._pending)
             self._pending = None
 
     def _channel(self) -> LinkChannel | None:
@@ -354,8 +336,8 @@ class CompressState:
         return None if self._early else LinkChannel(control_link(self.process_group))
 
     def close(self) -> None:
-        """End the thread. The hook of a closed state raises; FSDP1 has neither."""
-        self._closed = True
+        """End the thread. A backward pass that comes after it raises ``TrainingError``."""
+        super().close()
         if self._worker is not None:
             self._worker.stop()
 
@@ -364,60 +346,40 @@ class CompressState:
     @property
     def step(self) -> int:
         """Steps so far."""
-        return self._step if self.sharded is None else self.sharded.step
+        return self._step
 
     @property
     def traffic(self) -> Traffic:
         """Bytes and seconds so far, of this rank."""
-        return self._traffic if self.sharded is None else self.sharded.traffic
+        return self.counters.traffic
 
     def stats(self) -> dict[str, Any]:
-        """Counters since construction, of this rank; plain numbers and strings.
+        """Counters by the keys of ``Compression.stats``; names are those of parameters."""
+        return self.counters.stats(
+            steps=self.step,
+            dense_wire=ring_nbytes(self.traffic.dense, self._world),
+            residual_bytes=self.reducer.residual_nbytes,
+            codecs=self.reducer.plan.labels(),
+            nmse=self.reducer.nmse,
+            auto=None if self.auto is None else self.auto.describe(),
+        )
 
-        ``dense_bytes`` of gradients, ``dense_wire_bytes`` that a ring all-reduce would have sent,
-        ``wire_bytes`` sent, ``encode_seconds``, ``exchange_seconds`` (waiting included),
-        ``decode_seconds``, ``steps``, ``residual_bytes``; ``codecs`` by parameter; ``nmse`` by
-        parameter where measured (``nmse_every``); ``auto``: the decision and why, or ``None``.
-        """
-        if self.sharded is not None:
-            return self.sharded.stats()
-        t, world = self.traffic, max(self._world, 1)
-        followers = self.reducer.followers.values()
-        errors = sum(4 * f.error.numel() for f in followers if f.error is not None)
-        return {
-            "steps": self.step,
-            "dense_bytes": t.dense,
-            "dense_wire_bytes": 2 * (world - 1) * t.dense // world,
-            "wire_bytes": t.wire,
-            "encode_seconds": t.encode,
-            "exchange_seconds": t.exchange,
-            "decode_seconds": t.decode,
-            "residual_bytes": self.reducer.residuals.nbytes + errors,
-            "codecs": self.reducer.policy.labels(),
-            "nmse": dict(self.reducer.nmse),
-            "auto": None if self.auto is None else self.auto.describe(),
-        }
-
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> State:
         """What a resumed run needs to go on to the bit: a flat dict of CPU tensors and ints.
 
         Every rank has its own. Keys: ``step``, ``seed``, ``world``, ``rank``, ``auto`` (-1 no
         decision, 0, 1), ``first.NAME`` and ``second.NAME`` (residuals), ``start.NAME``,
         ``basis.NAME`` and ``error.NAME`` (low rank). Call it between steps.
         """
-        if self.sharded is not None:
-            return self.sharded.state_dict()
-        out: dict[str, Tensor | int] = {"step": self.step, "seed": self.reducer.seed}
+        out: State = {"step": self.step, "seed": self.reducer.seed}
         if self.auto is not None:
             out["auto"] = -1 if self.auto.decision is None else int(self.auto.decision)
-        out.update(self.reducer.residuals.state_dict())
-        for name, follower in self.reducer.followers.items():
-            out.update(follower.state_dict(name))
+        out.update(self.reducer.state_dict())
         if self._world:
             out["world"], out["rank"] = self._world, self._rank
         return out
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
         """Go on where ``state_dict`` was taken; buckets may be others.
 
         All ranks load, between the same two steps. In the next one they compare what they have
@@ -425,36 +387,41 @@ class CompressState:
         differs.
 
         With another number of ranks, residuals of the first shot and of low-rank parameters are
-        kept and those of owned parts dropped: training goes on, not to the bit.
+        kept and those of owned shards dropped: training goes on, not to the bit.
+
+        Args:
+            state: what ``state_dict`` returned.
+            strict: ``False`` after the model has changed: what was kept for parameters that are
+                gone, or have another shape, is dropped with a log line; new ones start at zero.
 
         Raises:
-            ConfigError: keys are missing, or belong to parameters that are not here.
+            ConfigError: keys are missing or, if ``strict``, belong to parameters that are not here.
         """
-        if self.sharded is not None:
-            self.sharded.load_state_dict(state)
-            return
         check_state(state, "step", "seed")
         check_count("step", int(state["step"]))
-        known = self.reducer.shapes
-        strangers = [k for k in state if k not in _KEYS and k.partition(".")[2] not in known]
-        if strangers:
-            raise ConfigError(f"a state of other parameters: {strangers[0]!r} is not of this model")
+        known = self.reducer.known(state, strict)
         if self._world:
-            self._load(state)
+            self._load(known, strict)
         else:
-            self._pending = dict(state)
+            self._pending = (known, strict)
 
-    def _load(self, state: Mapping[str, Tensor | int]) -> None:
-        self.reducer.check_residuals(state, self._world)
-        self._buckets.forget()
+    def _load(self, state: Mapping[str, Tensor | int], strict: bool) -> None:
+        self.reducer.load_state_dict(state, rank=self._rank, world=self._world, strict=strict)
+        self._agreed.forget()
         self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
-        self.reducer.residuals.load_state_dict(state, rank=self._rank, world=self._world)
-        for name, follower in self.reducer.followers.items():
-            follower.load_state_dict(name, state)
         decision = int(state.get("auto", -1))
         if self.auto is not None and decision >= 0:
             self.auto.decision = bool(decision)
 
+    def __deepcopy__(self, memo: object) -> CopiedState:
+        # A copy of a DDP model has a reducer of its own, without a hook. What lies here of the
+        # original (a thread, a group, residuals of this rank) is of no use to it.
+        return CopiedState()
+
     def __getstate__(self) -> dict[str, Any]:
         raise ConfigError("a CompressState is not picklable; save its state_dict()")
+
+
+class CopiedState:
+    """Stands in a copy of a compressed DDP model where the original has its ``CompressState``."""

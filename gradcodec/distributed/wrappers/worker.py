@@ -1,8 +1,8 @@
 """One thread that does jobs in the order in which they came.
 
-On gloo, collectives issued from future callbacks run on whatever thread is free, in different
-orders on different ranks, and abort or hang (pytorch#48478). Here a hook only enqueues; this thread
-alone issues collectives, on a group of its own.
+On gloo, collectives that are issued from callbacks of futures run on whatever thread is free. Their
+order then differs between ranks, and they abort or hang (pytorch#48478). Here the hook only
+enqueues; this thread alone issues collectives, on a group of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradcodec.errors import TrainingError
 
-logger = logging.getLogger("gradcodec.distributed")
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 
@@ -28,8 +28,9 @@ Future = torch.futures.Future
 class Worker:
     """A daemon thread with a first-in-first-out queue.
 
-    It ends at ``stop``, at interpreter exit, and within a second of ``destroy_process_group``. It
-    knows nothing of the state it works for, which can thus be collected while it waits.
+    It ends at ``stop``, when the interpreter exits, and within a second of
+    ``destroy_process_group``. It holds no reference to the state that it works for, so that a state
+    that nobody uses any more can be collected.
     """
 
     def __init__(self) -> None:
@@ -41,11 +42,6 @@ class Worker:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="gradcodec-exchange", daemon=True)
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread still runs."""
-        return self._thread.is_alive()
 
     def submit(self, job: Callable[[], Tensor], future: Future[Tensor]) -> None:
         """Do ``job`` after all earlier ones and complete ``future`` with its result or error."""
@@ -70,7 +66,7 @@ class Worker:
         """Wait until every job is done, then ``check``."""
         with self._changed:
             while self._waiting:
-                if not self._changed.wait(_POLL_SECONDS) and not self.alive:
+                if not self._changed.wait(_POLL_SECONDS) and not self._thread.is_alive():
                     raise TrainingError(
                         "the thread that exchanges gradients has ended before they were exchanged: "
                         "its state was closed, or the process group destroyed"

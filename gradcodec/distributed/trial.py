@@ -1,4 +1,4 @@
-"""``codec="auto"``: measure both ways on the real link, then decide once, alike on all ranks."""
+"""``codec="auto"``: measure both ways on the real link, then decide once, alike."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 import torch.distributed as dist
 
 WARM = 2
-"""Steps that are not looked at: buckets are rebuilt, compilers run, memory is mapped."""
+"""First steps, whose times do not count: buckets are rebuilt, compilers run, memory is mapped."""
 
 ROUNDS = 3
-"""Steps measured each way, in turns, of which the fastest counts."""
+"""Steps that are timed each way, in turns; the fastest of each way counts."""
 
 GAIN = 0.97
-"""Compression must take at most this share of the dense step; below is noise."""
+"""A compressed step must take at most this share of a dense one; the rest may be noise."""
 
 
-class Choice:
+class Trial:
     """Times whole training steps, dense and coded in turn, and takes the faster way.
 
-    The time of a step says everything: what the link takes, what encoding and decoding take, and
-    how much of both was hidden behind the backward pass or took cores from it. Steps may hold
-    other things (a validation, a checkpoint), so the fastest of each kind is compared; the slowest
-    rank's counts, hence all ranks decide alike.
+    Whole steps are timed because all that matters shows in them: the link, encoding and decoding,
+    and how much of these is hidden behind the backward pass or takes cores from it. Some steps hold
+    other things (a validation, a checkpoint), so the fastest step of each kind is compared. The
+    slowest rank's times count, so that all ranks decide the same.
 
     Attributes:
         decision: ``None`` while measuring, then whether to compress.

@@ -1,0 +1,1 @@
+"""Bytes between ranks: collectives, the two-shot mean, lanes, links and the handshake."""
