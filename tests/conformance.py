@@ -691,8 +691,8 @@ def a_mean_keeps_names_shapes_and_dtypes(case: Case) -> None:
 def a_code_travels_as_its_update_does(case: Case) -> None:
     codec = case.for_(model()).bind(UpdateSpec.of(model()))
     z = codec.to_code(model())
-    payload = Payload.from_bytes(codec.write_code(z).to_bytes())
-    assert payload.body == codec.encoder.encode(model()).body
+    payload = Payload.from_bytes(codec.write_code(z, seed=3).to_bytes())
+    assert payload.body == codec.encoder.encode(model(), seed=3).body
     decoded = codec.from_code(codec.read_code(payload))
     assert differing(codec.decoder.decode(payload), decoded) == []
 
