@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.links.link import LINKS, Place, network
+from benchmarks.run import Options
 from gradcodec.distributed.exchange.link import Link
 
 CASE = "link_swap"
