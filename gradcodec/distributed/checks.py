@@ -20,10 +20,10 @@ from gradcodec.parameters import NamedParameters, named_parameters
 T = TypeVar("T")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""Dtypes of what is averaged."""
+"""Dtypes that can be averaged."""
 
 _OF_THE_MODEL = ("model", "codec", "process_group", "scattered")
-"""What ``compress`` is told otherwise."""
+"""Arguments that ``compress`` fills in itself."""
 
 _COMPLEX = (torch.complex64, torch.complex128)
 
@@ -39,7 +39,7 @@ def check_settings(
     nmse_every: object = None,
     **counts: object,
 ) -> None:
-    """The settings that every state has; ``counts`` are whole numbers of 0 or more.
+    """Check the settings that all compressions have; ``counts`` are whole numbers of 0 or more.
 
     Raises:
         ConfigError: names the setting, what was expected and what came.
@@ -57,13 +57,13 @@ def check_settings(
 
 
 def check_count(name: str, count: object) -> None:
-    """A whole number of 0 or more."""
+    """Check that it is a whole number of 0 or more."""
     if type(count) is not int or count < 0:
         raise ConfigError(f"expected {name} of 0 or more, got {count!r}")
 
 
 def check_seed(seed: object) -> None:
-    """A whole number of 64 bits."""
+    """Check that it is a whole number of 64 bits."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ConfigError(f"expected a seed that is an int of 64 bits, got {seed!r}")
 
@@ -87,7 +87,7 @@ def rule_pairs(rules: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
 
 
 def check_options(what: str, takes: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Options by name, before they are handed on to ``takes``.
+    """Check the names of options before they are handed on to ``takes``.
 
     Raises:
         ConfigError: one that it does not take; the message lists those that it does.
@@ -115,7 +115,7 @@ def trainable(model: NamedParameters) -> dict[str, nn.Parameter]:
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:
-    """That gradients of a parameter can be averaged by a hook of DDP."""
+    """Check that a hook of DDP can average the gradients of a parameter."""
     if is_dtensor(parameter):
         raise ConfigError(
             f"{name!r} is a DTensor: for a model of fully_shard call compress(model); for tensor "
@@ -128,7 +128,7 @@ def check_parameter(name: str, parameter: Tensor) -> None:
 
 
 def check_dtype(name: str, dtype: torch.dtype, allowed: Iterable[torch.dtype] = FLOATS) -> None:
-    """That a parameter is of a dtype that is averaged."""
+    """Check that the gradients of a parameter of this dtype can be averaged."""
     if dtype not in allowed:
         known = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise ConfigError(
@@ -138,7 +138,7 @@ def check_dtype(name: str, dtype: torch.dtype, allowed: Iterable[torch.dtype] = 
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a part of a sharded or replicated whole."""
+    """Whether it is a ``DTensor``: a part of a sharded or replicated whole."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
@@ -154,7 +154,7 @@ def real_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def check_state(state: object, *needed: str) -> None:
-    """A state as ``state_dict`` gives it: texts to whole numbers and finite tensors.
+    """Check that it is what ``state_dict`` returns: whole numbers and finite tensors by name.
 
     Args:
         state: what came.

@@ -106,26 +106,26 @@ class Compression(Protocol):
         ...
 
 
-class Closing:
-    """The part of ``Compression`` that is the same for all: it can be closed, once and for good."""
+def closed_error() -> TrainingError:
+    """What a backward pass of a closed compression raises."""
+    return TrainingError(
+        "the compression of this model was closed; to train on, wrap the model anew and compress "
+        "that"
+    )
 
-    _closed = False
+
+class Closing:
+    """The part of ``Compression`` that is the same for all: it can be closed, once and for good.
+
+    Attributes:
+        closed: whether it was.
+    """
+
+    closed = False
 
     def close(self) -> None:
         """End the compression. A backward pass that comes after it raises ``TrainingError``."""
-        self._closed = True
-
-    def check_open(self) -> None:
-        """Raise if it was closed.
-
-        Raises:
-            TrainingError: it was.
-        """
-        if self._closed:
-            raise TrainingError(
-                "the compression of this model was closed; to train on, wrap the model anew and "
-                "compress that"
-            )
+        self.closed = True
 
     def __enter__(self: Self) -> Self:
         return self

@@ -73,6 +73,10 @@ class Entry:
 class Plan:
     """An entry for every parameter, fixed before the first step.
 
+    Attributes:
+        shapes: of all parameters.
+        entries: by name of the parameter.
+
     Args:
         shapes: of all parameters.
         codec: the default.
@@ -105,7 +109,7 @@ class Plan:
             named = [c for pattern, c in rules if fnmatch.fnmatchcase(name, pattern)]
             small = math.prod(shape) < min_numel
             chosen[name] = named[0] if named else (None if small else codec)
-        self.shapes, self.feedback = dict(shapes), feedback
+        self.shapes, self._feedback = dict(shapes), feedback
         found: dict[str, Entry] = {}
         for one in {id(c): c for c in chosen.values()}.values():
             mine = {n: shapes[n] for n, c in chosen.items() if c is one}
@@ -123,7 +127,7 @@ class Plan:
             code = self._entry(flat_route(named_codec(choice.code)), choice.code)
             other = self._entry(flat_route(named_codec(choice.other)), choice.other)
             label = f"lowrank {choice.rank}, {code.label}"
-            low = Entry(code.route, self.feedback is not False, label, choice)
+            low = Entry(code.route, self._feedback is not False, label, choice)
             return {n: low if choice.serves(shape) else other for n, shape in shapes.items()}
         codec = named_codec(choice)
         label = choice if isinstance(choice, str) else str(codec)
@@ -135,12 +139,9 @@ class Plan:
     def _entry(self, route: Route, label: str) -> Entry:
         if route.raw:
             return Entry(RAW, False, "fp32")
-        if self.feedback is not None:
-            return Entry(route, self.feedback, label)
+        if self._feedback is not None:
+            return Entry(route, self._feedback, label)
         return Entry(route, route.coder is not None and wants_feedback(route.coder.codec), label)
-
-    def __getitem__(self, name: str) -> Entry:
-        return self.entries[name]
 
     @property
     def exact(self) -> bool:
@@ -155,7 +156,7 @@ class Plan:
         """Every parameter in its place, as ranks compare them: name, dtype, shape, entry."""
         digests: dict[int, str] = {}
         return {
-            f"parameter {i}": f"{name}: {tensor_text(p)}, {self[name].terms(digests)}"
+            f"parameter {i}": f"{name}: {tensor_text(p)}, {self.entries[name].terms(digests)}"
             for i, (name, p) in enumerate(parameters.items())
         }
 

@@ -1,16 +1,17 @@
-"""One handshake of everything that ranks must have in common, before anything depends on it.
+"""The handshake: ranks compare what they must have in common, before anything depends on it.
 
-A message whose size depends on settings cannot say that settings differ: gloo aborts the process
-that expects fewer bytes than come, and NCCL hangs. So ranks compare settings first, as *terms*:
-short texts by name.
+The size of a message follows from the settings, so a message cannot say that settings differ: gloo
+aborts a process to which more bytes come than it expects, and NCCL hangs. So ranks compare settings
+first, as *terms*: short texts by name.
 
     1. everyone sends everyone a record of 48 bytes: magic, refusal, length and SHA-256 of its terms
     2. if records differ, the first rank of each kind of record sends its terms to everyone
     3. every rank makes the same message of the same texts, and raises it
 
 A rank that refuses what it was given takes part with its refusal, so that no other waits for it.
-Nothing that comes from a rank is interpreted or run: texts are lines, at most ``MAX_TEXT`` bytes.
-The record's layout stays as it is for ever; what changes is ``PROTOCOL``, one of the terms.
+Nothing that comes from a rank is interpreted or run: its text is lines of at most ``MAX_TEXT``
+bytes in all. The layout of a record never changes; what may change is ``PROTOCOL``, which is one of
+the terms.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from gradcodec.errors import AgreementError, TrainingError
 Terms = dict[str, str]
 
 PROTOCOL = 2
-"""Counts the ways in which ranks have exchanged gradients; 1 had no handshake."""
+"""Number of the protocol by which ranks exchange gradients; number 1 had no handshake."""
 
 MAX_TEXT = 1 << 24
-"""Most bytes of the terms of one rank that are sent; a model of 100,000 parameters needs less."""
+"""At most so many bytes of a rank's terms are sent; a model of 100,000 parameters needs fewer."""
 
 _MAX_SPEAKERS = 8
 _MAX_DIFFERENCES = 4
@@ -47,38 +48,38 @@ _CALL, _REFUSED = "call", "refused"
 
 
 class Channel(Protocol):
-    """What an agreement needs of a group."""
+    """The ranks that compare, and a way to gather a few bytes of each."""
 
     rank: int
     size: int
 
     def gather(self, mine: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """What every rank gave, ``sizes[r]`` bytes of rank ``r``."""
+        """Return what every rank gave: ``sizes[r]`` bytes of rank ``r``."""
         ...
 
 
 class LinkChannel:
-    """Over the exchanges of a link."""
+    """A channel over a link."""
 
     def __init__(self, link: Link) -> None:
         self.link, self.rank, self.size = link, link.rank, link.size
 
     def gather(self, mine: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """One swap, of the same bytes to everyone."""
+        """Swap once, sending the same bytes to everyone."""
         sent = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)]
         came = self.link.swap([[sent]] * self.size, list(sizes))
         return [part.cpu().numpy().tobytes() for part in came]
 
 
 class StoreChannel:
-    """Over the store with which a group is made, when the group itself carries nothing yet."""
+    """A channel over the store that a group is made with, for when the group is not there yet."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self._round = 0
 
     def gather(self, mine: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """Everyone sets a key and reads those of the others."""
+        """Set this rank's key and read those of the others."""
         self._round += 1
         keys = [f"gradcodec/{self._round}/{r}" for r in range(self.size)]
         try:
@@ -95,7 +96,7 @@ class StoreChannel:
 
 
 class Agreed:
-    """Remembers what ranks have agreed on: what comes again costs nothing."""
+    """Remembers what ranks have agreed on, so that they compare everything once."""
 
     def __init__(self) -> None:
         self._known: set[object] = set()
@@ -108,7 +109,7 @@ class Agreed:
     ) -> None:
         """Agree on ``terms()`` over the link, unless that was done for this key.
 
-        All ranks come here with equal keys as long as they agree, hence hold the same ones.
+        As long as ranks agree they come here with equal keys, and so remember the same ones.
         """
         if key not in self._known:
             with must_agree(LinkChannel(link), what) as mine:
@@ -116,20 +117,20 @@ class Agreed:
             self._known.add(key)
 
     def forget(self) -> None:
-        """Agree on everything again: what terms were made of may have changed."""
+        """Compare everything again, because what terms are made of may have changed."""
         self._known.clear()
 
 
 @contextmanager
 def must_agree(channel: Channel | None, what: str) -> Iterator[Terms]:
-    """Fill in this rank's terms in the block; at its end they are compared.
+    """Compare this rank's terms with those of all others at the end of the block, which fills them.
 
-    An exception in the block is compared as well: where other ranks did not raise one, all raise
-    ``AgreementError``, else every rank its own.
+    An exception in the block is told to the others. If all ranks raise one, each gets its own; if
+    only some do, all get the same ``AgreementError``.
 
     Args:
         channel: to all ranks; with ``None`` nothing is compared.
-        what: is being done, for the message.
+        what: what the ranks are about to do, for the message.
 
     Raises:
         AgreementError: terms differ. The same text at every rank.

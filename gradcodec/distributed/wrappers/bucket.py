@@ -149,7 +149,7 @@ class BucketReducer:
         matrices = self._renew_bases(slots, link, step)
         sent = [self._prepare(slot, link, step, matrices.get(slot.name)) for slot in slots]
         if measure:
-            self._measure([s for s in slots if not self.plan[s.name].exact], matrices)
+            self._measure([s for s in slots if not self.plan.entries[s.name].exact], matrices)
         two_shot_mean([one.operand for one in sent], link, context=step)
         broken = [one.slot for one in sent if not self._take(one, link.size)]
         if broken:
@@ -188,7 +188,7 @@ class BucketReducer:
                     continue
                 adaptive.to(slot.flat.device)
                 active = has_any(slot.flat)
-                m = adaptive.with_error(slot.flat, active and self.plan[slot.name].feedback)
+                m = adaptive.with_error(slot.flat, active and self.plan.entries[slot.name].feedback)
                 found[slot.name] = (m, active)
                 if adaptive.due(step):
                     powered = adaptive.powered(m)
@@ -206,7 +206,8 @@ class BucketReducer:
     def _prepare(
         self, slot: Slot, link: Link, step: int, matrix: tuple[Tensor, bool] | None
     ) -> _Sent:
-        entry, route = self.plan[slot.name], self.plan[slot.name].route
+        entry = self.plan.entries[slot.name]
+        route = entry.route
         seed, owner = self._seed(step, slot.name), first_owner(slot.name, link.size)
         if matrix is not None:
             adaptive, (m, active) = self.adaptive[slot.name], matrix
@@ -243,7 +244,7 @@ class BucketReducer:
             slot.view.copy_(sent.projection.values(operand.out).view(slot.view.shape))
             return True
         assert adaptive is not None
-        if self.plan[slot.name].feedback:
+        if self.plan.entries[slot.name].feedback:
             self._keep_rest(sent, adaptive, world)
         slot.flat.copy_(adaptive.flat(adaptive.values(operand.out)))
         adaptive.follow(operand.out)
@@ -268,7 +269,10 @@ class BucketReducer:
         Of low-rank parameters: what lies outside the basis, of gradient and residual together.
         """
         for slot in slots:
-            route, (matrix, _) = self.plan[slot.name].route, matrices.get(slot.name, (None, False))
+            route, (matrix, _) = (
+                self.plan.entries[slot.name].route,
+                matrices.get(slot.name, (None, False)),
+            )
             if matrix is not None:
                 adaptive = self.adaptive[slot.name]
                 if adaptive.basis is None:
@@ -355,7 +359,10 @@ class BucketReducer:
         """Why the memory of a parameter has another size than it has here; empty if it has not."""
         if name in self.adaptive:
             return self.adaptive[name].misfit(name, state)
-        coder, projection = self.plan[name].route.coder, self.plan[name].route.projection
+        coder, projection = (
+            self.plan.entries[name].route.coder,
+            self.plan.entries[name].route.projection,
+        )
         if coder is None:
             return ""
         whole = math.prod(self.plan.shapes[name])

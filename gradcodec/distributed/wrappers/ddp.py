@@ -20,7 +20,7 @@ from gradcodec.distributed.checks import (
     rule_pairs,
     trainable,
 )
-from gradcodec.distributed.compression import Closing, State
+from gradcodec.distributed.compression import Closing, State, closed_error
 from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
 from gradcodec.distributed.exchange.link import Link, control_link, place
 from gradcodec.distributed.exchange.terms import choice_text, rules_text, tensor_text
@@ -170,7 +170,8 @@ class CompressState(Closing):
         caller of ``backward()`` as it is.
         """
         self._start()
-        self.check_open()
+        if self.closed:
+            raise closed_error()
         worker, step = self._worker, self._step
         if worker is not None:
             worker.check()

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import Work
 from gradcodec.codec import Codec
 from gradcodec.distributed.checks import check_count, check_seed, check_state
 from gradcodec.distributed.coding import flat_route, named_codec
-from gradcodec.distributed.compression import Closing, State
+from gradcodec.distributed.compression import Closing, State, closed_error
 from gradcodec.distributed.exchange.agreement import Agreed, StoreChannel, must_agree
 from gradcodec.distributed.exchange.collectives import all_reduce
 from gradcodec.distributed.exchange.link import control_link
@@ -152,7 +152,8 @@ class CompressedGroup(Closing, dist.ProcessGroup):
         summed = op == dist.ReduceOp.SUM
         if not summed and op != dist.ReduceOp.AVG:
             return self._plain.allreduce(tensors, options)
-        self.check_open()
+        if self.closed:
+            raise closed_error()
         # Values are replaced in place under autograd's eyes.
         values = tensor.detach()
         self._agree(values, "sum" if summed else "mean")

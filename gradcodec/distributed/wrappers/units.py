@@ -19,7 +19,7 @@ from torch import Tensor
 from gradcodec.codec import Codec
 from gradcodec.distributed.checks import check_settings, check_state, rule_pairs
 from gradcodec.distributed.coding import DENSE, CodecCoder
-from gradcodec.distributed.compression import Closing, State
+from gradcodec.distributed.compression import Closing, State, closed_error
 from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
 from gradcodec.distributed.exchange.collectives import (
     all_reduce,
@@ -215,7 +215,8 @@ class ShardedState(Closing):
         self._count(unit, traffic + asked, ring_nbytes(traffic.dense, world))
 
     def _codec_now(self, unit: Unit, numel: int) -> Codec:
-        self.check_open()
+        if self.closed:
+            raise closed_error()
         if unit.steps < self.start_step or numel < self.min_numel:
             return DENSE
         return unit.coding.codec
