@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codec import Codec
-from gradcodec.codecs import Identity
 from gradcodec.distributed.parts import ALIGN
 
 
@@ -107,7 +106,7 @@ class CodecCoder:
         self.packer = codec.packer
         self.grain = self.packer.grain
         self.identity = int.from_bytes(codec.digest, "little")
-        self._passes_infinities = isinstance(codec, Identity)
+        self._passes_infinities = not self.packer.finite
 
     def nbytes(self, numel: int) -> int:
         """The packer's exact size."""
