@@ -12,7 +12,8 @@ from gradcodec.errors import ConfigError
 from gradcodec.pipeline import Pipeline
 from gradcodec.settings import CodecConfig
 
-#: Chains in each other, the codec inside counted: for chains made in Python, folders and the wire.
+#: How deep chains may be nested, the innermost codec counted: the same for chains made in Python,
+#: read from a folder or received over the wire.
 MAX_STAGES: Final = 4
 
 
@@ -38,7 +39,7 @@ class ChainConfig(CodecConfig):
 
     @property
     def stages(self) -> int:
-        """The deeper of both, and this one."""
+        """One more than the deeper of the two configs."""
         return 1 + max(self.outer.stages, self.inner.stages)
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class ChainConfig(CodecConfig):
 
     @classmethod
     def _nested(cls, data: Any, depth: int) -> Self:
-        # Before anything deeper is looked at: a stranger's settings may nest without end.
+        # Checked before anything deeper is read: a stranger's settings may nest without end.
         if depth >= MAX_STAGES:
             raise ConfigError(f"chain: expected at most {MAX_STAGES} stages in each other")
         keys = {"kind", "outer", "inner"}

@@ -1,4 +1,4 @@
-"""What a codec that somebody else made may bring along and claim: weights, and sizes of tensors."""
+"""Limits for codecs that somebody else made: their weights, and how much their bodies decode to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gradcodec.encodable import check_name, check_tensor, shown
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.types import UpdateSpec
 
-#: Bytes that a body of a codec out of a folder may decode to, for each byte of its own. The
-#: sparsest untrained codec, one bit for one of 65,536 fp64 values, comes to 2^17.75.
+#: The most decoded bytes per byte of a body, for codecs from a folder or the Hub. The sparsest
+#: untrained codec, with one bit for one of 65,536 fp64 values, comes to 2^17.75.
 MAX_EXPANSION: Final = 1 << 18
-#: Bytes that it may decode to whatever its own size.
+#: Decoded bytes that are always allowed, however small the body is.
 MAX_UNPAID: Final = 1 << 26
 
 
@@ -36,8 +36,8 @@ def check_weights(kind: str, weights: Mapping[str, Tensor], learned: bool) -> No
 def check_claim(kind: str, spec: UpdateSpec, body: int) -> None:
     """Raise ``ConfigError`` if ``body`` bytes would decode to more than ``MAX_EXPANSION`` allows.
 
-    What a codec folder's table says of sizes is a claim: tensors without a code are not in the
-    body, and the zeros that they decode to would be allocated on the word of the folder.
+    The tensor table of a codec folder is only a claim: a tensor without a code takes no bytes of
+    the body, so the zeros it decodes to would be allocated on the word of whoever made the folder.
     """
     if spec.nbytes > max(MAX_UNPAID, MAX_EXPANSION * body):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Names users type -> codecs; and the check that wire ids and classes are one to one."""
+"""The names that users type, and the check that every wire id has exactly one codec class."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ UNTRAINED: dict[str, Callable[[], Codec]] = {
     "sign": lambda: BlockQuant(BlockQuantConfig(1)),
     "topk": lambda: TopK(TopKConfig()),
     "rotsign": RotatedSign,
-    # Rotated: levels that fit a Gaussian, for error feedback. Unbiased: for going without.
+    # "-rotated" has levels that fit a Gaussian and goes with error feedback; "-unbiased" is right
+    # on average and goes without it.
     "int8-rotated": lambda: _rotated(8),
     "int4-rotated": lambda: _rotated(4),
     "int2-rotated": lambda: _rotated(2),

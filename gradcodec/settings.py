@@ -1,7 +1,8 @@
-"""What a codec's settings are, and their checks: they may come from a folder or the wire.
+"""What a codec's settings are, and the checks of their values.
 
-Type first, then range, and exact types: a ``bool`` is an ``int`` to Python, and ``True`` and ``1``
-would be two digests of one setting.
+Settings may come from a folder or over the wire, so every value is checked: first its exact type,
+then its range. The type must be exact because ``True == 1`` in Python, and the two would give one
+setting two digests.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class CodecConfig:
 
     @property
     def stages(self) -> int:
-        """How many configs lie in each other, this one included."""
+        """How deep this config is nested: 1, and 1 more for each config inside another."""
         return 1
 
     def to_dict(self) -> dict[str, Any]:

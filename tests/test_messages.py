@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import builtins
 import re
 import tomllib
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def defined() -> set[str]:
         DeviceMesh,
         torch.nn.parallel,
     )
-    return names.union(*map(dir, torch_places))
+    return names.union(dir(builtins), dir(dict), *map(dir, torch_places))
 
 
 def test_there_are_messages_to_look_at() -> None:

@@ -118,7 +118,7 @@ class CodecCoder:
         self.codec, self.packer = codec, codec.packer
         self.grain = self.packer.grain
         self.identity = int.from_bytes(codec.digest, "little")
-        self._passes_infinities = is_cast(codec)
+        self._passes_infinities = not self.packer.finite
 
     def nbytes(self, numel: int) -> int:
         """The packer's exact size."""

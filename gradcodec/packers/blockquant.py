@@ -70,15 +70,15 @@ class BlockQuantConfig(CodecConfig):
 
     @property
     def unbiased(self) -> bool:
-        """Whether the expectation of what is decoded is what was encoded."""
+        """Whether the expected value of what is decoded equals what was encoded."""
         return self.stochastic and self.placed == "absmax"
 
     @property
     def contractive(self) -> bool:
-        """Whether it loses less than it is given, without which error feedback diverges.
+        """Whether the error is smaller than the input; otherwise error feedback diverges.
 
-        One bit at a block's largest magnitude loses many times what it is given, two bits at random
-        about as much.
+        The error of one bit placed at a block's largest magnitude is many times the input, that of
+        two bits with stochastic rounding about as large as the input.
         """
         return self.placed != "absmax" or self.bits > 2 or (self.bits == 2 and not self.stochastic)
 
@@ -173,7 +173,7 @@ class BlockQuantPacker(Packer):
         # Through one flat copy: a single row of odd length counts as contiguous as it is, and its
         # stride is then no whole number of scales.
         scales = bodies[:, :cut].reshape(-1).clone().view(torch.bfloat16).view(len(bodies), -1)
-        # Of the largest level too: no encoder makes one that is beyond fp32.
+        # The largest level must be finite too: no encoder makes one beyond fp32.
         largest = scales.float() * (1.0 if self._fitted else grid.TOP[self.config.bits])
         if not bool((torch.isfinite(largest) & (scales >= 0)).all()):
             raise MalformedBodyError(

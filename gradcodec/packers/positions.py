@@ -4,7 +4,7 @@ Elias-Fano (Fano 1971, On the number of bits required to implement an associativ
 1974) splits a position into ``low`` bits, sent as they are, and the rest, which never falls and is
 sent in unary: bit ``(position >> low) + i`` of a bitmap is set for the ``i``-th position. For 64 of
 4096 that is 8 bits a position where 12 are packed; ``log2 binomial(4096, 64) / 64`` is 7.36. Its
-size depends on nothing but counts. A range coder over gaps comes to 7.43 and Rice's code to 7.53
+size depends on the counts alone. A range coder over gaps comes to 7.43 and Rice's code to 7.53
 (``benchmarks/results/codecs.md``), for which every size would have to be told to every receiver:
 too little for that.
 """

@@ -104,12 +104,12 @@ class TopKPacker(Packer):
         c, positions = self.config, self._positions(x.numel())
         if c.structure == "rows":
             kept, index = ops.top_rows(x, k=c.k, residual=residual)
-            # Largest first, which on the wire would be one more thing to be checked.
+            # The op gives the larger one first; in a body, positions increase within each chunk.
             index, order = index.sort(1)
             kept = kept.gather(1, order)
         else:
             kept, index = ops.topk_encode(x, k=c.k, chunk=c.chunk, residual=residual)
-        # Padding comes last in its chunk, hence last of all.
+        # Padding is only in the last chunk and comes last there, so cutting the end removes it.
         kept = kept.reshape(-1)[: positions.count]
         at = (index.reshape(-1)[: positions.count].long() & 0xFFFF) + positions.starts(x.device)
         lost = None if residual is None else torch.zeros_like(kept)
@@ -140,7 +140,8 @@ class TopKPacker(Packer):
             return total
         chunks = -(-numel // c.chunk)
         kept = torch.zeros(len(bodies), chunks * c.k, device=bodies.device)
-        # Where a short chunk keeps less than k, the rest lies behind its end and is dropped.
+        # Where a short chunk keeps fewer than k, the other entries point behind its end; the op
+        # drops them.
         index = torch.arange(c.k, device=bodies.device).repeat(len(bodies), chunks)
         starts = positions.starts(bodies.device)
         for w, body in enumerate(bodies):

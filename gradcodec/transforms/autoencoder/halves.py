@@ -150,8 +150,8 @@ def load(
     half: str, config: AutoencoderConfig, spec: UpdateSpec, given: Mapping[str, Tensor]
 ) -> nn.Module:
     """The half with these weights, in evaluation mode, sharing their memory."""
-    # On the meta device, since how large it is follows from a table that a stranger may have made;
-    # all that is kept of it is what has the shapes of the weights that are here.
+    # On the meta device, which allocates nothing: the network's size follows from a tensor table
+    # that a stranger may have made. Only tensors of the given weights' shapes are kept.
     with torch.device("meta"):
         net = _net(half, config, spec)
     wanted = {n: tuple(t.shape) for n, t in state_of(net).items()}
