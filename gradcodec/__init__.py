@@ -16,6 +16,7 @@ from gradcodec.codecs.settings import CodecConfig
 from gradcodec.codecs.subspace import Subspace, SubspaceConfig
 from gradcodec.codecs.topk import TopK, TopKConfig
 from gradcodec.distributed import (
+    Compression,
     CompressState,
     LowRank,
     Residuals,
@@ -48,6 +49,7 @@ __all__ = [
     "Codec",
     "CodecConfig",
     "CompressState",
+    "Compression",
     "Decoder",
     "Encoder",
     "GradientRecorder",
