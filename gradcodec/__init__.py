@@ -9,6 +9,7 @@ from gradcodec.chain import Chain
 from gradcodec.codec import Codec, Decoder, Encoder
 from gradcodec.codecs import Autoencoder, BlockQuant, Cast, Identity, Subspace, TopK
 from gradcodec.distributed import (
+    Compression,
     CompressState,
     LowRank,
     Residuals,
@@ -48,6 +49,7 @@ __all__ = [
     "Codec",
     "CodecConfig",
     "CompressState",
+    "Compression",
     "Decoder",
     "Encoder",
     "GradientRecorder",

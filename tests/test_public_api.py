@@ -14,6 +14,7 @@ PUBLIC = {
     "Codec",
     "CodecConfig",
     "CompressState",
+    "Compression",
     "Decoder",
     "Encoder",
     "GradientRecorder",
