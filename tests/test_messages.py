@@ -69,7 +69,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def defined() -> set[str]:
-    """Names of everything that the library defines, and of what torch offers beside it."""
+    """Names of all that the library defines, and of what Python and torch offer beside it."""
     names = {
         node.name
         for tree in SOURCES.values()
@@ -84,6 +84,8 @@ def defined() -> set[str]:
         torch.distributed.device_mesh,
         DeviceMesh,
         torch.nn.parallel,
+        torch.nn.Module,
+        torch.Tensor,
     )
     return names.union(dir(builtins), dir(dict), *map(dir, torch_places))
 
