@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed
 import torch.distributed.fsdp
+import torch.distributed.tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gradcodec import cli
@@ -86,6 +87,7 @@ def defined() -> set[str]:
         torch.nn.parallel,
         torch.nn.Module,
         torch.Tensor,
+        torch.distributed.tensor.DTensor,
     )
     return names.union(dir(builtins), dir(dict), *map(dir, torch_places))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gradcodec import native, ops
 from gradcodec.errors import ConfigError
-from gradcodec.ops import adapters, backends
-from gradcodec.ops.schemas import FAKES, NAMES, NAMESPACE
+from gradcodec.ops import backends
+from gradcodec.ops.declare import OPS, op, registered, schema
 
 ROOT = Path(__file__).parents[1]
 NUMEL, WORLD = 5000, 3
@@ -26,62 +26,77 @@ def coded(bits: int, block: int, rotate: bool, numel: int = NUMEL) -> tuple[Tens
     return torch.stack([m[0] for m in made]), torch.stack([m[1] for m in made])
 
 
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    """For each op positional arguments that take every branch of its schema."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def samples() -> dict[str, list[Call]]:
+    """For each op arguments that take every branch of its schema."""
     x, padded = torch.randn(NUMEL), ops.padded_numel(NUMEL, True)
     packed, scales = coded(4, 256, False)
-    turned, its = coded(2, 4096, True)
+    rotated, its = coded(2, 4096, True)
     kept, index = ops.topk_encode(x, k=8, chunk=64, impl="reference")
-    left, right = torch.randn(40, 8), torch.randn(30, 6)
+    fitted = [t.view(1, -1).expand(3, -1) for t in ops.lloyd_encode(x, block=256, impl="reference")]
+    signs, of_rotsign = ops.random_sign_words(5120, 1), {"block": 256, "kept": 64}
+    sent = ops.rotsign_encode(x, signs, **of_rotsign, impl="reference")
+    three = [t.expand(3, -1) for t in (*sent, signs)]
+    weights = torch.rand(WORLD)
     return {
         "encode": [
-            (x, 4, 256, "absmax", False, False, 0, None, None),
-            (x.bfloat16(), 2, 4096, "rms", True, True, -5, torch.zeros(padded), None),
-            (x, 1, 100, "l1", False, False, 0, torch.zeros(NUMEL).bfloat16(), None),
-            (x, 4, 256, "absmax", False, False, 0, None, scales[0]),
+            ((x,), {"bits": 4, "block": 256}),
+            (
+                (x.bfloat16(),),
+                {"bits": 2, "scale": "rms", "rotate": True, "stochastic": True, "seed": -5}
+                | {"residual": torch.zeros(padded)},
+            ),
+            ((x,), {"bits": 1, "block": 100, "scale": "l1"} | {"residual": x.bfloat16()}),
         ],
         "decode_mean": [
-            (packed, scales, NUMEL, 4, 256, False, None, torch.float32),
-            (turned, its, NUMEL, 2, 4096, True, torch.rand(WORLD), torch.bfloat16),
+            ((packed, scales, NUMEL), {"bits": 4, "block": 256}),
+            (
+                (rotated, its, NUMEL),
+                {"bits": 2, "rotate": True, "weights": weights, "dtype": torch.bfloat16},
+            ),
         ],
-        "decode_sum_shared": [
-            (packed, scales[0], NUMEL, 4, 256, False, torch.float32),
-            (turned, its[0], NUMEL, 2, 4096, True, torch.float16),
+        "lloyd_encode": [
+            ((x,), {"block": 256}),
+            ((x.half(),), {"block": 100, "residual": torch.zeros(NUMEL)}),
         ],
-        "reduce_requant": [
-            (packed, scales, NUMEL, 4, 256, "absmax", True, 7, None),
-            (turned, its, padded, 2, 4096, "rms", False, 0, torch.zeros(padded)),
+        "lloyd_mean": [
+            ((*fitted, NUMEL), {"block": 256}),
+            ((*fitted, NUMEL), {"block": 256, "weights": weights}),
         ],
-        "chunk_absmax": [(x, 256, False, None), (x, 4096, True, torch.zeros(padded))],
-        "topk_encode": [(x, 8, 64, None), (x.bfloat16(), 3, 100, torch.zeros(NUMEL))],
-        "top_rows": [(x, 1, None), (x.half(), 2, torch.zeros(NUMEL))],
-        "sparse_mean": [(kept.expand(3, -1, -1), index.expand(3, -1, -1), NUMEL, 64)],
-        "project_quantise": [
-            (torch.randn(40, 30), left, None, 4, 64, "absmax"),
-            (torch.randn(40, 30).bfloat16(), left.bfloat16(), right.bfloat16(), 8, 64, "rms"),
+        "rotsign_encode": [
+            ((x, signs), of_rotsign),
+            ((x.bfloat16(), signs), of_rotsign | {"residual": torch.zeros(NUMEL)}),
+        ],
+        "rotsign_mean": [
+            ((*three, NUMEL), of_rotsign),
+            ((*three, NUMEL), of_rotsign | {"weights": weights}),
+        ],
+        "topk_encode": [
+            ((x,), {"k": 8, "chunk": 64}),
+            ((x.bfloat16(),), {"k": 3, "chunk": 100, "residual": torch.zeros(NUMEL)}),
+        ],
+        "top_rows": [((x,), {}), ((x.half(),), {"k": 2, "residual": torch.zeros(NUMEL)})],
+        "sparse_mean": [
+            ((kept.expand(3, -1, -1), index.expand(3, -1, -1), NUMEL), {"chunk": 64}),
         ],
     }
 
 
-BY_NAME = pytest.mark.parametrize("name", NAMES)
+BY_NAME = pytest.mark.parametrize("name", OPS)
 NATIVE = pytest.mark.skipif(
     not native.available(), reason="a machine with a C compiler and an installed gradcodec runs it"
 )
 
 
-def registered(name: str) -> Any:
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-
-
-def outputs(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+def outputs(function: Callable[..., Any], call: Call) -> list[Tensor]:
     """What an op returns and what it leaves in its arguments."""
-    mine = copied(args)
-    came = function(*mine)
-    left = [a for a in mine if isinstance(a, Tensor)]
+    args, settings = call
+    mine = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+    settings = {k: v.clone() if isinstance(v, Tensor) else v for k, v in settings.items()}
+    came = function(*mine, **settings)
+    left = [v for v in settings.values() if isinstance(v, Tensor)]
     return [*(came if isinstance(came, tuple) else (came,)), *left]
 
 
@@ -93,28 +108,51 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 # -- torch.library -------------------------------------------------------------------------------
 
 
-def test_every_op_has_samples_that_fit_its_schema() -> None:
-    found = samples()
-    assert tuple(found) == NAMES
-    for name, calls in found.items():
-        for args in calls:
-            assert len(args) == len(registered(name)._schema.arguments)
+def test_every_op_has_samples() -> None:
+    assert set(samples()) == set(OPS)
 
 
 @BY_NAME
 def test_torchs_own_checks_pass(name: str) -> None:
-    for args in samples()[name]:
-        torch.library.opcheck(registered(name), args)
+    for args, settings in samples()[name]:
+        contiguous = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        torch.library.opcheck(registered(name), contiguous, settings)
 
 
 @BY_NAME
 def test_fake_outputs_have_the_shapes_and_dtypes_of_real_ones(name: str) -> None:
-    for args in samples()[name]:
-        came = outputs(registered(name), args)
-        on_meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
-        fake = FAKES[name](*on_meta)
+    for args, settings in samples()[name]:
+        came = outputs(registered(name), (args, settings))
+        on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+        of_meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in settings.items()}
+        fake = OPS[name].declaration(*on_meta, **of_meta)
         for real, guessed in zip(came, fake if isinstance(fake, tuple) else (fake,), strict=False):
             assert (real.shape, real.dtype) == (guessed.shape, guessed.dtype)
+
+
+def test_a_declaration_is_all_that_an_op_needs() -> None:
+    def negated(values: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        return -values
+
+    @op(negated)
+    def negated_in_a_test(
+        values: Tensor, *, residual: Tensor | None = None, impl: ops.Impl | None = None
+    ) -> Tensor:
+        if values.dim() != 1:
+            raise ConfigError("expected one dimension")
+        return torch.empty(len(values))
+
+    try:
+        for impl in ("reference", None) if backends.CPU == "reference" else ("reference",):
+            assert torch.equal(negated_in_a_test(X, impl=impl), -X)
+        with pytest.raises(ConfigError, match="one dimension"):
+            negated_in_a_test(X.view(10, 10), impl="reference")
+        assert "Tensor(a!)? residual" in str(registered("negated_in_a_test")._schema)
+        assert schema(negated_in_a_test) == (
+            "(Tensor values, *, Tensor(a!)? residual=None) -> Tensor"
+        )
+    finally:
+        del OPS["negated_in_a_test"]
 
 
 def step(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,16 +181,16 @@ def test_a_step_compiles_without_a_break(backend: str) -> None:
 
 @BY_NAME
 def test_what_computes_on_the_cpu_gives_the_references_bits(name: str) -> None:
-    for args in samples()[name]:
-        assert equal(outputs(registered(name), args), outputs(adapters.REFERENCE[name], args))
+    for call in samples()[name]:
+        assert equal(outputs(registered(name), call), outputs(OPS[name].reference, call))
 
 
 @NATIVE
 @BY_NAME
 def test_native_gives_the_references_bits(name: str) -> None:
-    for args in samples()[name]:
-        op = backends.pick(name, torch.device("cpu"), "native")
-        assert equal(outputs(op, args), outputs(adapters.REFERENCE[name], args))
+    for call in samples()[name]:
+        in_c = OPS[name].on(torch.device("cpu"), "native")
+        assert equal(outputs(in_c, call), outputs(OPS[name].reference, call))
 
 
 def test_status_names_every_implementation_and_the_cpus() -> None:
@@ -194,11 +232,12 @@ def test_triton_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
 X = torch.ones(100)
 PACKED, SCALES = torch.zeros(2, 50, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.bfloat16)
+WORDS = torch.zeros(2, dtype=torch.int64)
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "two dimensions": (lambda: ops.encode(X.view(10, 10), bits=4), "one dimension"),
     "fp64": (lambda: ops.encode(X.double(), bits=4), "float64"),
-    "integers": (lambda: ops.chunk_absmax(X.int()), "int32"),
+    "integers": (lambda: ops.encode(X.int(), bits=4), "int32"),
     "3 bits": (lambda: ops.encode(X, bits=3), "bits"),
     "a block of 7": (lambda: ops.encode(X, bits=4, block=7), "block"),
     "a long block": (lambda: ops.encode(X, bits=4, block=(1 << 20) + 1), "block"),
@@ -218,8 +257,6 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ops.encode(X, bits=4, residual=torch.ones(100).long()),
         "residual",
     ),
-    "too many scales": (lambda: ops.encode(X, bits=4, scales=SCALES.view(-1)), "scales"),
-    "fp32 scales": (lambda: ops.encode(X, bits=4, scales=torch.ones(1)), "bfloat16"),
     "one payload as a vector": (
         lambda: ops.decode_mean(PACKED[0], SCALES, 100, bits=4),
         r"\[W, bytes\]",
@@ -235,11 +272,38 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ops.decode_mean(PACKED, SCALES, 100, bits=4, weights=torch.ones(1)),
         "weights",
     ),
-    "scales of each, shared": (
-        lambda: ops.decode_sum_shared(PACKED, SCALES, 100, bits=4),
-        "scales",
+    "fewer values than none": (
+        lambda: ops.decode_mean(PACKED, SCALES, -1, bits=4),
+        "number of values",
     ),
-    "unpadded codes": (lambda: ops.reduce_requant(PACKED, SCALES, 90, bits=4), "packed"),
+    "more values than are coded": (
+        lambda: ops.decode_mean(PACKED, SCALES, 1 << 40, bits=4),
+        "packed",
+    ),
+    "one level for two": (lambda: ops.lloyd_mean(PACKED[:, :25], SCALES, 100, block=256), "scales"),
+    "levels of a block of 7": (lambda: ops.lloyd_encode(X, block=7), "block"),
+    "signs of a block of 100": (
+        lambda: ops.rotsign_encode(X, WORDS, block=100, kept=1),
+        "power of two",
+    ),
+    "signs of a block of 8192": (
+        lambda: ops.rotsign_encode(X, WORDS, block=8192, kept=1),
+        "power of two",
+    ),
+    "more signs than there are": (
+        lambda: ops.rotsign_encode(X, WORDS, block=64, kept=65),
+        "kept",
+    ),
+    "a word of signs too few": (
+        lambda: ops.rotsign_encode(X, WORDS[:1], block=64, kept=64),
+        "signs",
+    ),
+    "signs of one payload": (
+        lambda: ops.rotsign_mean(
+            PACKED[:, :16], SCALES.repeat(1, 2), WORDS[None], 100, block=64, kept=64
+        ),
+        "signs",
+    ),
     "k of 0": (lambda: ops.topk_encode(X, k=0), "k=0"),
     "k beyond the chunk": (lambda: ops.topk_encode(X, k=9, chunk=8), "chunk=8"),
     "a chunk of 2^17": (lambda: ops.topk_encode(X, k=9, chunk=1 << 17), "chunk"),
@@ -251,10 +315,6 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "lists of other chunks": (
         lambda: ops.sparse_mean(torch.ones(1, 2, 3), torch.zeros(1, 2, 3).long(), 129, chunk=64),
         r"\[W, 3, k\]",
-    ),
-    "bases of another side": (
-        lambda: ops.project_quantise(torch.ones(4, 5), torch.ones(5, 2), bits=4),
-        r"\[m, n\]",
     ),
 }
 
@@ -286,8 +346,8 @@ def test_seeds_have_64_bits_of_either_sign(seed: int) -> None:
 # -- the four lists ------------------------------------------------------------------------------
 
 #: Parts that oracles and kernels are made of.
-PARTS = {"bitpack", "grid", "hadamard", "philox", "two_means"}
-KERNEL_PARTS = {"launch", "quantise", "tiles", "unpack"}
+PARTS = {"bitpack", "grid", "hadamard", "philox"}
+KERNEL_PARTS = {"launch", "quantise", "signs", "tiles", "unpack"}
 
 
 def stems(folder: str, pattern: str = "*.py") -> set[str]:
@@ -308,15 +368,17 @@ def benchmarked() -> set[str]:
 
 
 def test_every_op_has_an_oracle_a_kernel_a_test_and_a_benchmark() -> None:
-    wanted = set(NAMES)
-    assert stems("gradcodec/reference") - PARTS == wanted
+    wanted = set(OPS)
+    oracles = {of.reference.__module__.rpartition(".")[2] for of in OPS.values()}
+    assert stems("gradcodec/reference") - PARTS == oracles
     assert stems("kernels/gradcodec_kernels") - KERNEL_PARTS == wanted
     tests = {name.removeprefix("test_") for name in stems("tests/kernels/on_device", "test_*.py")}
     assert tests - {"benchmark_cases"} == wanted
     assert benchmarked() == wanted
 
 
-def test_every_op_is_public_under_its_name() -> None:
-    for name in NAMES:
-        assert name in ops.__all__
-        assert getattr(ops, name).__doc__.startswith(f"See ``gradcodec.reference.{name}.{name}``")
+@BY_NAME
+def test_every_op_is_public_and_names_its_oracle(name: str) -> None:
+    oracle = OPS[name].reference
+    assert name in ops.__all__
+    assert f"``{oracle.__module__}.{oracle.__name__}``" in getattr(ops, name).__doc__

@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradcodec_kernels import launch, project_quantise, topk_encode
-from gradcodec_kernels.chunk_absmax import chunk_absmax_kernel
+from gradcodec_kernels import launch, topk_encode
 from gradcodec_kernels.decode_mean import decode_mean_kernel
-from gradcodec_kernels.decode_sum_shared import decode_sum_shared_kernel
 from gradcodec_kernels.encode import encode_kernel
-from gradcodec_kernels.reduce_requant import reduce_requant_kernel
+from gradcodec_kernels.lloyd_encode import lloyd_encode_kernel
+from gradcodec_kernels.lloyd_mean import lloyd_mean_kernel
+from gradcodec_kernels.rotsign_encode import rotsign_encode_kernel
+from gradcodec_kernels.rotsign_mean import rotsign_mean_kernel
 from gradcodec_kernels.sparse_mean import sparse_mean_kernel
 from gradcodec_kernels.top_rows import top_rows_kernel
 
@@ -99,8 +100,9 @@ class Variant:
                 signature[p.name] = "constexpr"
                 continue
             pointer = self.pointers.get(p.name)
-            signature[p.name] = f"*{pointer}" if pointer else "i32"
-            if pointer or not p.do_not_specialize:
+            scalar = "fp32" if p.name == "norm" else "i32"
+            signature[p.name] = f"*{pointer}" if pointer else scalar
+            if pointer or not (p.do_not_specialize or scalar == "fp32"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(
             fn=self.kernel,
@@ -159,28 +161,34 @@ def _decode(
     return Variant("decode_mean", kernel, pointers, constants, moved, out, bits, straight=straight)
 
 
-def _shared(world: int, bits: int, out: str = "bf16", *, block: int = 4096) -> Variant:
-    rotate = block == launch.CHUNK
-    constants = {"W": world, "BITS": bits, "BLOCK": block, "ROTATE": rotate, "EVEN": True}
-    moved = world * bits / 8 + 2 / block + _SIZES[out]
-    pointers = {"P": "i32", "OUT": out, **_BF16}
-    kernel = decode_sum_shared_kernel
-    return Variant("decode_sum_shared", kernel, pointers, constants, moved, out, bits)
+def _levels(*, ef: bool) -> Variant:
+    constants = {"BLOCK": 256, "EF": ef, "EVEN": True}
+    moved = 4 * (3 if ef else 1) + 2 / 8 + 4 / 256
+    pointers = {"X": "fp32", "E": "fp32", "P": "u8", "S": "bf16"}
+    return Variant("lloyd_encode", lloyd_encode_kernel, pointers, constants, moved, bits=2)
 
 
-def _requant(world: int, bits: int, *, stochastic: bool, ef: bool) -> Variant:
-    constants = {
-        "W": world,
-        "BITS": bits,
-        "BLOCK": 4096,
-        "SCALE": "absmax",
-        "STOCHASTIC": stochastic,
-        "EF": ef,
-        "EVEN": True,
-    }
-    pointers = {"P": "i32", "E": "bf16", "OUT": "u8", **_BF16}
-    moved = (world + 1) * bits / 8 + (4 if ef else 0)
-    return Variant("reduce_requant", reduce_requant_kernel, pointers, constants, moved, bits=bits)
+def _mean_of_levels(world: int) -> Variant:
+    constants = {"BLOCK": 256, "WEIGHTED": False, "EVEN": True}
+    moved = world * (2 / 8 + 4 / 256) + 4
+    pointers = {"P": "u8", "S": "bf16", "WEIGHTS": "bf16", "OUT": "fp32"}
+    kernel = lloyd_mean_kernel
+    return Variant("lloyd_mean", kernel, pointers, constants, moved, bits=2, straight=False)
+
+
+def _signs(kept: int, *, ef: bool) -> Variant:
+    constants = {"BLOCK": 256, "KEPT": kept, "EF": ef, "EVEN": True}
+    moved = 4 * (3 if ef else 1) + (1 + kept / 256) / 8 + 2 / 256
+    pointers = {"X": "fp32", "E": "fp32", "D": "u8", "P": "u8", "S": "bf16"}
+    return Variant("rotsign_encode", rotsign_encode_kernel, pointers, constants, moved, bits=1)
+
+
+def _mean_of_signs(world: int) -> Variant:
+    constants = {"BLOCK": 256, "KEPT": 256, "WEIGHTED": False, "EVEN": True}
+    moved = world * (2 / 8 + 2 / 256) + 4
+    pointers = {"P": "u8", "S": "bf16", "D": "u8", "WEIGHTS": "bf16", "OUT": "fp32"}
+    kernel = rotsign_mean_kernel
+    return Variant("rotsign_mean", kernel, pointers, constants, moved, bits=1, straight=False)
 
 
 def _topk(dtype: str, nbits: int, *, ef: bool) -> Variant:
@@ -198,35 +206,12 @@ def _rows(k: int) -> Variant:
     return Variant("top_rows", top_rows_kernel, pointers, constants, 6 + 3 * k / 64, "bf16")
 
 
-def _project(dtype: str) -> Variant:
-    _, deep, wide = project_quantise.TILES[_SIZES[dtype]]
-    constants = {
-        "a_row": 1,  # a stride of 1 is a constant in the launcher, too
-        "ROWS": 32,
-        "COLS": wide,
-        "DEEP": deep,
-        "PRECISION": "16" if dtype == "bf16" else "tf32x3",
-    }
-    pointers = {"A": dtype, "B": dtype, "OUT": "fp32"}
-    return Variant(
-        "project_quantise",
-        project_quantise.project_kernel,
-        pointers,
-        constants,
-        _SIZES[dtype],
-        dtype,
-        elements=wide * deep,
-        straight=False,
-    )
-
-
 _ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
 
 VARIANTS: Mapping[str, Variant] = {
     "encode 4 bits, rotated, dithered, EF, bf16": _encode(4, **_ROTATED),
     "encode 4 bits, rotated, dithered, EF, fp32": _encode(4, "fp32", **_ROTATED),
     "encode 4 bits, rotated, dithered, EF, tail": _encode(4, even=False, **_ROTATED),
-    "encode 2 bits, rotated, dithered, EF, given": _encode(2, scale="given", **_ROTATED),
     "encode 1 bit, rotated, l1, EF": _encode(1, scale="l1", rotate=True, ef=True),
     "encode 4 bits, nearest, fp32": _encode(4, "fp32"),
     "encode 8 bits of 256, nearest, fp32": _encode(8, "fp32", block=256),
@@ -237,17 +222,12 @@ VARIANTS: Mapping[str, Variant] = {
     "decode_mean of 8, 4 bits, weighted": _decode(8, 4, weighted=True),
     "decode_mean of 64, 4 bits, rotated": _decode(64, 4, rotate=True),
     "decode_mean of 2, 4 bits, bytes": _decode(2, 4, words="u8"),
-    "decode_sum_shared of 8, 4 bits, rotated": _shared(8, 4),
-    "decode_sum_shared of 32, 2 bits, rotated": _shared(32, 2),
-    "reduce_requant of 8, 4 bits, dithered, EF": _requant(8, 4, stochastic=True, ef=True),
-    "chunk_absmax, rotated, EF": Variant(
-        "chunk_absmax",
-        chunk_absmax_kernel,
-        {"X": "bf16", "E": "bf16", "OUT": "fp32", **_BF16},
-        {"BLOCK": 4096, "ROTATE": True, "EF": True, "EVEN": True},
-        4,
-        "bf16",
-    ),
+    "lloyd_encode of 256": _levels(ef=False),
+    "lloyd_encode of 256, EF": _levels(ef=True),
+    "lloyd_mean of 8": _mean_of_levels(8),
+    "rotsign_encode 256 of 256": _signs(256, ef=False),
+    "rotsign_encode 64 of 256, EF": _signs(64, ef=True),
+    "rotsign_mean of 8": _mean_of_signs(8),
     "topk_encode 64 of 4096, EF, fp32": _topk("fp32", 31, ef=True),
     "topk_encode 64 of 4096, bf16": _topk("bf16", 15, ef=False),
     "top_rows 1 of 64, EF": _rows(1),
@@ -260,8 +240,6 @@ VARIANTS: Mapping[str, Variant] = {
         4 + 8 * 4 / 64,
         "bf16",
     ),
-    "project_quantise to rank 32, fp32": _project("fp32"),
-    "project_quantise to rank 32, bf16": _project("bf16"),
 }
 
 #: Compiled for every target, each kernel at least once; the others for ``sm_90`` alone, for time.
@@ -273,14 +251,13 @@ EVERYWHERE = frozenset(
         "encode 4 bits of 64, dithered, EF",
         "decode_mean of 8, 4 bits, rotated",
         "decode_mean of 8, 1 bit, rotated",
-        "decode_sum_shared of 8, 4 bits, rotated",
-        "reduce_requant of 8, 4 bits, dithered, EF",
-        "chunk_absmax, rotated, EF",
+        "lloyd_encode of 256, EF",
+        "lloyd_mean of 8",
+        "rotsign_encode 64 of 256, EF",
+        "rotsign_mean of 8",
         "topk_encode 64 of 4096, EF, fp32",
         "top_rows 2 of 64, EF",
         "sparse_mean of 8, 64 of 4096",
-        "project_quantise to rank 32, fp32",
-        "project_quantise to rank 32, bf16",
     }
 )
 
@@ -300,11 +277,8 @@ def compiled(name: str, target: str) -> Found:
     arch: int | str = target if amd else int(target.removeprefix("sm_"))
     gpu = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
     warps = launch.warps(variant.op, arch, _DTYPES[variant.dtype], variant.bits)
-    constants = dict(variant.constants)
-    if amd and constants.get("PRECISION") == "tf32x3":
-        constants["PRECISION"] = "ieee"
     binary = triton.compile(
-        replace(variant, constants=constants).source(),
+        variant.source(),
         target=gpu,
         options={"num_warps": warps, "enable_fp_fusion": False},
     )

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from gradcodec.reference.encode import encode as encode_by_torch
-from gradcodec.reference.hadamard import CHUNK, rotation_factors
-from gradcodec_kernels.chunk_absmax import chunk_absmax
+from gradcodec.reference.hadamard import CHUNK, random_sign_words, rotation_factors
 from gradcodec_kernels.decode_mean import decode_mean
-from gradcodec_kernels.decode_sum_shared import decode_sum_shared
 from gradcodec_kernels.encode import encode
-from gradcodec_kernels.project_quantise import project_quantise
-from gradcodec_kernels.reduce_requant import reduce_requant
+from gradcodec_kernels.lloyd_encode import lloyd_encode
+from gradcodec_kernels.lloyd_mean import lloyd_mean
+from gradcodec_kernels.rotsign_encode import rotsign_encode
+from gradcodec_kernels.rotsign_mean import rotsign_mean
 from gradcodec_kernels.sparse_mean import sparse_mean
 from gradcodec_kernels.top_rows import top_rows
 from gradcodec_kernels.topk_encode import topk_encode
+
+BLOCK = 256
+"""Of what has blocks of its own."""
 
 Timed = tuple[Callable[[], Any], int]
 Make = Callable[[int, torch.device], Timed]
@@ -112,43 +115,54 @@ def _decode(
     return make
 
 
-def _shared(world: int, bits: int) -> Make:
+def _levels(*, ef: bool) -> Make:
     def make(numel: int, device: torch.device) -> Timed:
-        packed = _payloads(world, numel, bits, device)
-        scales = _steps(numel // CHUNK, device=device)
-        result = torch.empty(numel, dtype=torch.bfloat16, device=device)
-        rotation = _rotation(device)
+        values = torch.randn(numel, device=device)
+        residual = torch.zeros_like(values) if ef else None
+        packed = torch.empty(numel // 4, dtype=torch.uint8, device=device)
+        levels = _steps(numel // BLOCK, 2, device=device)
 
         def call() -> None:
-            decode_sum_shared(packed, scales, result, bits=bits, block=CHUNK, rotation=rotation)
+            lloyd_encode(values, packed, levels, block=BLOCK, residual=residual)
 
-        return call, _bytes(packed, scales, result)
+        return call, _bytes(values, residual, residual, packed, levels)
 
     return make
 
 
-def _requant(numel: int, device: torch.device) -> Timed:
-    packed = _payloads(8, numel, 4, device)
-    scales = _steps(8, numel // CHUNK, device=device)
-    residual = torch.zeros(numel, dtype=torch.bfloat16, device=device)
-    out, steps = torch.empty_like(packed[0]), torch.empty_like(scales[0])
-    options: dict[str, Any] = {"bits": 4, "block": CHUNK, "scale": "absmax", "stochastic": True}
+def _mean_of_levels(numel: int, device: torch.device) -> Timed:
+    packed = _payloads(8, numel, 2, device)
+    levels = _steps(8, 2 * numel // BLOCK, device=device)
+    out = torch.empty(numel, device=device)
+    return lambda: lloyd_mean(packed, levels, out, block=BLOCK), _bytes(packed, levels, out)
+
+
+def _signs(kept: int, *, ef: bool) -> Make:
+    def make(numel: int, device: torch.device) -> Timed:
+        values = torch.randn(numel, device=device)
+        residual = torch.zeros_like(values) if ef else None
+        signs = random_sign_words(numel, 1).to(device)
+        packed = torch.empty(numel // BLOCK * kept // 8, dtype=torch.uint8, device=device)
+        scales = _steps(numel // BLOCK, device=device)
+
+        def call() -> None:
+            rotsign_encode(values, signs, packed, scales, block=BLOCK, kept=kept, residual=residual)
+
+        return call, _bytes(values, residual, residual, signs, packed, scales)
+
+    return make
+
+
+def _mean_of_signs(numel: int, device: torch.device) -> Timed:
+    packed = _payloads(8, numel, 1, device)
+    scales = _steps(8, numel // BLOCK, device=device)
+    signs = random_sign_words(8 * numel, 1).view(8, -1).to(device)
+    out = torch.empty(numel, device=device)
 
     def call() -> None:
-        reduce_requant(packed, scales, out, steps, numel, residual=residual, **options)
+        rotsign_mean(packed, scales, signs, out, block=BLOCK, kept=BLOCK)
 
-    return call, _bytes(packed, scales, residual, residual, out, steps)
-
-
-def _absmax(numel: int, device: torch.device) -> Timed:
-    values = torch.randn(numel, dtype=torch.bfloat16, device=device)
-    residual, rotation = torch.randn_like(values), _rotation(device)
-    out = torch.empty(numel // CHUNK, device=device)
-
-    def call() -> None:
-        chunk_absmax(values, out, block=CHUNK, rotation=rotation, residual=residual)
-
-    return call, _bytes(values, residual, out)
+    return call, _bytes(packed, scales, signs, out)
 
 
 def _topk(dtype: str, *, ef: bool) -> Make:
@@ -189,24 +203,6 @@ def _sparse(numel: int, device: torch.device) -> Timed:
     return lambda: sparse_mean(kept, index, out, chunk=CHUNK), _bytes(kept, index, out)
 
 
-def _project(dtype: str) -> Make:
-    def make(numel: int, device: torch.device) -> Timed:
-        columns = min(4096, numel // 64)
-        grad = torch.randn(numel // columns, columns, dtype=DTYPES[dtype], device=device)
-        left = torch.randn(len(grad), 32, dtype=DTYPES[dtype], device=device)
-        code = torch.empty(32, columns, device=device)
-        packed = torch.empty(code.numel() // 2, dtype=torch.uint8, device=device)
-        scales = torch.empty(-(-code.numel() // CHUNK), dtype=torch.bfloat16, device=device)
-        options: dict[str, Any] = {"bits": 4, "block": CHUNK, "scale": "absmax"}
-
-        def call() -> None:
-            project_quantise(grad, left, packed, scales, code, **options)
-
-        return call, _bytes(grad, left, code, packed, scales)
-
-    return make
-
-
 _ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
 
 #: By the names of ``aot_gate.VARIANTS``.
@@ -214,7 +210,6 @@ KERNELS: Mapping[str, Make] = {
     "encode 4 bits, rotated, dithered, EF, bf16": _encode(4, **_ROTATED),
     "encode 4 bits, rotated, dithered, EF, fp32": _encode(4, "fp32", **_ROTATED),
     "encode 4 bits, rotated, dithered, EF, tail": _encode(4, tail=100, **_ROTATED),
-    "encode 2 bits, rotated, dithered, EF, given": _encode(2, scale="given", **_ROTATED),
     "encode 1 bit, rotated, l1, EF": _encode(1, scale="l1", rotate=True, ef=True),
     "encode 4 bits, nearest, fp32": _encode(4, "fp32"),
     "encode 8 bits of 256, nearest, fp32": _encode(8, "fp32", block=256),
@@ -225,17 +220,17 @@ KERNELS: Mapping[str, Make] = {
     "decode_mean of 8, 4 bits, weighted": _decode(8, 4, weighted=True),
     "decode_mean of 64, 4 bits, rotated": _decode(64, 4, rotate=True),
     "decode_mean of 2, 4 bits, bytes": _decode(2, 4, apart=1),
-    "decode_sum_shared of 8, 4 bits, rotated": _shared(8, 4),
-    "decode_sum_shared of 32, 2 bits, rotated": _shared(32, 2),
-    "reduce_requant of 8, 4 bits, dithered, EF": _requant,
-    "chunk_absmax, rotated, EF": _absmax,
+    "lloyd_encode of 256": _levels(ef=False),
+    "lloyd_encode of 256, EF": _levels(ef=True),
+    "lloyd_mean of 8": _mean_of_levels,
+    "rotsign_encode 256 of 256": _signs(256, ef=False),
+    "rotsign_encode 64 of 256, EF": _signs(64, ef=True),
+    "rotsign_mean of 8": _mean_of_signs,
     "topk_encode 64 of 4096, EF, fp32": _topk("fp32", ef=True),
     "topk_encode 64 of 4096, bf16": _topk("bf16", ef=False),
     "top_rows 1 of 64, EF": _rows(1),
     "top_rows 2 of 64, EF": _rows(2),
     "sparse_mean of 8, 64 of 4096": _sparse,
-    "project_quantise to rank 32, fp32": _project("fp32"),
-    "project_quantise to rank 32, bf16": _project("bf16"),
 }
 
 
@@ -251,13 +246,6 @@ def _torch_encode(numel: int, device: torch.device) -> Timed:
 def _torch_topk(numel: int, device: torch.device) -> Timed:
     rows = torch.randn(numel // CHUNK, CHUNK, device=device)
     return lambda: rows.abs().topk(64, sorted=False), _bytes(rows) + 12 * 64 * len(rows)
-
-
-def _torch_project(numel: int, device: torch.device) -> Timed:
-    columns = min(4096, numel // 64)
-    grad = torch.randn(numel // columns, columns, dtype=torch.bfloat16, device=device)
-    left = torch.randn(len(grad), 32, dtype=torch.bfloat16, device=device)
-    return lambda: left.T @ grad, _bytes(grad, left) + 2 * 32 * columns
 
 
 def _bitsandbytes_8bit(numel: int, device: torch.device) -> Timed:
@@ -301,7 +289,6 @@ def _torchft_fp8(numel: int, device: torch.device) -> Timed:
 PEERS: Mapping[str, Make] = {
     "torch: encode 4 bits, nearest, fp32 (reference)": _torch_encode,
     "torch: topk 64 of 4096, fp32": _torch_topk,
-    "torch: projection to rank 32, bf16": _torch_project,
     "bitsandbytes: 8 bits of 256, fp32": _bitsandbytes_8bit,
     "bitsandbytes: nf4 of 64, bf16": _bitsandbytes_4bit,
     "torchao: 8 bits of 256, fp32, compiled": _torchao_8bit,

@@ -6,24 +6,26 @@ GIL, and callers with more cores than ranks may split a vector at chunks.
 """
 
 from gradcodec.native.coding import (
-    chunk_absmax,
     decode_mean,
-    decode_sum_shared,
     encode,
+    lloyd_encode,
+    lloyd_mean,
     random_bytes,
-    reduce_requant,
+    rotsign_encode,
+    rotsign_mean,
 )
 from gradcodec.native.library import available, status
 from gradcodec.native.sparse import sparse_mean, top_rows, topk_encode
 
 __all__ = [
     "available",
-    "chunk_absmax",
     "decode_mean",
-    "decode_sum_shared",
     "encode",
+    "lloyd_encode",
+    "lloyd_mean",
     "random_bytes",
-    "reduce_requant",
+    "rotsign_encode",
+    "rotsign_mean",
     "sparse_mean",
     "status",
     "top_rows",

@@ -1,7 +1,7 @@
-"""The quantising ops in C; arguments and results as in ``gradcodec.reference``, bit for bit.
+"""The quantising ops in C; results as in ``gradcodec.reference``, bit for bit.
 
-Tensors are contiguous and on the CPU. What would let C read or write beyond memory is checked
-here, the rest by ``gradcodec.ops``.
+Every function writes into ``out``, the outputs that the op's declaration made after its checks.
+Addresses are given to C by ``memory.at``, which checks the size of what is there once more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gradcodec.native.library import current
 from gradcodec.native.memory import at, typed
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.reference.encode import padded_numel
-from gradcodec.reference.grid import SCALES, check_grid, check_scale
-from gradcodec.reference.hadamard import CHUNK
+from gradcodec.reference.grid import SCALES
+from gradcodec.reference.hadamard import sign_words
 
 _MASK = (1 << 64) - 1
 
@@ -33,80 +33,28 @@ def encode(
     values: Tensor,
     *,
     bits: int,
-    block: int = CHUNK,
-    scale: str = "absmax",
-    rotate: bool = False,
-    stochastic: bool = False,
-    seed: int = 0,
-    residual: Tensor | None = None,
-    scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    block: int,
+    scale: str,
+    rotate: bool,
+    stochastic: bool,
+    seed: int,
+    residual: Tensor | None,
+    out: tuple[Tensor, Tensor],
+) -> None:
     """``gradcodec.reference.encode.encode``.
 
     Sums of ``l1`` and ``rms`` are of fp64 in another order, so a scale may differ in its last bit
     where it lies halfway between two bf16 numbers.
     """
-    check_grid(bits, block, rotate)
-    check_scale(scale, bits)
     numel, total = values.numel(), padded_numel(values.numel(), rotate)
-    packed, used = _outputs(total, bits, block)
     current().call(
         "encode",
         *typed("values", values, numel),
         *(numel, total, bits, block, SCALES.index(scale), rotate, stochastic, seed & _MASK),
         *typed("residual", residual, total),
-        at("scales", scales, used.numel(), torch.bfloat16),
-        packed.data_ptr(),
-        used.data_ptr(),
+        at("packed", out[0], packed_nbytes(total, bits), torch.uint8),
+        at("scales", out[1], -(-total // block), torch.bfloat16),
     )
-    return packed, used
-
-
-def reduce_requant(
-    packed: Tensor,
-    scales: Tensor,
-    numel: int,
-    *,
-    bits: int,
-    block: int = CHUNK,
-    scale: str = "absmax",
-    stochastic: bool = False,
-    seed: int = 0,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``gradcodec.reference.reduce_requant.reduce_requant``, in one pass."""
-    check_grid(bits, block)
-    check_scale(scale, bits)
-    world = _world(packed)
-    out, used = _outputs(numel, bits, block)
-    current().call(
-        "reduce_requant",
-        at("packed", packed, world * out.numel(), torch.uint8),
-        out.numel(),
-        at("scales", scales, world * used.numel(), torch.bfloat16),
-        *(used.numel(), world, numel, bits, block, SCALES.index(scale), stochastic, seed & _MASK),
-        *typed("residual", residual, numel),
-        out.data_ptr(),
-        used.data_ptr(),
-    )
-    return out, used
-
-
-def chunk_absmax(
-    values: Tensor, *, block: int = CHUNK, rotate: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    """``gradcodec.reference.chunk_absmax.chunk_absmax``."""
-    check_grid(8, block, rotate)
-    numel, total = values.numel(), padded_numel(values.numel(), rotate)
-    peaks = torch.empty(-(-total // block))
-    current().call(
-        "chunk_absmax",
-        *typed("values", values, numel),
-        *(numel, total, block, rotate),
-        *typed("residual", residual, total),
-        peaks.data_ptr(),
-    )
-    return peaks
 
 
 def decode_mean(
@@ -115,77 +63,107 @@ def decode_mean(
     numel: int,
     *,
     bits: int,
-    block: int = CHUNK,
-    rotate: bool = False,
-    weights: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``gradcodec.reference.decode_mean.decode_mean``.
-
-    With ``out`` ``[numel]`` of ``dtype`` the result is written there. For large vectors that is
-    several times faster: memory that the system has to hand out costs more than decoding.
-    """
-    return _decode(packed, scales, numel, bits, block, rotate, weights, dtype, out, shared=False)
-
-
-def decode_sum_shared(
-    packed: Tensor,
-    scales: Tensor,
-    numel: int,
-    *,
-    bits: int,
-    block: int = CHUNK,
-    rotate: bool = False,
-    dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As the oracle of this name; ``out`` as in ``decode_mean``."""
-    return _decode(packed, scales, numel, bits, block, rotate, None, dtype, out, shared=True)
-
-
-def _decode(
-    packed: Tensor,
-    scales: Tensor,
-    numel: int,
-    bits: int,
     block: int,
     rotate: bool,
     weights: Tensor | None,
     dtype: torch.dtype,
-    out: Tensor | None,
-    shared: bool,
-) -> Tensor:
-    check_grid(bits, block, rotate)
-    total, world = padded_numel(numel, rotate), _world(packed)
-    if numel < 0:
-        raise ConfigError(f"expected a number of values, got {numel}")
-    # Before the memory for what is decoded, which is as large as `numel` says.
+    out: Tensor,
+) -> None:
+    """``gradcodec.reference.decode_mean.decode_mean``."""
+    total, world = padded_numel(numel, rotate), len(packed)
     nbytes, blocks = packed_nbytes(total, bits), -(-total // block)
-    coded = at("packed", packed, world * nbytes, torch.uint8)
-    deltas = at("scales", scales, blocks if shared else world * blocks, torch.bfloat16)
-    shares = at("weights", weights, world, torch.float32)
-    if out is None:
-        out = torch.empty(numel, dtype=dtype)
-    at("out", out, numel, dtype)
     memory, its_dtype = typed("out", out, numel)
     current().call(
         "decode",
-        *(coded, nbytes, deltas, blocks, world, shares),
-        *(numel, total, bits, block, rotate, shared, its_dtype, memory),
+        at("packed", packed, world * nbytes, torch.uint8),
+        nbytes,
+        at("scales", scales, world * blocks, torch.bfloat16),
+        *(blocks, world, at("weights", weights, world, torch.float32)),
+        *(numel, total, bits, block, rotate, its_dtype, memory),
     )
-    return out
 
 
-def _world(packed: Tensor) -> int:
-    """How many payloads there are: rows of ``packed [W, bytes]``."""
-    if packed.ndim != 2 or not len(packed):
-        raise ConfigError(f"packed: expected [W, bytes] with W >= 1, got {list(packed.shape)}")
-    return len(packed)
+def lloyd_encode(
+    values: Tensor, *, block: int, residual: Tensor | None, out: tuple[Tensor, Tensor]
+) -> None:
+    """``gradcodec.reference.two_means.encode``."""
+    numel = values.numel()
+    failed = current().call(
+        "lloyd",
+        *typed("values", values, numel),
+        *(numel, block),
+        *typed("residual", residual, numel),
+        at("packed", out[0], packed_nbytes(numel, 2), torch.uint8),
+        at("scales", out[1], 2 * -(-numel // block), torch.bfloat16),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a block of {block} values")
 
 
-def _outputs(total: int, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(packed_nbytes(total, bits), dtype=torch.uint8),
-        torch.empty(-(-total // block), dtype=torch.bfloat16),
+def lloyd_mean(
+    packed: Tensor,
+    scales: Tensor,
+    numel: int,
+    *,
+    block: int,
+    weights: Tensor | None,
+    out: Tensor,
+) -> None:
+    """``gradcodec.reference.two_means.decode_mean``."""
+    world, nbytes, blocks = len(packed), packed_nbytes(numel, 2), -(-numel // block)
+    current().call(
+        "lloyd_mean",
+        at("packed", packed, world * nbytes, torch.uint8),
+        nbytes,
+        at("scales", scales, 2 * world * blocks, torch.bfloat16),
+        *(blocks, world, at("weights", weights, world, torch.float32), numel, block),
+        at("out", out, numel, torch.float32),
+    )
+
+
+def rotsign_encode(
+    values: Tensor,
+    signs: Tensor,
+    *,
+    block: int,
+    kept: int,
+    residual: Tensor | None,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """``gradcodec.reference.rotsign.encode``; a scale may differ as one of ``encode``."""
+    numel, blocks = values.numel(), -(-values.numel() // block)
+    current().call(
+        "rotsign",
+        *typed("values", values, numel),
+        at("signs", signs, sign_words(blocks * block), torch.int64),
+        *(numel, block, kept),
+        *typed("residual", residual, numel),
+        at("packed", out[0], packed_nbytes(blocks * kept, 1), torch.uint8),
+        at("scales", out[1], blocks, torch.bfloat16),
+    )
+
+
+def rotsign_mean(
+    packed: Tensor,
+    scales: Tensor,
+    signs: Tensor,
+    numel: int,
+    *,
+    block: int,
+    kept: int,
+    weights: Tensor | None,
+    out: Tensor,
+) -> None:
+    """``gradcodec.reference.rotsign.decode_mean``."""
+    world, blocks = len(packed), -(-numel // block)
+    nbytes, words = packed_nbytes(blocks * kept, 1), sign_words(blocks * block)
+    current().call(
+        "rotsign_mean",
+        at("packed", packed, world * nbytes, torch.uint8),
+        nbytes,
+        at("scales", scales, world * blocks, torch.bfloat16),
+        blocks,
+        at("signs", signs, world * words, torch.int64),
+        *(words, world, at("weights", weights, world, torch.float32), numel, block, kept),
+        at("out", out, numel, torch.float32),
     )

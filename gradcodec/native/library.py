@@ -15,7 +15,7 @@ from typing import Any
 from gradcodec.errors import ConfigError
 from gradcodec.native import sources
 
-ABI = 1
+ABI = 2
 """``GRADCODEC_ABI`` of ``src/levels.h``."""
 
 SWITCH = "GRADCODEC_NATIVE"
@@ -27,19 +27,20 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "random_bytes": (None, _SEED, _SIZE, _SEED, _AT),
     "encode": (
         *(None, *_TYPED, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT, _INT, _SEED, *_TYPED),
-        *(_AT, _AT, _AT),
-    ),
-    "reduce_requant": (
-        *(None, _AT, _SIZE, _AT, _SIZE, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT, _SEED, *_TYPED),
         *(_AT, _AT),
     ),
-    "chunk_absmax": (None, *_TYPED, _SIZE, _SIZE, _SIZE, _INT, *_TYPED, _AT),
     "decode": (
-        *(None, _AT, _SIZE, _AT, _SIZE, _SIZE, _AT, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT),
+        *(None, _AT, _SIZE, _AT, _SIZE, _SIZE, _AT, _SIZE, _SIZE, _INT, _SIZE, _INT),
         *(_INT, _AT),
     ),
     "topk": (_INT, *_TYPED, _SIZE, _SIZE, _SIZE, *_TYPED, _AT, _AT),
     "rows": (None, *_TYPED, _SIZE, _SIZE, *_TYPED, _AT, _AT),
+    "lloyd": (_INT, *_TYPED, _SIZE, _SIZE, *_TYPED, _AT, _AT),
+    "lloyd_mean": (None, _AT, _SIZE, _AT, _SIZE, _SIZE, _AT, _SIZE, _SIZE, _AT),
+    "rotsign": (None, *_TYPED, _AT, _SIZE, _SIZE, _SIZE, *_TYPED, _AT, _AT),
+    "rotsign_mean": (
+        *(None, _AT, _SIZE, _AT, _SIZE, _AT, _SIZE, _SIZE, _AT, _SIZE, _SIZE, _SIZE, _AT),
+    ),
     "sparse_mean": (_INT, *_TYPED, _AT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _AT),
 }
 

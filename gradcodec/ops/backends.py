@@ -1,26 +1,29 @@
-"""Who computes an op: torch, the C accelerator, or Triton kernels; decided by device at import."""
+"""Who computes an op: torch, the C library or Triton kernels; chosen by device, or by name."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradcodec import native
 from gradcodec.errors import ConfigError
-from gradcodec.ops import adapters
-from gradcodec.ops.schemas import NAMES, NAMESPACE
+from gradcodec.reference.hadamard import rotation_factors
 
-Op = Callable[..., Any]
-
-#: What CPU tensors are given to, once for the process: bytes are equal, speeds are not.
+#: What computes on CPU tensors, once for the process: bytes are equal, speeds are not.
 CPU = "native" if native.available() else "reference"
 
 
 def implementation(device: torch.device | str) -> str:
-    """Name of what computes on a device when nothing is asked for."""
+    """The implementation that a device has when none is asked for."""
     kind = torch.device(device).type
     if kind == "cpu":
         return CPU
@@ -36,25 +39,81 @@ def status() -> dict[str, str]:
     }
 
 
-def pick(name: str, device: torch.device, impl: str | None) -> Op:
-    """The op for a device, or the one asked for by name; ``ConfigError`` if it cannot be had."""
-    if impl is None:
-        op: Op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        return op
-    if impl == "reference":
-        return adapters.REFERENCE[name]
-    if impl == "native":
-        if device.type != "cpu" or not native.available():
-            raise ConfigError(
-                f"impl='native' is for CPU tensors, got {device}; it is {native.status()}"
-            )
-        return adapters.NATIVE.get(name, adapters.REFERENCE[name])
-    if impl == "triton":
-        missing = _why_no_triton()
-        if missing:
-            raise ConfigError(f"impl='triton': {missing}")
-        return adapters.triton(name)
-    raise ConfigError(f"expected impl of 'reference', 'native', 'triton' or None, got {impl!r}")
+@dataclass(frozen=True)
+class Op:
+    """An op and its implementations.
+
+    The C function is the one of the same name in ``gradcodec.native``, the kernel the one of the
+    same name in ``gradcodec_kernels``. Both write into the outputs that the declaration makes.
+
+    Attributes:
+        name: of the op, its C function and its kernel.
+        declaration: checks the arguments and returns empty outputs.
+        reference: computes with torch, on any device.
+    """
+
+    name: str
+    declaration: Callable[..., Any]
+    reference: Callable[..., Any]
+
+    def on(self, device: torch.device, impl: str) -> Callable[..., Any]:
+        """The implementation of a name; ``ConfigError`` with the reason if it cannot be had."""
+        if impl == "reference":
+            return self.by_reference
+        if impl == "native":
+            if device.type != "cpu" or not native.available():
+                raise ConfigError(
+                    f"impl='native' is for CPU tensors, got {device}; it is {native.status()}"
+                )
+            return self.by_native
+        if impl == "triton":
+            missing = _why_no_triton()
+            if missing:
+                raise ConfigError(f"impl='triton': {missing}")
+            return self.by_triton
+        raise ConfigError(f"expected impl of 'reference', 'native', 'triton' or None, got {impl!r}")
+
+    def by_reference(self, *args: Any, **settings: Any) -> Any:
+        """The oracle, after the checks of the declaration."""
+        self.declaration(*args, **settings)
+        return self.reference(*args, **settings)
+
+    def by_native(self, *args: Any, **settings: Any) -> Any:
+        """The C function on the declaration's outputs."""
+        out = self.declaration(*args, **settings)
+        getattr(native, self.name)(*args, **{**self.defaults, **settings}, out=out)
+        return out
+
+    def by_triton(self, *args: Any, **settings: Any) -> Any:
+        """The kernel: tensors, then outputs, then those settings that it has a parameter for."""
+        out = self.declaration(*args, **settings)
+        kernel = _kernel(self.name)
+        settings = {**self.defaults, **settings}
+        device = args[0].device
+        if "rotate" in settings:
+            settings["rotation"] = _rotation(device) if settings["rotate"] else None
+        wanted = inspect.signature(kernel).parameters
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        outputs = out if isinstance(out, tuple) else (out,)
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            try:
+                kernel(*tensors, *outputs, **{k: v for k, v in settings.items() if k in wanted})
+            except ValueError as limit:
+                raise ConfigError(
+                    f"{self.name} on a GPU: {limit}; impl='reference' takes it"
+                ) from limit
+        return out
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Settings that need not be given; the dispatcher leaves out those that equal them."""
+        parameters = inspect.signature(self.declaration).parameters.values()
+        return {
+            p.name: p.default
+            for p in parameters
+            if p.default is not inspect.Parameter.empty and p.name != "impl"
+        }
 
 
 def _why_no_triton() -> str:
@@ -63,14 +122,14 @@ def _why_no_triton() -> str:
     return ""
 
 
-def _on_cuda(name: str) -> Op:
-    def run(*args: Any) -> Any:
-        return pick(name, torch.device("cuda"), "triton")(*args)
+@functools.cache
+def _kernel(name: str) -> Callable[..., None]:
+    module = importlib.import_module(f"gradcodec_kernels.{name}")
+    kernel: Callable[..., None] = getattr(module, name)
+    return kernel
 
-    return run
 
-
-for _name in NAMES:
-    _cpu = adapters.NATIVE.get(_name) if CPU == "native" else None
-    torch.library.impl(f"{NAMESPACE}::{_name}", "CPU")(_cpu or adapters.REFERENCE[_name])
-    torch.library.impl(f"{NAMESPACE}::{_name}", "CUDA")(_on_cuda(_name))
+@functools.cache
+def _rotation(device: torch.device) -> tuple[Tensor, Tensor]:
+    left, right = rotation_factors(device)
+    return left.to(torch.bfloat16).contiguous(), right.to(torch.bfloat16).contiguous()

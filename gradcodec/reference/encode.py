@@ -34,7 +34,6 @@ def encode(
     stochastic: bool = False,
     seed: int = 0,
     residual: Tensor | None = None,
-    scales: Tensor | None = None,
     rotation_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Quantise ``values [n]`` on the grids of ``gradcodec.reference.grid``.
@@ -55,7 +54,6 @@ def encode(
             expectation is then the value, to 1/512 of a step.
         seed: 64 bits; callers put a step in the high half.
         residual: ``[padded_numel(n, rotate)]``, any floating dtype, updated in place.
-        scales: bf16 ``[blocks]`` to use instead of the values' own (shared scales).
         rotation_dtype: what the rotation is computed in; see ``rotate_chunks``.
 
     Returns:
@@ -73,10 +71,7 @@ def encode(
         if residual is not None:
             flat += residual[start : start + count].float()
         at = slice(start // block, start // block + len(rows))
-        if scales is None:
-            used[at] = grid.deltas(rows, counts, bits, scale, stochastic)
-        else:
-            used[at] = scales[at]
+        used[at] = grid.deltas(rows, counts, bits, scale, stochastic)
         dither = None
         if stochastic:
             u8 = random_bytes(start, rows.numel(), seed, values.device)

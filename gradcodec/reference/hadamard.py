@@ -21,9 +21,25 @@ def hadamard(size: int) -> Tensor:
 
 def random_signs(count: int, seed: int) -> Tensor:
     """``[count]`` fp32 of +-1 from the raw bits of numpy's PCG64, which no version changes."""
-    words = np.random.PCG64(seed).random_raw(-(-count // 64)).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
-    return torch.from_numpy(1.0 - 2.0 * bits.astype(np.float32))
+    return signs_of(random_sign_words(count, seed), count)
+
+
+def signs_of(words: Tensor, count: int) -> Tensor:
+    """fp32 ``[count]`` of +-1 from 64-bit words ``[sign_words(count)]``; set bits mean minus."""
+    places = torch.arange(64, device=words.device)
+    bits = (words[:, None] >> places) & 1
+    return 1.0 - 2.0 * bits.view(-1)[:count].float()
+
+
+def sign_words(count: int) -> int:
+    """How many 64-bit words hold ``count`` random signs."""
+    return -(-count // 64)
+
+
+def random_sign_words(count: int, seed: int) -> Tensor:
+    """The bits of ``random_signs``, int64 ``[sign_words(count)]``: set means minus."""
+    words = np.random.PCG64(seed).random_raw(sign_words(count))
+    return torch.from_numpy(words.view(np.int64))
 
 
 def rotate(rows: Tensor, signs: Tensor) -> Tensor:
@@ -68,7 +84,7 @@ def rotate_chunks(chunks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     tensor-core products do, operands rounded to bf16 and fp32 sums.
     """
     if dtype == torch.float32:
-        return _butterflies(chunks.float() * _flat_signs(chunks.device))
+        return butterflies(chunks.float() * _flat_signs(chunks.device)).mul_(1.0 / _SIDE)
     left, right = rotation_factors(chunks.device)
     tile = _bf16(chunks.float()).view(-1, _SIDE, _SIDE)
     return (left @ _bf16(tile @ right)).reshape(chunks.shape)
@@ -77,7 +93,8 @@ def rotate_chunks(chunks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def rotate_chunks_back(chunks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Inverse of ``rotate_chunks``: ``s * (H y) / 64``."""
     if dtype == torch.float32:
-        return _butterflies(chunks.float()).mul_(_flat_signs(chunks.device))
+        rotated = butterflies(chunks.float()).mul_(1.0 / _SIDE)
+        return rotated.mul_(_flat_signs(chunks.device))
     left, right = rotation_factors(chunks.device)
     tile = _bf16(chunks.float()).view(-1, _SIDE, _SIDE)
     return (left.T @ _bf16(tile @ right.T)).reshape(chunks.shape)
@@ -99,14 +116,20 @@ def _bf16(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).float()
 
 
-def _butterflies(chunks: Tensor) -> Tensor:
-    read, write, spare = chunks.contiguous(), torch.empty_like(chunks), torch.empty_like(chunks)
+def butterflies(rows: Tensor) -> Tensor:
+    """``H x`` without its factor, of every row ``[rows, size]``; a new fp32 tensor.
+
+    Stages of span 1, 2, 4 .. ``size / 2``, in each of them sums and differences of pairs: the order
+    in which every implementation adds, so that all give the same bits.
+    """
+    size = rows.shape[1]
+    read, write, spare = rows.contiguous(), torch.empty_like(rows), torch.empty_like(rows)
     span = 1
-    while span < CHUNK:
-        pairs, out = (t.view(-1, CHUNK // (2 * span), 2, span) for t in (read, write))
+    while span < size:
+        pairs, out = (t.view(-1, size // (2 * span), 2, span) for t in (read, write))
         torch.add(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 0])
         torch.sub(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 1])
         # The caller's own values are read once and never written.
         read, write, spare = write, spare, write
         span *= 2
-    return read.mul_(1.0 / _SIDE)
+    return read

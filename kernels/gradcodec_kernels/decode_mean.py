@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcodec_kernels.launch import MAGIC, Rotation, launches, options, payload
+from gradcodec_kernels.launch import MAGIC, Rotation, check_block, launches, options, payload
 from gradcodec_kernels.tiles import CHUNK, SIDE, rotated_back, store_tile, tile_offsets
 from gradcodec_kernels.unpack import mean_tile
 
@@ -79,6 +79,7 @@ def decode_mean(
         rotation: rotate back, once, after the mean.
         weights: fp32 ``[W]`` for a weighted sum instead of the mean.
     """
+    check_block(block)
     left, right = rotation or (scales, scales)
     for grid, first, rest, even in launches(out.numel()):
         codes = payload(packed, even or rotation is not None)

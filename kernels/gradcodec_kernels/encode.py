@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcodec_kernels.launch import Rotation, halves, launches, options
+from gradcodec_kernels.launch import Rotation, check_block, halves, launches, options
 from gradcodec_kernels.quantise import encode_tile
 from gradcodec_kernels.tiles import load_y
 
@@ -78,15 +78,16 @@ def encode(
     Args:
         values: ``[n]``, fp32, bf16 or fp16.
         packed: uint8 ``[ceil(N bits / 8)]``, written; ``N`` is ``n``, padded to chunks if rotated.
-        scales: bf16 ``[ceil(N / block)]``, written, or read with ``scale="given"``.
+        scales: bf16 ``[ceil(N / block)]``, written.
         bits: 1, 2, 4 or 8.
         block: values that share a scale, a power of two from 64 to 4096; 4096 if rotated.
-        scale: ``"absmax"``, ``"l1"``, ``"rms"`` or ``"given"``.
+        scale: ``"absmax"``, ``"l1"`` or ``"rms"``.
         rotation: rotate chunks of 4,096 first.
         stochastic: dither instead of rounding to nearest.
         seed: 64 bits.
         residual: ``[N]``, updated in place.
     """
+    check_block(block)
     low, high = halves(seed)
     left, right = rotation or (values, values)
     for grid, first, rest, even in launches(values.numel()):

@@ -27,19 +27,16 @@ WARPS: Mapping[tuple[str, int | str | None, torch.dtype | None, int | None], int
         {
             ("encode", None, None, None): 4,
             ("decode_mean", None, None, None): 4,
-            ("decode_sum_shared", None, None, None): 4,
-            ("reduce_requant", None, None, None): 4,
-            ("chunk_absmax", None, None, None): 4,
+            ("lloyd_encode", None, None, None): 8,
+            ("lloyd_mean", None, None, None): 4,
+            ("rotsign_encode", None, None, None): 8,
+            ("rotsign_mean", None, None, None): 8,
             ("topk_encode", None, None, None): 8,
             ("top_rows", None, None, None): 4,
             ("sparse_mean", None, None, None): 4,
-            ("project_quantise", None, None, None): 4,
             # A warp of 64: half as many, or words of one bit would not go round.
             ("encode", "gfx942", None, None): 2,
             ("decode_mean", "gfx942", None, None): 2,
-            ("decode_sum_shared", "gfx942", None, None): 2,
-            ("reduce_requant", "gfx942", None, None): 2,
-            ("chunk_absmax", "gfx942", None, None): 2,
         }
     )
 )
@@ -95,6 +92,18 @@ def halves(seed: int) -> tuple[int, int]:
     """Low and high 32 bits as signed integers: arguments of one type, whatever the seed."""
     low, high = ((seed >> shift) & 0xFFFFFFFF for shift in (0, 32))
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
+
+
+def check_block(block: int) -> None:
+    """``ValueError`` for a block that no kernel takes."""
+    if not 64 <= block <= CHUNK or block & (block - 1):
+        raise ValueError(f"expected a block of a power of two, 64..{CHUNK}, got {block}")
+
+
+def check_kept(kept: int) -> None:
+    """``ValueError`` for signs of a block that do not fill bytes."""
+    if kept % 8:
+        raise ValueError(f"expected a multiple of 8 signs of a block, got {kept}")
 
 
 def payload(packed: Tensor, whole: bool) -> Tensor:

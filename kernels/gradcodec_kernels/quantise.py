@@ -10,7 +10,6 @@ from gradcodec_kernels.tiles import (
     CHUNK,
     SIDE,
     block_max,
-    load_scales,
     side_by_side,
     store_cast,
     store_tile,
@@ -224,11 +223,8 @@ def encode_tile(
     EVEN: tl.constexpr,
 ):
     """The end of every encoder: steps, codes, bytes, and what is left over."""
-    if SCALE == "given":
-        step = load_scales(S, chunk, rest, BLOCK, ROTATE, EVEN)
-    else:
-        delta = block_delta(y, rest, BITS, BLOCK, SCALE, ROTATE, STOCHASTIC, EVEN)
-        step = stored_scales(S, delta, chunk, rest, BLOCK, ROTATE, EVEN)
+    delta = block_delta(y, rest, BITS, BLOCK, SCALE, ROTATE, STOCHASTIC, EVEN)
+    step = stored_scales(S, delta, chunk, rest, BLOCK, ROTATE, EVEN)
     codes = codes_of(y, step, low, high, chunk, BITS, ROTATE, STOCHASTIC, BLOCK)
     if EF:
         left_over = rest_of(y, codes, step, BITS)

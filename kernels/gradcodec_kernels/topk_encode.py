@@ -84,6 +84,8 @@ def topk_encode(
         chunk: any length up to ``MAX_CHUNK``; powers of two waste nothing.
         residual: ``[n]``, updated in place: ``y`` without what was kept.
     """
+    if chunk > MAX_CHUNK:
+        raise ValueError(f"expected a chunk of at most {MAX_CHUNK}, got {chunk}")
     whole, rest = divmod(values.numel(), chunk)
     tile = triton.next_power_of_2(chunk)
     nbits = _BITS.get(values.dtype, 31) if residual is None else 31

@@ -184,3 +184,31 @@ def mean_tile(
         return total
     else:
         return total * (1.0 / W)
+
+
+@triton.jit
+def load_codes(
+    P,
+    total,
+    BITS: tl.constexpr,
+    SENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """int32 ``[ROWS, COLS]``: codes at ``P``, read by bytes; zero from value ``total`` on.
+
+    Of every row the first ``SENT`` codes are there, which fill whole bytes; the others are zero.
+    """
+    PER: tl.constexpr = 8 // BITS
+    row = tl.arange(0, ROWS)[:, None]
+    byte = tl.arange(0, COLS // PER)[None, :]
+    at = P + row * (SENT // PER) + byte
+    if EVEN and SENT == COLS:
+        each = tl.load(at)
+    else:
+        mask = (byte < SENT // PER) & (row * COLS + byte * PER < total)
+        each = tl.load(at, mask=mask, other=0)
+    place = (tl.arange(0, PER) * BITS)[None, None, :]
+    codes = (each.to(tl.int32)[:, :, None] >> place) & ((1 << BITS) - 1)
+    return tl.reshape(codes, (ROWS, COLS))

@@ -68,14 +68,16 @@ def level(request: pytest.FixtureRequest, native_library: library.Library, guard
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Outputs that ``gradcodec.native`` asks for lie between bytes that must stay as they are."""
+    """Outputs of ops lie between bytes that must stay as they are."""
     made: list[tuple[Tensor, int]] = []
     make = torch.empty
 
     def between_guards(*shape: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if not caller.startswith("gradcodec.native."):
+        if not caller.startswith(("gradcodec.native.", "gradcodec.ops.")):
             return make(*shape, dtype=dtype, **more)
+        if shape and isinstance(shape[0], tuple):
+            (shape,) = shape
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         memory = torch.full((nbytes + 2 * GUARD,), 0xA5, dtype=torch.uint8)
         made.append((memory, nbytes))

@@ -13,19 +13,22 @@
 const char *gradcodec_level(int at);
 int gradcodec_levels(void);
 void gradcodec_encode(int, const void *, int, size_t, size_t, int, size_t, int, int, int, uint64_t,
-                      void *, int, const uint16_t *, uint8_t *, uint16_t *);
-void gradcodec_reduce_requant(int, const uint8_t *, size_t, const uint16_t *, size_t, size_t,
-                              size_t, int, size_t, int, int, uint64_t, void *, int, uint8_t *,
-                              uint16_t *);
-void gradcodec_chunk_absmax(int, const void *, int, size_t, size_t, size_t, int, void *, int,
-                            float *);
+                      void *, int, uint8_t *, uint16_t *);
 void gradcodec_decode(int, const uint8_t *, size_t, const uint16_t *, size_t, size_t,
-                      const float *, size_t, size_t, int, size_t, int, int, int, void *);
+                      const float *, size_t, size_t, int, size_t, int, int, void *);
 int gradcodec_topk(int, const void *, int, size_t, size_t, size_t, void *, int, void *,
                    uint16_t *);
 void gradcodec_rows(int, const void *, int, size_t, size_t, void *, int, void *, uint8_t *);
 int gradcodec_sparse_mean(int, const void *, int, const uint16_t *, size_t, size_t, size_t, size_t,
                           size_t, float *);
+int gradcodec_lloyd(int, const void *, int, size_t, size_t, void *, int, uint8_t *, uint16_t *);
+void gradcodec_lloyd_mean(int, const uint8_t *, size_t, const uint16_t *, size_t, size_t,
+                          const float *, size_t, size_t, float *);
+void gradcodec_rotsign(int, const void *, int, const uint64_t *, size_t, size_t, size_t, void *,
+                       int, uint8_t *, uint16_t *);
+void gradcodec_rotsign_mean(int, const uint8_t *, size_t, const uint16_t *, size_t,
+                            const uint64_t *, size_t, size_t, const float *, size_t, size_t, size_t,
+                            float *);
 void gradcodec_random_bytes(int, uint64_t, size_t, uint64_t, uint8_t *);
 
 static uint32_t state = 1;
@@ -53,25 +56,18 @@ static void coding(int level, size_t numel, int bits, size_t block, int rotate, 
     size_t blocks = ceiling(total, block), bytes = ceiling(total * (size_t)bits, 8);
     size_t width = dtype == FP32 ? 4 : 2;
     void *values = filled(numel * width, dtype), *residual = filled(total * width, dtype);
-    uint8_t *packed = filled(WORLD * bytes, -1), *out = filled(bytes, -1);
-    uint16_t *deltas = filled(WORLD * blocks * 2, BF16), *used = filled(blocks * 2, BF16);
-    float *weights = filled(WORLD * 4, FP32), *peaks = filled(blocks * 4, FP32);
+    uint8_t *packed = filled(WORLD * bytes, -1);
+    uint16_t *deltas = filled(WORLD * blocks * 2, BF16);
+    float *weights = filled(WORLD * 4, FP32);
     void *decoded = filled(numel * width, dtype);
     for (int with = 0; with < 2; with++) {
         void *e = with ? residual : NULL;
         gradcodec_encode(level, values, dtype, numel, total, bits, block, with ? 0 : 2, rotate,
-                         stochastic, 7, e, dtype, NULL, packed, deltas);
-        gradcodec_encode(level, values, dtype, numel, total, bits, block, 0, rotate, stochastic, 7,
-                         e, dtype, used, out, deltas);
-        gradcodec_chunk_absmax(level, values, dtype, numel, total, block, rotate, e, dtype, peaks);
-        gradcodec_reduce_requant(level, packed, bytes, deltas, blocks, WORLD, total, bits, block, 0,
-                                 stochastic, 7, e, dtype, out, used);
+                         stochastic, 7, e, dtype, packed, deltas);
         gradcodec_decode(level, packed, bytes, deltas, blocks, WORLD, with ? weights : NULL, numel,
-                         total, bits, block, rotate, 0, dtype, decoded);
-        gradcodec_decode(level, packed, bytes, deltas, blocks, WORLD, NULL, numel, total, bits,
-                         block, rotate, 1, dtype, decoded);
+                         total, bits, block, rotate, dtype, decoded);
     }
-    void *all[] = {values, residual, packed, out, deltas, used, weights, peaks, decoded};
+    void *all[] = {values, residual, packed, deltas, weights, decoded};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -121,22 +117,55 @@ static void hostile_coding(int level) {
     size_t total = rotate ? ceiling(numel, 4096) * 4096 : numel, width = dtype == FP32 ? 4 : 2;
     size_t blocks = ceiling(total, block), bytes = ceiling(total * (size_t)bits, 8);
     void *values = any(numel * width), *residual = any(total * (other == FP32 ? 4 : 2));
-    uint8_t *packed = any(world * bytes), *out = any(bytes);
-    uint16_t *deltas = any(world * blocks * 2), *used = any(blocks * 2);
-    float *weights = any(world * 4), *peaks = any(blocks * 4);
+    uint8_t *packed = any(world * bytes);
+    uint16_t *deltas = any(world * blocks * 2);
+    float *weights = any(world * 4);
     void *decoded = any(numel * width), *e = below(2) ? residual : NULL;
     const float *shares = below(2) ? weights : NULL;
     uint64_t seed = (uint64_t)state << 32 | state;
     gradcodec_decode(level, packed, bytes, deltas, blocks, world, shares, numel, total, bits, block,
-                     rotate, 0, dtype, decoded);
-    gradcodec_decode(level, packed, bytes, deltas, blocks, world, NULL, numel, total, bits, block,
-                     rotate, 1, dtype, decoded);
-    gradcodec_chunk_absmax(level, values, dtype, numel, total, block, rotate, e, other, peaks);
-    gradcodec_reduce_requant(level, packed, bytes, deltas, blocks, world, total, bits, block, scale,
-                             stochastic, seed, e, other, out, used);
+                     rotate, dtype, decoded);
     gradcodec_encode(level, values, dtype, numel, total, bits, block, scale, rotate, stochastic,
-                     seed, e, other, below(2) ? used : NULL, out, deltas);
-    void *all[] = {values, residual, packed, out, deltas, used, weights, peaks, decoded};
+                     seed, e, other, packed, deltas);
+    void *all[] = {values, residual, packed, deltas, weights, decoded};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+/* Two fitted levels: bodies that no encoder made, then values of any bits. */
+static void hostile_levels(int level) {
+    const size_t blocks_of[] = {8, 9, 10, 64, 100, 256, 1024, 4096, 8192, 1 << 20};
+    size_t block = blocks_of[below(sizeof blocks_of / sizeof *blocks_of)], world = 1 + below(4);
+    size_t numel = below(below(2) ? 70 : 9000), blocks = ceiling(numel, block);
+    size_t bytes = ceiling(2 * numel, 8);
+    int dtype = (int)below(3), other = (int)below(3);
+    void *values = any(numel * (dtype == FP32 ? 4 : 2)), *e = any(numel * (other == FP32 ? 4 : 2));
+    uint8_t *packed = any(world * bytes), *out = any(bytes);
+    uint16_t *levels = any(world * blocks * 4), *fitted = any(blocks * 4);
+    float *weights = any(world * 4), *mean = any(numel * 4);
+    gradcodec_lloyd_mean(level, packed, bytes, levels, blocks, world, below(2) ? weights : NULL,
+                         numel, block, mean);
+    if (gradcodec_lloyd(level, values, dtype, numel, block, below(2) ? e : NULL, other, out, fitted))
+        abort();
+    void *all[] = {values, e, packed, out, levels, fitted, weights, mean};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+/* Signs of rotated blocks, likewise. */
+static void hostile_signs(int level) {
+    size_t block = (size_t)8 << below(10), kept = 1 + below(block), world = 1 + below(4);
+    size_t numel = below(below(2) ? 70 : 9000), blocks = ceiling(numel, block);
+    size_t bytes = ceiling(blocks * kept, 8), words = ceiling(blocks * block, 64);
+    int dtype = (int)below(3), other = (int)below(3);
+    void *values = any(numel * (dtype == FP32 ? 4 : 2)), *e = any(numel * (other == FP32 ? 4 : 2));
+    uint8_t *packed = any(world * bytes), *out = any(bytes);
+    uint16_t *scales = any(world * blocks * 2), *made = any(blocks * 2);
+    uint64_t *signs = any(world * words * 8);
+    float *weights = any(world * 4), *mean = any(numel * 4);
+    gradcodec_rotsign_mean(level, packed, bytes, scales, blocks, signs, words, world,
+                           below(2) ? weights : NULL, numel, block, kept, mean);
+    gradcodec_rotsign(level, values, dtype, signs, numel, block, kept, below(2) ? e : NULL, other,
+                      out, made);
+    void *all[] = {values, e, packed, out, scales, made, signs, weights, mean};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -194,6 +223,8 @@ int main(int count, char **arguments) {
         for (size_t i = 0; i < rounds; i++) {
             hostile_coding(level);
             hostile_lists(level);
+            hostile_levels(level);
+            hostile_signs(level);
             dither(level);
         }
         printf("%s\n", gradcodec_level(level));

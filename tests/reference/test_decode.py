@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec.reference.decode_mean import decode_mean
-from gradcodec.reference.decode_sum_shared import decode_sum_shared
-from gradcodec.reference.encode import encode, padded_numel, segment_of
-from gradcodec.reference.hadamard import CHUNK
-from gradcodec.reference.reduce_requant import reduce_requant
+from gradcodec.reference.encode import encode, segment_of
 
 HALF = 2.0**-24
 """Half a unit of fp32: what one rounding may change, relatively."""
@@ -108,74 +105,3 @@ def test_a_mean_over_segments_is_that_of_the_parts() -> None:
     head = decode_mean(packed[:, : cut // 2], scales[:, : cut // 256], cut, bits=4, block=256)
     tail = decode_mean(packed[:, cut // 2 :], scales[:, cut // 256 :], 300, bits=4, block=256)
     assert torch.equal(mean, torch.cat([head, tail]))
-
-
-# -- shared scales -------------------------------------------------------------------------------
-
-
-@BITS
-@WORLDS
-@pytest.mark.parametrize("rotate", [False, True])
-def test_the_integer_sum_is_the_mean(world: int, bits: int, rotate: bool) -> None:
-    numel = 5001
-    shared = encode(torch.randn(numel) * 2, bits=bits, rotate=rotate)[1]
-    packed = torch.stack(
-        [
-            encode(torch.randn(numel), bits=bits, rotate=rotate, scales=shared)[0]
-            for _ in range(world)
-        ]
-    )
-    came = decode_sum_shared(packed, shared, numel, bits=bits, rotate=rotate).double()
-    rows = each(packed, shared.expand(world, -1), numel, bits=bits, rotate=rotate).double()
-    expected = rows.mean(0)
-    assert float((came - expected).norm() / expected.norm()) < (world + 28) * HALF
-    if not rotate:
-        # Two roundings, whatever the number of payloads: delta / W and the product.
-        assert bool(((came - expected).abs() <= 3 * HALF * expected.abs()).all())
-
-
-@BITS
-def test_the_integer_sum_does_not_depend_on_the_order(bits: int) -> None:
-    shared = encode(torch.randn(4096), bits=bits)[1]
-    packed = torch.stack([encode(torch.randn(4096), bits=bits, scales=shared)[0] for _ in range(7)])
-    one, other = (decode_sum_shared(p, shared, 4096, bits=bits) for p in (packed, packed.flip(0)))
-    assert torch.equal(one, other)
-
-
-# -- between the shots ---------------------------------------------------------------------------
-
-
-@BITS
-@pytest.mark.parametrize("block", [100, 4096])
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_requantising_is_encoding_the_mean(bits: int, block: int, stochastic: bool) -> None:
-    numel, g = 5001, {"bits": bits, "block": block}
-    packed, scales = payloads(3, numel, **g)
-    mean = decode_mean(packed, scales, numel, **g)
-    residual, same = torch.randn(numel), torch.zeros(0)
-    for kept in (None, residual):
-        same = None if kept is None else kept.clone()
-        rounding = {"stochastic": stochastic, "seed": 8}
-        one = reduce_requant(packed, scales, numel, **g, **rounding, residual=kept)
-        two = encode(mean, **g, **rounding, residual=same)
-        assert torch.equal(one[0], two[0])
-        assert torch.equal(one[1], two[1])
-        assert kept is None or torch.equal(kept, same)
-
-
-def test_requantising_rotated_codes_turns_nothing_back() -> None:
-    numel = 5001
-    total = padded_numel(numel, True)
-    packed, scales = payloads(4, numel, bits=4, rotate=True)
-    again = reduce_requant(packed, scales, total, bits=4)
-    came = decode_mean(again[0][None], again[1][None], numel, bits=4, rotate=True)
-    mean = decode_mean(packed, scales, numel, bits=4, rotate=True)
-    # 4 bits of a chunk: (max / 7)^2 / 12 with max near 3.7 deviations is 0.023.
-    assert 0.015 < float((came - mean).square().sum() / mean.square().sum()) < 0.035
-
-
-def test_one_payload_of_8_bits_is_requantised_to_itself() -> None:
-    packed, scales = payloads(1, 3 * CHUNK, bits=8)
-    again = reduce_requant(packed, scales, 3 * CHUNK, bits=8)
-    assert torch.equal(again[0], packed[0])
-    assert torch.equal(again[1], scales[0])

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from gradcodec.reference import grid
 from gradcodec.reference.bitpack import packed_nbytes, unpack_bits
-from gradcodec.reference.chunk_absmax import chunk_absmax
 from gradcodec.reference.decode_mean import decode_mean
 from gradcodec.reference.encode import SEGMENT, encode, padded_numel, segment_of
 from gradcodec.reference.hadamard import CHUNK, rotate_chunks, rotate_chunks_back
@@ -118,9 +115,8 @@ def test_segments_cannot_be_seen(block: int) -> None:
     assert segment_of(block) >= SEGMENT / 2
     x = torch.randn(numel)
     g = {"bits": 2, "block": block, "stochastic": True, "seed": 3}
-    packed, scales = encode(x, **g)
-    given = {"scales": scales[: segment_of(block) // block + 1], **g}
-    first = encode(x[: segment_of(block) + block], **given)[0]
+    packed = encode(x, **g)[0]
+    first = encode(x[: segment_of(block) + block], **g)[0]
     assert torch.equal(first, packed[: len(first)])
     # Behind the border as well: the same values there, whatever stood before.
     other = torch.cat([torch.randn(segment_of(block)), x[segment_of(block) :]])
@@ -168,43 +164,6 @@ def test_the_mean_over_seeds_is_the_value(bits: int, rotate: bool) -> None:
     # Rounding to nearest does not pass.
     packed, scales = encode(x, **g)
     assert not bool(((decoded(packed, scales, CHUNK, g) - wanted).abs() <= bound).all())
-
-
-@pytest.mark.parametrize("rotate", [False, True])
-def test_given_scales_are_used(rotate: bool) -> None:
-    x = torch.randn(6000)
-    own = encode(x, bits=4, rotate=rotate)
-    assert torch.equal(encode(x, bits=4, rotate=rotate, scales=own[1])[0], own[0])
-    wider = own[1] * 2
-    packed, scales = encode(x, bits=4, rotate=rotate, scales=wider)
-    assert torch.equal(scales, wider)
-    assert not torch.equal(packed, own[0])
-
-
-@given(st.integers(0, 9000), st.integers(8, 5000), st.booleans())
-def test_chunk_absmax_is_the_largest_of_what_is_quantised(
-    numel: int, block: int, feedback: bool
-) -> None:
-    x = torch.randn(numel)
-    for rotate in (False, True) if block == CHUNK else (False,):
-        total = padded_numel(numel, rotate)
-        residual = torch.randn(total) if feedback else None
-        kept = None if residual is None else residual.clone()
-        came = chunk_absmax(x, block=block, rotate=rotate, residual=residual)
-        rows = rows_of(x, block, rotate).view(-1)[:total]
-        y = rows if residual is None else rows + residual
-        expected = [float(part.abs().max()) for part in y.split(block) if len(part)]
-        assert came.tolist() == expected
-        if residual is not None:
-            assert torch.equal(residual, kept)
-
-
-def test_chunk_absmax_makes_the_scales_of_encode() -> None:
-    x = torch.randn(3 * CHUNK)
-    for rotate in (False, True):
-        peaks = chunk_absmax(x, rotate=rotate)
-        shared = (peaks / grid.TOP[4]).to(torch.bfloat16)
-        assert torch.equal(encode(x, bits=4, rotate=rotate)[1], shared)
 
 
 def test_feedback_in_rotated_coordinates_is_feedback() -> None:

@@ -1,4 +1,4 @@
-/* gradcodec.reference.decode_mean and decode_sum_shared, a chunk at a time. */
+/* gradcodec.reference.decode_mean, a chunk at a time. */
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -34,45 +34,13 @@ static void mean_of(const struct payloads *of, size_t start, size_t count, int b
     for (size_t i = 0; i < count; i++) mean[i] *= factor;
 }
 
-/* The same with scales that all share: codes are added as integers. */
-static void mean_of_shared(const struct payloads *of, size_t start, size_t count, int bits,
-                           size_t block, float *mean) {
-    uint8_t codes[CHUNK] ALIGNED;
-    uint16_t part[CHUNK] ALIGNED; /* of at most 257 codes of 255 */
-    int32_t sums[CHUNK] ALIGNED;
-    memset(sums, 0, 4 * count);
-    for (size_t first = 0; first < of->world; first += 257) {
-        size_t last = least(of->world, first + 257);
-        memset(part, 0, 2 * count);
-        for (size_t w = first; w < last; w++) {
-            read_codes(codes, of->packed + w * of->stride, start, count, bits);
-            for (size_t i = 0; i < count; i++) part[i] = (uint16_t)(part[i] + codes[i]);
-        }
-        for (size_t i = 0; i < count; i++) sums[i] += part[i];
-    }
-    float zeros = (float)((double)of->world * (double)zero_of(bits));
-    float factor = (float)(1.0 / (double)of->world), all = (float)of->world;
-    for (size_t at = 0, run; at < count; at += run) {
-        size_t its = (start + at) / block;
-        run = least(count - at, (its + 1) * block - start - at);
-        float step = float_of_bf16(of->deltas[its]) * factor;
-        if (bits == 1)
-            for (size_t i = at; i < at + run; i++) mean[i] = (all - 2 * (float)sums[i]) * step;
-        else
-            for (size_t i = at; i < at + run; i++) mean[i] = ((float)sums[i] - zeros) * step;
-    }
-}
-
 static void decode(const struct decode_job *job) {
     float local[CHUNK] ALIGNED;
     for (size_t start = 0; start < job->total; start += CHUNK) {
         size_t count = least(CHUNK, job->total - start), wanted = least(count, job->numel - start);
         int direct = job->dtype == FP32 && wanted == count;
         float *mean = direct ? (float *)job->out + start : local;
-        if (job->shared)
-            mean_of_shared(&job->of, start, count, job->bits, job->block, mean);
-        else
-            mean_of(&job->of, start, count, job->bits, job->block, mean);
+        mean_of(&job->of, start, count, job->bits, job->block, mean);
         if (job->rotate) rotate_back(mean);
         if (!direct) write_floats(job->out, job->dtype, start, mean, wanted);
     }

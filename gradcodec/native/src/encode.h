@@ -1,5 +1,5 @@
-/* gradcodec.reference.encode, reduce_requant and chunk_absmax: a tile of at most a chunk is
- * fetched, measured, quantised and packed while it is in the first cache. */
+/* gradcodec.reference.encode: a tile of at most a chunk is fetched, measured, quantised and packed
+ * while it is in the first cache. */
 
 struct tile {
     size_t start, count;
@@ -13,24 +13,20 @@ struct tile {
 static void fetch(const struct encode_job *job, struct tile *tile) {
     float *y = tile->buffer;
     tile->y = y;
-    if (!job->values) {
-        mean_of(&job->mean, tile->start, tile->count, job->bits, job->block, y);
-    } else {
-        if (job->values_dtype == FP32 && !job->rotate && !job->residual) {
-            tile->y = (const float *)job->values + tile->start;
-            return;
-        }
-        size_t real = least(tile->count, job->numel - tile->start);
-        read_floats(y, job->values, job->values_dtype, tile->start, real);
-        if (job->rotate) {
-            memset(y + real, 0, 4 * (tile->count - real));
-            rotate(y);
-        }
+    if (job->values_dtype == FP32 && !job->rotate && !job->residual) {
+        tile->y = (const float *)job->values + tile->start;
+        return;
+    }
+    size_t real = least(tile->count, job->numel - tile->start);
+    read_floats(y, job->values, job->values_dtype, tile->start, real);
+    if (job->rotate) {
+        memset(y + real, 0, 4 * (tile->count - real));
+        rotate(y);
     }
     if (job->residual) add_floats(y, job->residual, job->residual_dtype, tile->start, tile->count);
 }
 
-/* Deltas, or peaks, of all blocks: a pass of its own where tiles do not hold whole blocks. */
+/* Deltas of all blocks: a pass of its own where tiles do not hold whole blocks. */
 static void measure(const struct encode_job *job) {
     struct tile tile;
     struct size size = {0};
@@ -43,11 +39,8 @@ static void measure(const struct encode_job *job) {
             run = least(tile.count - at, end - from);
             add_size(&size, tile.y + at, run, job->scale);
             if (from + run < end) continue;
-            if (job->peaks)
-                job->peaks[its] = size.peak;
-            else
-                job->deltas[its] = delta_of(size, end - its * job->block, job->bits, job->scale,
-                                            job->stochastic);
+            job->deltas[its] = delta_of(size, end - its * job->block, job->bits, job->scale,
+                                        job->stochastic);
             size = (struct size){0};
         }
     }
@@ -70,14 +63,14 @@ static void encode(const struct encode_job *job) {
     int fits = block <= CHUNK && block % 16 == 0;
     if (fits)
         step = CHUNK / block * block;
-    else if (!job->shared)
+    else
         measure(job);
     for (tile.start = 0; tile.start < job->total; tile.start += step) {
         tile.count = least(step, job->total - tile.start);
         fetch(job, &tile);
         const uint8_t *dither = job->stochastic ? tile.dither : NULL;
         if (dither) {
-            int next = job->values && job->values_dtype == FP32 && tile.start + step < job->numel;
+            int next = job->values_dtype == FP32 && tile.start + step < job->numel;
             const void *ahead = next ? (const float *)job->values + tile.start + step : NULL;
             random_bytes(tile.start, tile.count, job->seed, tile.dither, ahead);
         }
@@ -87,9 +80,7 @@ static void encode(const struct encode_job *job) {
         for (size_t at = 0, run; at < tile.count; at += run) {
             size_t its = (tile.start + at) / block;
             run = least(tile.count - at, (its + 1) * block - tile.start - at);
-            if (job->shared) {
-                job->deltas[its] = job->shared[its];
-            } else if (fits) {
+            if (fits) {
                 struct size size = {0};
                 add_size(&size, tile.y + at, run, job->scale);
                 job->deltas[its] = delta_of(size, run, job->bits, job->scale, job->stochastic);

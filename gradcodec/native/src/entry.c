@@ -51,50 +51,25 @@ EXPORT void gradcodec_random_bytes(int level, uint64_t start, size_t count, uint
 EXPORT void gradcodec_encode(int level, const void *values, int values_dtype, size_t numel,
                              size_t total, int bits, size_t block, int scale, int rotate,
                              int stochastic, uint64_t seed, void *residual, int residual_dtype,
-                             const uint16_t *shared, uint8_t *packed, uint16_t *deltas) {
+                             uint8_t *packed, uint16_t *deltas) {
     struct encode_job job = {
         .values = values, .values_dtype = values_dtype, .numel = numel, .total = total,
         .bits = bits, .block = block, .scale = scale, .rotate = rotate, .stochastic = stochastic,
-        .seed = seed, .residual = residual, .residual_dtype = residual_dtype, .shared = shared,
-        .packed = packed, .deltas = deltas,
+        .seed = seed, .residual = residual, .residual_dtype = residual_dtype, .packed = packed,
+        .deltas = deltas,
     };
     LEVELS[level]->encode(&job);
-}
-
-EXPORT void gradcodec_reduce_requant(int level, const uint8_t *from, size_t stride,
-                                     const uint16_t *of, size_t blocks, size_t world, size_t total,
-                                     int bits, size_t block, int scale, int stochastic,
-                                     uint64_t seed, void *residual, int residual_dtype,
-                                     uint8_t *packed, uint16_t *deltas) {
-    struct encode_job job = {
-        .mean = {.packed = from, .deltas = of, .world = world, .stride = stride, .blocks = blocks},
-        .numel = total, .total = total, .bits = bits, .block = block, .scale = scale,
-        .stochastic = stochastic, .seed = seed, .residual = residual,
-        .residual_dtype = residual_dtype, .packed = packed, .deltas = deltas,
-    };
-    LEVELS[level]->encode(&job);
-}
-
-EXPORT void gradcodec_chunk_absmax(int level, const void *values, int values_dtype, size_t numel,
-                                   size_t total, size_t block, int rotate, void *residual,
-                                   int residual_dtype, float *peaks) {
-    struct encode_job job = {
-        .values = values, .values_dtype = values_dtype, .numel = numel, .total = total,
-        .block = block, .rotate = rotate, .residual = residual, .residual_dtype = residual_dtype,
-        .scale = SCALE_ABSMAX, .peaks = peaks,
-    };
-    LEVELS[level]->absmax(&job);
 }
 
 EXPORT void gradcodec_decode(int level, const uint8_t *packed, size_t stride,
                              const uint16_t *deltas, size_t blocks, size_t world,
                              const float *weights, size_t numel, size_t total, int bits,
-                             size_t block, int rotate, int shared, int dtype, void *out) {
+                             size_t block, int rotate, int dtype, void *out) {
     struct decode_job job = {
         .of = {.packed = packed, .deltas = deltas, .weights = weights, .world = world,
                .stride = stride, .blocks = blocks},
         .numel = numel, .total = total, .bits = bits, .block = block, .rotate = rotate,
-        .shared = shared, .dtype = dtype, .out = out,
+        .dtype = dtype, .out = out,
     };
     LEVELS[level]->decode(&job);
 }
@@ -126,4 +101,50 @@ EXPORT int gradcodec_sparse_mean(int level, const void *kept, int dtype, const u
         .chunk = chunk, .numel = numel, .out = out,
     };
     return LEVELS[level]->sparse_mean(&job);
+}
+
+EXPORT int gradcodec_lloyd(int level, const void *values, int values_dtype, size_t numel,
+                           size_t block, void *residual, int residual_dtype, uint8_t *packed,
+                           uint16_t *levels) {
+    struct lloyd_job job = {
+        .values = values, .values_dtype = values_dtype, .numel = numel, .block = block,
+        .residual = residual, .residual_dtype = residual_dtype, .packed = packed,
+        .levels = levels,
+    };
+    return LEVELS[level]->lloyd(&job);
+}
+
+EXPORT void gradcodec_lloyd_mean(int level, const uint8_t *packed, size_t stride,
+                                 const uint16_t *levels, size_t blocks, size_t world,
+                                 const float *weights, size_t numel, size_t block, float *out) {
+    struct lloyd_mean_job job = {
+        .of = {.packed = packed, .deltas = levels, .weights = weights, .world = world,
+               .stride = stride, .blocks = blocks},
+        .numel = numel, .block = block, .out = out,
+    };
+    LEVELS[level]->lloyd_mean(&job);
+}
+
+EXPORT void gradcodec_rotsign(int level, const void *values, int values_dtype,
+                              const uint64_t *signs, size_t numel, size_t block, size_t kept,
+                              void *residual, int residual_dtype, uint8_t *packed,
+                              uint16_t *scales) {
+    struct rotsign_job job = {
+        .values = values, .values_dtype = values_dtype, .signs = signs, .numel = numel,
+        .block = block, .kept = kept, .residual = residual, .residual_dtype = residual_dtype,
+        .packed = packed, .scales = scales,
+    };
+    LEVELS[level]->rotsign(&job);
+}
+
+EXPORT void gradcodec_rotsign_mean(int level, const uint8_t *packed, size_t stride,
+                                   const uint16_t *scales, size_t blocks, const uint64_t *signs,
+                                   size_t words, size_t world, const float *weights, size_t numel,
+                                   size_t block, size_t kept, float *out) {
+    struct rotsign_mean_job job = {
+        .of = {.packed = packed, .deltas = scales, .weights = weights, .world = world,
+               .stride = stride, .blocks = blocks},
+        .signs = signs, .words = words, .numel = numel, .block = block, .kept = kept, .out = out,
+    };
+    LEVELS[level]->rotsign_mean(&job);
 }

@@ -1,6 +1,6 @@
-/* The rotation of a chunk, gradcodec.reference.hadamard.rotate_chunks: signs, then butterflies of
- * span 1, 2, 4 .. 2048, then 1/64. Several stages are done on values while they are in registers;
- * every sum has the operands that one stage after the other would give it.
+/* Walsh-Hadamard transforms, gradcodec.reference.hadamard: butterflies of span 1, 2, 4 .. half the
+ * block. Several stages are done on values while they are in registers; every sum has the operands
+ * that one stage after the other would give it. `rotate` is rotate_chunks.
  */
 #define CHUNK 4096
 #define ROW_SIGNS 0x9E3779B97F4A7C15u
@@ -28,15 +28,16 @@ static void flip_signs(float *x) {
 #define IN_VECTOR(x, swap, span)                                                                   \
     (swap(x) + (vf)((vu)(x) ^ ((vu)((LANE_INDEX & (span)) != 0) & 0x80000000u)))
 
-INLINE vf butterflies_in_vector(vf x) {
+INLINE vf butterflies_in_vector(vf x, size_t size) {
     x = IN_VECTOR(x, SWAP_1, 1);
     x = IN_VECTOR(x, SWAP_2, 2);
 #if LANES >= 8
     x = IN_VECTOR(x, SWAP_4, 4);
 #endif
 #if LANES >= 16
-    x = IN_VECTOR(x, SWAP_8, 8);
+    if (size >= 16) x = IN_VECTOR(x, SWAP_8, 8);
 #endif
+    (void)size;
     return x;
 }
 
@@ -51,36 +52,59 @@ INLINE void butterflies_across(vf *x, size_t radix) {
             }
 }
 
-INLINE void pass(float *x, size_t span, size_t radix, float factor) {
-    for (size_t base = 0; base < CHUNK; base += span * radix)
+/* Stages of span .. span * radix / 2; with span LANES those within a vector before them. */
+INLINE void pass_of(float *x, size_t length, size_t size, size_t span, size_t radix, float factor) {
+    for (size_t base = 0; base < length; base += span * radix)
         for (size_t j = base; j < base + span; j += LANES) {
             vf part[8];
-            for (size_t r = 0; r < radix; r++) part[r] = load(x + j + r * span);
+            for (size_t r = 0; r < radix; r++) {
+                part[r] = load(x + j + r * span);
+                if (span == LANES) part[r] = butterflies_in_vector(part[r], size);
+            }
             butterflies_across(part, radix);
             for (size_t r = 0; r < radix; r++)
                 store(x + j + r * span, factor == 1 ? part[r] : part[r] * factor);
         }
 }
 
-static void hadamard(float *x) {
-    for (size_t base = 0; base < CHUNK; base += 8 * LANES) {
-        vf part[8];
-        for (size_t r = 0; r < 8; r++)
-            part[r] = butterflies_in_vector(load(x + base + r * LANES));
-        butterflies_across(part, 8);
-        for (size_t r = 0; r < 8; r++) store(x + base + r * LANES, part[r]);
+INLINE void pass(float *x, size_t length, size_t size, size_t span, size_t radix, float factor) {
+    if (radix == 8)
+        pass_of(x, length, size, span, 8, factor);
+    else if (radix == 4)
+        pass_of(x, length, size, span, 4, factor);
+    else if (radix == 2)
+        pass_of(x, length, size, span, 2, factor);
+    else
+        pass_of(x, length, size, span, 1, factor);
+}
+
+/* At most 8, and 1 where a block is shorter than a vector. */
+static size_t least_radix(size_t left) { return left > 8 ? 8 : left ? left : 1; }
+
+/* factor * H x of every `size` values, a power of two from 8 on; `length` is a multiple of 64. */
+static void butterflies(float *x, size_t length, size_t size, float factor) {
+    size_t radix = least_radix(size / LANES), span = LANES * radix;
+    pass(x, length, size, LANES, radix, span < size ? 1 : factor);
+    for (; span < size; span *= radix) {
+        radix = least_radix(size / span);
+        pass(x, length, size, span, radix, span * radix < size ? 1 : factor);
     }
+}
+
+/* The same of one chunk, with all numbers known to the compiler, which is a tenth faster. */
+static void hadamard(float *x) {
     const float factor = 1.0f / 64;
+    pass_of(x, CHUNK, CHUNK, LANES, 8, 1);
 #if LANES == 4
-    pass(x, 32, 8, 1);
-    pass(x, 256, 8, 1);
-    pass(x, 2048, 2, factor);
+    pass_of(x, CHUNK, CHUNK, 32, 8, 1);
+    pass_of(x, CHUNK, CHUNK, 256, 8, 1);
+    pass_of(x, CHUNK, CHUNK, 2048, 2, factor);
 #elif LANES == 8
-    pass(x, 64, 8, 1);
-    pass(x, 512, 8, factor);
+    pass_of(x, CHUNK, CHUNK, 64, 8, 1);
+    pass_of(x, CHUNK, CHUNK, 512, 8, factor);
 #else
-    pass(x, 128, 8, 1);
-    pass(x, 1024, 4, factor);
+    pass_of(x, CHUNK, CHUNK, 128, 8, 1);
+    pass_of(x, CHUNK, CHUNK, 1024, 4, factor);
 #endif
 }
 

@@ -10,6 +10,8 @@
 #include "decode.h"
 #include "encode.h"
 #include "topk.h"
+#include "lloyd.h"
+#include "rotsign.h"
 
 #define JOINED(a, b) a##b
 #define TABLE(name) JOINED(gradcodec_, name)
@@ -17,5 +19,6 @@
 #define TEXT_OF(name) #name
 
 const struct level TABLE(LEVEL) = {
-    TEXT(LEVEL), random_bytes, encode, measure, decode, topk, rows, sparse_mean,
+    TEXT(LEVEL), random_bytes, encode, decode, topk, rows, sparse_mean, lloyd, lloyd_mean, rotsign,
+    rotsign_mean,
 };

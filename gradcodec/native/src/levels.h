@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raise it when a signature or a bit of any result changes; gradcodec/native/library.py has it too. */
-#define GRADCODEC_ABI 1
+#define GRADCODEC_ABI 2
 
 enum { FP32, BF16, FP16 };
 enum { SCALE_ABSMAX, SCALE_L1, SCALE_RMS };
@@ -20,13 +20,10 @@ struct payloads {
 };
 
 struct encode_job {
-    const void *values; /* NULL: of `mean` instead */
-    struct payloads mean;
+    const void *values;
     void *residual; /* may be NULL */
-    const uint16_t *shared; /* bf16 [blocks] to use instead of the values' own; may be NULL */
     uint8_t *packed;
     uint16_t *deltas; /* bf16 [blocks] */
-    float *peaks; /* chunk_absmax: fp32 [blocks], and neither of the two above */
     uint64_t seed;
     size_t numel, total, block; /* total: whole chunks where rotated */
     int values_dtype, residual_dtype, bits, scale, rotate, stochastic;
@@ -36,7 +33,7 @@ struct decode_job {
     struct payloads of;
     void *out;
     size_t numel, total, block;
-    int bits, rotate, shared, dtype;
+    int bits, rotate, dtype;
 };
 
 struct topk_job {
@@ -55,16 +52,51 @@ struct sparse_job {
     int dtype;
 };
 
+struct lloyd_job {
+    const void *values;
+    void *residual; /* may be NULL */
+    uint8_t *packed;
+    uint16_t *levels; /* bf16 [blocks, 2] */
+    size_t numel, block;
+    int values_dtype, residual_dtype;
+};
+
+struct lloyd_mean_job {
+    struct payloads of; /* deltas: bf16 [W, blocks, 2] */
+    float *out;
+    size_t numel, block;
+};
+
+struct rotsign_job {
+    const void *values;
+    const uint64_t *signs; /* bits of all values, the padding's too, in whole words */
+    void *residual; /* [numel]; may be NULL */
+    uint8_t *packed;
+    uint16_t *scales; /* bf16 [blocks] */
+    size_t numel, block, kept;
+    int values_dtype, residual_dtype;
+};
+
+struct rotsign_mean_job {
+    struct payloads of;
+    const uint64_t *signs; /* [W, words] */
+    float *out;
+    size_t words, numel, block, kept;
+};
+
 struct level {
     const char *name;
     void (*random_bytes)(uint64_t start, size_t count, uint64_t seed, uint8_t *out,
                          const char *ahead);
     void (*encode)(const struct encode_job *);
-    void (*absmax)(const struct encode_job *);
     void (*decode)(const struct decode_job *);
     int (*topk)(const struct topk_job *); /* not 0: no memory */
     void (*rows)(const struct topk_job *);
     int (*sparse_mean)(const struct sparse_job *); /* not 0: a position beyond its chunk */
+    int (*lloyd)(const struct lloyd_job *); /* not 0: no memory */
+    void (*lloyd_mean)(const struct lloyd_mean_job *);
+    void (*rotsign)(const struct rotsign_job *);
+    void (*rotsign_mean)(const struct rotsign_mean_job *);
 };
 
 extern const struct level gradcodec_portable;

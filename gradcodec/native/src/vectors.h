@@ -23,6 +23,7 @@ typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint64_t vq __attribute__((vector_size(VECTOR_BYTES)));
+typedef double vd __attribute__((vector_size(VECTOR_BYTES)));
 
 /* The same memory seen as another type. */
 typedef float vf_any __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
@@ -98,6 +99,44 @@ INLINE vq multiply_low(vq a, uint32_t b) {
 #else
     return (a & 0xFFFFFFFFu) * b;
 #endif
+}
+
+/* sums += x in fp64: lower lanes to the first, upper ones to the second. */
+INLINE void add_doubles(vd sums[2], vf x) {
+#if X86 && VECTOR_BYTES == 64
+    sums[0] += (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+    sums[1] += (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+#elif X86 && VECTOR_BYTES == 32
+    sums[0] += (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+    sums[1] += (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#elif X86
+    sums[0] += (vd)_mm_cvtps_pd((__m128)x);
+    sums[1] += (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+#else
+    for (int lane = 0; lane < LANES; lane++) sums[lane / (LANES / 2)][lane % (LANES / 2)] += x[lane];
+#endif
+}
+
+/* The sum of all lanes, of integers and of fp64. */
+INLINE int32_t sum_lanes(vi x) {
+#if VECTOR_BYTES >= 64
+    x += (vi)SWAP_8((vf)x);
+#endif
+#if VECTOR_BYTES >= 32
+    x += (vi)SWAP_4((vf)x);
+#endif
+    x += (vi)SWAP_2((vf)x);
+    return x[0] + x[1];
+}
+
+INLINE double sum_doubles(vd x) {
+#if VECTOR_BYTES >= 64
+    x += (vd)SWAP_8((vf)x);
+#endif
+#if VECTOR_BYTES >= 32
+    x += (vd)SWAP_4((vf)x);
+#endif
+    return x[0] + x[1];
 }
 
 /* 4 x LANES integers of 0..255 as bytes. */
