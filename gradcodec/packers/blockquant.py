@@ -12,7 +12,7 @@ from torch import Tensor
 from gradcodec import layout, ops
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.packers.packer import Packer
-from gradcodec.reference import grid, two_means
+from gradcodec.reference import grid
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.settings import CodecConfig, check_one_of, check_whole
 
@@ -137,8 +137,6 @@ class BlockQuantPacker(Packer):
     @torch.no_grad()
     def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
         """As ``Packer.pack``, in one pass over the values, in their own dtype."""
-        if self._fitted:
-            return super().pack(x, seed=seed, residual=residual)
         return self._coded(x.detach(), seed, residual)
 
     def _packed(self, x: Tensor, seed: int) -> Tensor:
@@ -148,7 +146,7 @@ class BlockQuantPacker(Packer):
         values = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
         layout.check_finite(values, "blockquant")
         if self._fitted:
-            packed, scales = two_means.encode(values, self.config.block)
+            packed, scales = ops.lloyd_encode(values, block=self.config.block, residual=residual)
         else:
             packed, scales = ops.encode(
                 values,
@@ -180,10 +178,7 @@ class BlockQuantPacker(Packer):
                 "blockquant: expected scales that are not negative and levels that are finite"
             )
         packed = bodies[:, cut:]
-        if not self._fitted:
-            factors = None if weights is None else torch.tensor(weights, device=bodies.device)
-            return ops.decode_mean(packed, scales, numel, **self._grid, weights=factors)
-        if weights is not None and len(bodies) > 1:
-            return super().mean(bodies, numel, weights)
-        mean = two_means.decode_mean(packed, scales, numel, self.config.block)
-        return mean if weights is None else mean.mul_(weights[0])
+        factors = None if weights is None else torch.tensor(weights, device=bodies.device)
+        if self._fitted:
+            return ops.lloyd_mean(packed, scales, numel, block=self.config.block, weights=factors)
+        return ops.decode_mean(packed, scales, numel, **self._grid, weights=factors)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradcodec import layout
+from gradcodec import layout, ops
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.packers.packer import Packer
-from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
-from gradcodec.reference.hadamard import random_signs, rotate, rotate_back
+from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.settings import CodecConfig, check_whole
 
 _SEED_BYTES = 4
@@ -66,37 +66,49 @@ class RotatedSignPacker(Packer):
         blocks = self._blocks(numel)
         return _SEED_BYTES + 2 * blocks + packed_nbytes(blocks * self.config.kept, 1)
 
+    @torch.no_grad()
+    def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
+        """As ``Packer.pack``, in one pass over the values, in their own dtype."""
+        return self._coded(x.detach(), seed, residual)
+
     def _packed(self, x: Tensor, seed: int) -> Tensor:
-        layout.check_finite(x, "rotsign")
+        return self._coded(x, seed, None)
+
+    def _coded(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
+        values = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
+        layout.check_finite(values, "rotsign")
         seed &= 0xFFFFFFFF
-        block, blocks = self.config.block, self._blocks(x.numel())
-        rows = torch.zeros(blocks * block)
-        rows[: x.numel()] = x.cpu()
-        rows = rows.view(blocks, block)
-        # Squares of values near the ends of the fp32 range would leave it.
-        peak = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        y = rotate(rows / peak, random_signs(rows.numel(), seed).view(blocks, block))
-        sent = y[:, : self.config.kept]
-        total = sent.abs().sum(1, keepdim=True)
-        energy = y.square().sum(1, keepdim=True)
-        some = total.clamp_min(1e-30)
-        scales = peak * energy / some
-        # The product of large values may leave fp32 where the scale does not.
-        scales = torch.where(torch.isfinite(scales), scales, peak * (energy / some))
-        scales = torch.where(total > 0, scales, 0.0)
-        layout.check_finite(scales.to(torch.bfloat16), "rotsign scales")
+        block, kept = self.config.block, self.config.kept
+        signs = ops.random_sign_words(self._blocks(values.numel()) * block, seed).to(values.device)
+        packed, scales = ops.rotsign_encode(
+            values, signs, block=block, kept=kept, residual=residual
+        )
+        # The size of a block near the end of the fp32 range may be beyond it.
+        layout.check_finite(scales, "rotsign scales")
         drawn = torch.tensor(list(seed.to_bytes(_SEED_BYTES, "little")), dtype=torch.uint8)
-        sizes = scales.to(torch.bfloat16).reshape(-1).view(torch.uint8)
-        return torch.cat([drawn, sizes, pack_bits((sent < 0).reshape(-1), 1)]).to(x.device)
+        return torch.cat([drawn.to(values.device), scales.view(torch.uint8), packed])
 
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
+        return self.mean(body[None], numel)
+
+    @torch.no_grad()
+    def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
+        """As ``Packer.mean``, without a dense vector for each body."""
+        self._check_length(bodies.shape[1], numel)
         block, kept, blocks = self.config.block, self.config.kept, self._blocks(numel)
-        view, cut = body.cpu(), _SEED_BYTES + 2 * blocks
-        seed = int.from_bytes(view[:_SEED_BYTES].tolist(), "little")
-        scales = view[_SEED_BYTES:cut].clone().view(torch.bfloat16)
+        cut = _SEED_BYTES + 2 * blocks
+        # Through one flat copy, for the scales of a row may begin at an odd byte.
+        scales = bodies[:, _SEED_BYTES:cut].reshape(-1).clone().view(torch.bfloat16)
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("rotsign: expected finite, non-negative scales")
-        bits = unpack_bits(view[cut:], 1, blocks * kept)
-        y = (1.0 - 2.0 * bits.float()).view(blocks, kept) * scales.float()[:, None]
-        signs = random_signs(blocks * block, seed).view(blocks, block)
-        return rotate_back(y, signs).reshape(-1)[:numel].to(body.device)
+        seeds = [int.from_bytes(bytes(row), "little") for row in bodies[:, :_SEED_BYTES].tolist()]
+        words = [ops.random_sign_words(blocks * block, seed) for seed in seeds]
+        return ops.rotsign_mean(
+            bodies[:, cut:],
+            scales.view(len(bodies), -1),
+            torch.stack(words).to(bodies.device),
+            numel,
+            block=block,
+            kept=kept,
+            weights=None if weights is None else torch.tensor(weights, device=bodies.device),
+        )
