@@ -10,10 +10,11 @@ from torch import nn
 
 from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
-from gradcodec.transforms.autoencoder import nets as nets
+from gradcodec.transforms.autoencoder import nets
+from gradcodec.transforms.autoencoder.config import RATIOS
 from gradcodec.wire import WIRE_VERSION, Payload
 
-ARCHITECTURES = ("resnet3", "cnn1d", "uformer")
+ARCHITECTURES = tuple(RATIOS)
 
 Rows = dict[str, str]
 

@@ -53,7 +53,9 @@ class Pipeline:
             return self.pack_code(self.transform.to_code(update, spec), seed)
         except NonFiniteError:
             for t in spec:
-                layout.check_finite(update[t.name], f"{self.kind}: {t.name!r}")
+                # A finite fp64 value may be beyond fp32, in which codes are.
+                wide = " in fp32" if t.dtype is torch.float64 else ""
+                layout.check_finite(update[t.name].float(), f"{self.kind}: {t.name!r}{wide}")
             raise
 
     def decode(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:

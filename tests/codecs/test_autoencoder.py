@@ -16,7 +16,7 @@ from gradcodec.errors import (
     NonFiniteError,
     UpdateError,
 )
-from gradcodec.transforms.autoencoder import nets as nets
+from gradcodec.transforms.autoencoder import nets
 from gradcodec.transforms.autoencoder.config import (
     NORMALISATIONS,
     RATIOS,

@@ -54,6 +54,12 @@ def test_a_code_beyond_fp32_is_refused_also_where_the_values_are_finite() -> Non
             Chain(SUBSPACE, inner).encoder.encode(update)
 
 
+def test_a_value_of_fp64_beyond_fp32_is_refused_by_name() -> None:
+    update = {"a": torch.ones(3), "b": torch.tensor([1.0, 1e300], dtype=torch.float64)}
+    with pytest.raises(NonFiniteError, match="'b' in fp32: expected finite values, 1 of 2"):
+        BlockQuant().encoder.encode(update)
+
+
 def test_a_code_of_another_length_is_refused() -> None:
     with pytest.raises(UpdateError, match=r"subspace: expected a code of \d+ values, got 3"):
         SUBSPACE.from_code(torch.zeros(3))
