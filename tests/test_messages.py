@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import builtins
 import re
 import tomllib
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed
 import torch.distributed.fsdp
+import torch.distributed.tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gradcodec import cli
@@ -68,23 +70,27 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def defined() -> set[str]:
-    """Names of everything that the library defines, and of what torch offers beside it."""
+    """Names of everything that the library, torch and Python itself offer."""
     names = {
         node.name
         for tree in SOURCES.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
-    torch_places = (
+    places = (
+        builtins,
+        dict,
         torch,
         torch.distributed,
         torch.distributed.fsdp,
         torch.distributed.fsdp.FSDPModule,
         torch.distributed.device_mesh,
+        torch.distributed.tensor,
+        torch.distributed.tensor.DTensor,
         DeviceMesh,
         torch.nn.parallel,
     )
-    return names.union(*map(dir, torch_places))
+    return names.union(*map(dir, places))
 
 
 def test_there_are_messages_to_look_at() -> None:
