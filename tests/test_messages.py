@@ -70,26 +70,29 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def defined() -> set[str]:
-    """Names of all that the library defines, and of what Python and torch offer beside it."""
+    """Names of everything that the library, torch and Python itself offer."""
     names = {
         node.name
         for tree in SOURCES.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
-    torch_places = (
+    places = (
+        builtins,
+        dict,
         torch,
         torch.distributed,
         torch.distributed.fsdp,
         torch.distributed.fsdp.FSDPModule,
         torch.distributed.device_mesh,
+        torch.distributed.tensor,
+        torch.distributed.tensor.DTensor,
         DeviceMesh,
         torch.nn.parallel,
         torch.nn.Module,
         torch.Tensor,
-        torch.distributed.tensor.DTensor,
     )
-    return names.union(dir(builtins), dir(dict), *map(dir, torch_places))
+    return names.union(*map(dir, places))
 
 
 def test_there_are_messages_to_look_at() -> None:
