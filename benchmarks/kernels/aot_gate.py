@@ -100,7 +100,7 @@ class Variant:
                 signature[p.name] = "constexpr"
                 continue
             pointer = self.pointers.get(p.name)
-            scalar = "fp32" if p.name == "norm" else "i32"
+            scalar = "fp32" if p.name in ("before", "after") else "i32"
             signature[p.name] = f"*{pointer}" if pointer else scalar
             if pointer or not (p.do_not_specialize or scalar == "fp32"):
                 attributes[(i,)] = [["tt.divisibility", 16]]

@@ -1,1 +1,1 @@
-"""Torch-only oracle of every kernel; also the CPU implementation. One op per file."""
+"""The maths of every op in torch: the oracle of C and Triton, and the fallback where both lack."""

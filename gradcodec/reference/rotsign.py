@@ -99,7 +99,8 @@ def decode_mean(
         weights: fp32 ``[W]``: ``sum_w weights_w x_w`` instead of the mean, as in ``decode_mean``.
     """
     segment = segment_of(block)
-    out = torch.zeros(numel, device=packed.device)
+    # Adding to -0 changes nothing, the sign of a zero included.
+    out = torch.full((numel,), -0.0, device=packed.device)
     for start in range(0, numel, segment):
         part = out[start : start + segment]
         blocks, at = -(-part.numel() // block), start // block
@@ -111,6 +112,16 @@ def decode_mean(
                 x *= weights[w]
             part += x.view(-1)[: part.numel()]
     return out if weights is not None else out.mul_(1.0 / max(1, len(packed)))
+
+
+def factors(block: int) -> tuple[float, float]:
+    """``1 / sqrt(block)`` in two parts: a power of two, and what is left of it, 1 or ``sqrt(1/2)``.
+
+    Scales take the first before they are summed, which is exact and keeps the sums within fp32;
+    the sums take the second.
+    """
+    power = block.bit_length() - 1
+    return 2.0 ** -(power // 2), math.sqrt(0.5) if power % 2 else 1.0
 
 
 def _signs(words: Tensor, start: int, rows: Tensor) -> Tensor:
@@ -139,6 +150,7 @@ def _scales(y: Tensor, sent: Tensor, exponent: Tensor) -> Tensor:
 
 def _decoded(bits: Tensor, scales: Tensor, signs: Tensor) -> Tensor:
     """fp32 ``[blocks, block]`` of sign bits ``[blocks, kept]`` and scales ``[blocks]``."""
+    before, after = factors(signs.shape[1])
     y = torch.zeros_like(signs)
-    y[:, : bits.shape[1]] = (1.0 - 2.0 * bits.float()) * scales.float()[:, None]
-    return butterflies(y).mul_(1.0 / math.sqrt(signs.shape[1])).mul_(signs)
+    y[:, : bits.shape[1]] = (1.0 - 2.0 * bits.float()) * (scales.float() * before)[:, None]
+    return butterflies(y).mul_(after).mul_(signs)

@@ -3,15 +3,13 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gradcodec_kernels.launch import check_block, check_kept, launches, options
-from gradcodec_kernels.signs import butterflies, flipped, values_of
+from gradcodec_kernels.signs import butterflies, factors, flipped, values_of
 from gradcodec_kernels.tiles import CHUNK, block_max, load_y, store_cast, store_tile
 
 
@@ -28,7 +26,8 @@ def rotsign_encode_kernel(
     D,
     P,
     S,
-    norm,
+    before,
+    after,
     first,
     rest,
     total,
@@ -50,7 +49,7 @@ def rotsign_encode_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     sent = tl.where(column < KEPT, wide, 0.0) if KEPT < BLOCK else wide
     size = tl.sum(sent, 1, keep_dims=True)
-    scale = energy / tl.where(size > 0, size, 1.0) * norm
+    scale = energy / tl.where(size > 0, size, 1.0) * before * after
     scale = tl.where(size > 0, scale, 0.0) * power_of_two(exponent).to(tl.float64)
     rounded = store_cast(scale.to(tl.float32), tl.bfloat16)
     row = tl.arange(0, ROWS)[:, None]
@@ -62,9 +61,8 @@ def rotsign_encode_kernel(
     at = P + chunk * (ROWS * KEPT // 8) + row * (KEPT // 8) + byte
     tl.store(at, its, mask=(byte < KEPT // 8) & (row * BLOCK < total))
     if EF:
-        came = values_of(
-            minus, rounded.to(tl.float32), D, chunk, total, norm, ROWS, BLOCK, KEPT, EVEN
-        )
+        used = rounded.to(tl.float32) * before
+        came = values_of(minus, used, D, chunk, total, after, ROWS, BLOCK, KEPT, EVEN)
         store_tile(E + chunk * CHUNK, offsets, x - came, rest, EVEN)
 
 
@@ -98,7 +96,7 @@ def rotsign_encode(
             signs.view(torch.uint8),
             packed,
             scales,
-            1 / math.sqrt(block),
+            *factors(block),
             first,
             rest,
             -(-rest // block) * block,

@@ -3,15 +3,13 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gradcodec_kernels.launch import check_block, check_kept, launches, options
-from gradcodec_kernels.signs import values_of
+from gradcodec_kernels.signs import factors, values_of
 from gradcodec_kernels.tiles import CHUNK, store_tile, tile_offsets
 from gradcodec_kernels.unpack import load_codes
 
@@ -23,7 +21,8 @@ def rotsign_mean_kernel(
     D,
     WEIGHTS,
     OUT,
-    norm,
+    before,
+    after,
     packed_stride,
     scales_stride,
     signs_stride,
@@ -40,14 +39,14 @@ def rotsign_mean_kernel(
     chunk = tl.program_id(0).to(tl.int64) + first
     ROWS: tl.constexpr = CHUNK // BLOCK
     row = tl.arange(0, ROWS)[:, None]
-    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    acc = tl.full([ROWS, BLOCK], -0.0, tl.float32)  # adding to -0 keeps the sign of a zero
     for w in range(world):
         its = P + w * tl.cast(packed_stride, tl.int64) + chunk * (ROWS * KEPT // 8)
         minus = load_codes(its, total, 1, KEPT, ROWS, BLOCK, EVEN)
         at = S + w * tl.cast(scales_stride, tl.int64) + chunk * ROWS + row
-        scale = tl.load(at, mask=row * BLOCK < total, other=0.0).to(tl.float32)
+        scale = tl.load(at, mask=row * BLOCK < total, other=0.0).to(tl.float32) * before
         words = D + w * tl.cast(signs_stride, tl.int64)
-        value = values_of(minus, scale, words, chunk, total, norm, ROWS, BLOCK, KEPT, EVEN)
+        value = values_of(minus, scale, words, chunk, total, after, ROWS, BLOCK, KEPT, EVEN)
         if WEIGHTED:
             value = value * tl.load(WEIGHTS + w)
         acc += value
@@ -86,7 +85,7 @@ def rotsign_mean(
             signs.view(torch.uint8),
             scales if weights is None else weights,
             out,
-            1 / math.sqrt(block),
+            *factors(block),
             packed.stride(0),
             scales.stride(0),
             8 * signs.stride(0),

@@ -3,11 +3,19 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 from gradcodec_kernels.tiles import CHUNK
 from gradcodec_kernels.unpack import load_codes
+
+
+def factors(block: int) -> tuple[float, float]:
+    """``1 / sqrt(block)`` as a power of two and 1 or ``sqrt(1/2)``, as in the reference."""
+    power = block.bit_length() - 1
+    return 2.0 ** -(power // 2), math.sqrt(0.5) if power % 2 else 1.0
 
 
 @triton.jit
@@ -56,14 +64,17 @@ def values_of(
     D,
     chunk,
     total,
-    norm,
+    after,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``D H y``, fp32: of signs (1 is minus) and a scale for every row, the first ``KEPT`` sent."""
+    """``D H y``, fp32: of signs (1 is minus) and a scale for every row, the first ``KEPT`` sent.
+
+    Scales have the power of two of ``1 / sqrt(BLOCK)``, ``after`` is what is left of it.
+    """
     y = tl.where(minus == 1, -scale, scale)
     if KEPT < BLOCK:
         y = tl.where(tl.arange(0, BLOCK)[None, :] < KEPT, y, 0.0)
-    return flipped(butterflies(y, ROWS, BLOCK) * norm, D, chunk, total, ROWS, BLOCK, EVEN)
+    return flipped(butterflies(y, ROWS, BLOCK) * after, D, chunk, total, ROWS, BLOCK, EVEN)

@@ -71,10 +71,11 @@ def test_means_of_signs_have_the_references_bits(level: str, numel: int, same: S
         signs = torch.stack([signs_of(numel, block, seed) for seed in range(3)])
         made = [rotsign.encode(torch.randn(numel), s, block=block, kept=kept) for s in signs]
         packed, scales = (torch.stack([m[i] for m in made]) for i in (0, 1))
-        for weights in (None, WEIGHTS):
+        for world, weights in ((1, None), (3, None), (3, WEIGHTS)):
+            three = packed[:world], scales[:world], signs[:world]
             of: dict[str, Any] = {"block": block, "kept": kept, "weights": weights}
-            mine = ops.rotsign_mean(packed, scales, signs, numel, impl="native", **of)
-            assert same(mine, rotsign.decode_mean(packed, scales, signs, numel, **of)), of
+            mine = ops.rotsign_mean(*three, numel, impl="native", **of)
+            assert same(mine, rotsign.decode_mean(*three, numel, **of)), of
 
 
 @pytest.mark.parametrize("numel", SIZES)

@@ -80,6 +80,16 @@ def test_a_power_of_two_passes_through(power: int) -> None:
         assert torch.equal(its.double(), scales.double() * factor)
 
 
+@pytest.mark.parametrize("block", [8, 256, 512, 4096])
+def test_no_sum_of_large_scales_leaves_fp32(block: int) -> None:
+    # Sums of a whole block of scales would: 4096 times 1e37.
+    x, signs = torch.full((block,), 1e37), signs_of(block, block)
+    packed, scales = rotsign.encode(x, signs, block=block, kept=block)
+    came = decoded(packed, scales, signs, block, block=block, kept=block)
+    assert bool(came.isfinite().all())
+    assert 0.1 < float((came / 1e37 - 1).norm()) / math.sqrt(block) < 1.2
+
+
 @given(st.integers(0, 200), st.integers(3, 12), st.data())
 def test_sizes_are_exact(numel: int, power: int, data: st.DataObject) -> None:
     block = 1 << power

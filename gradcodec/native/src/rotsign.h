@@ -57,10 +57,16 @@ static void write_the_rest(struct bit_stream *stream) {
 static void rotsign_values(float *x, const uint8_t *codes, const uint16_t *scales,
                            const uint64_t *signs, size_t count, size_t block, size_t kept) {
     size_t length = (count + 63) / 64 * 64;
+    /* 1 / sqrt(block): a power of two before the sums, which stay exact and within fp32, and what
+     * is left of it after them. */
+    int power = __builtin_ctzll(block);
+    float before = power_of_two(-(power / 2)), after = power % 2 ? (float)__builtin_sqrt(0.5) : 1;
     if (kept < block || length > count) memset(x, 0, 4 * length);
-    for (size_t b = 0; b * block < count; b++)
-        add_values(1, NULL, 1, x + b * block, codes + b * kept, kept, float_of_bf16(scales[b]));
-    butterflies(x, length, block, (float)(1.0 / __builtin_sqrt((double)block)));
+    for (size_t b = 0; b * block < count; b++) {
+        float step = float_of_bf16(scales[b]) * before;
+        add_values(1, NULL, 1, x + b * block, codes + b * kept, kept, step);
+    }
+    butterflies(x, length, block, after);
     flip_by_words(x, signs, length);
 }
 
@@ -124,7 +130,7 @@ static void rotsign_mean(const struct rotsign_mean_job *job) {
             if (w)
                 for (size_t i = 0; i < real; i++) sum[i] += x[i];
             else
-                for (size_t i = 0; i < real; i++) sum[i] = 0 + x[i];
+                memcpy(sum, x, 4 * real);
         }
         if (!job->of.weights)
             for (size_t i = 0; i < real; i++) sum[i] *= factor;
