@@ -9,8 +9,9 @@ not fit and returns the outputs, empty. Everything else is derived from it and f
 * the implementations for CPU and CUDA tensors (``gradcodec.ops.backends``);
 * the public function, which takes ``impl=`` as well.
 
-Three names mean the same in every op. ``residual`` is updated in place. ``seed`` has 64 bits.
-``impl`` is no argument of the op but says who computes it.
+Tensors come first, by position, and are made contiguous. Four names mean the same in every op:
+``residual`` is updated in place, ``seed`` has 64 bits, ``weights`` has a factor for each payload,
+and ``impl`` is no argument of the op but says who computes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from gradcodec.ops.backends import Op, implementation
+from gradcodec.ops.backends import CPU, Op
 
 NAMESPACE = "gradcodec"
 
@@ -55,8 +56,9 @@ def op(
         qualified = f"{NAMESPACE}::{made.name}"
         torch.library.define(qualified, schema(declaration))
         torch.library.register_fake(qualified)(declaration)
-        for key in ("cpu", "cuda"):
-            torch.library.impl(qualified, key.upper())(_dispatched(made, key))
+        on_cpu = made.on(torch.device("cpu"), CPU)
+        torch.library.impl(qualified, "CPU")(on_cpu)
+        torch.library.impl(qualified, "CUDA")(_on_cuda(made))
         OPS[made.name] = made
         return _public(made, declaration)
 
@@ -93,11 +95,11 @@ def _literal(default: Any) -> str:
     return str(default).removeprefix("torch.")
 
 
-def _dispatched(made: Op, device: str) -> Callable[..., Any]:
-    """What the dispatcher calls for tensors of a device; imports no kernel before it is called."""
+def _on_cuda(made: Op) -> Callable[..., Any]:
+    """What the dispatcher calls for CUDA tensors; only then is triton looked for."""
 
     def run(*args: Any, **settings: Any) -> Any:
-        return made.on(torch.device(device), implementation(device))(*args, **settings)
+        return made.on(args[0].device, "triton")(*args, **settings)
 
     return run
 
@@ -108,12 +110,11 @@ def _public(made: Op, declaration: Callable[_Arguments, _Result]) -> Callable[_A
     @functools.wraps(declaration)
     def call(*args: _Arguments.args, **settings: _Arguments.kwargs) -> _Result:
         impl: Any = settings.pop("impl", None)
-        given: dict[str, Any] = {
-            name: _contiguous(value) if name != "residual" else value
-            for name, value in settings.items()
-        }
+        given: dict[str, Any] = dict(settings)
         if "seed" in given:
             given["seed"] = _int64(given["seed"])
+        if given.get("weights") is not None:
+            given["weights"] = given["weights"].contiguous()
         tensors = [_contiguous(a) for a in args]
         if impl is None:
             result: _Result = default(*tensors, **given)

@@ -3,7 +3,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gradcodec.reference.bitpack import packed_nbytes, unpack_bits
+from gradcodec.reference import grid
+from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.encode import encode as oracle
 from gradcodec.reference.encode import padded_numel
 from gradcodec.reference.philox import random_bytes as oracle_bytes
@@ -20,25 +21,19 @@ def outputs(guarded, numel, bits, block, rotate=False):
     return packed, guarded((-(-total // block),), torch.bfloat16)
 
 
-def both(guarded, values, residual=None, rotation=None, given=None, **options):
+def both(guarded, values, residual=None, rotation=None, **options):
     """What the kernel makes, and its oracle: packed, scales and residual of each."""
     device_values = guarded(like=values)
     rotate = rotation is not None
     packed, scales = outputs(guarded, values.numel(), options["bits"], options["block"], rotate)
     left_over = None if residual is None else guarded(like=residual)
-    if given is not None:
-        scales.copy_(given)
-        options["scale"] = "given"
     encode(device_values, packed, scales, rotation=rotation, residual=left_over, **options)
     assert torch.equal(device_values.cpu(), values)
     its = None if residual is None else residual.clone()
-    if given is not None:
-        options["scale"] = "absmax"
     expected = oracle(
         values,
         residual=its,
         rotate=rotate,
-        scales=given,
         rotation_dtype=torch.bfloat16,
         **options,
     )
@@ -87,17 +82,12 @@ def test_mean_scales_are_within_a_bf16_number_and_codes_follow_them(guarded, bit
     assert away.max() <= 1
     assert (away > 0).float().mean() <= 0.1
     # With the steps that it found, everything else is the oracle's.
-    again = oracle(values, residual=residual, scales=mine[1], **options)
-    assert torch.equal(mine[0], again[0])
-    assert torch.equal(mine[2], residual)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_given_scales_are_used(guarded, bits):
-    values, residual = torch.randn(4097), torch.zeros(4097)
-    given = (torch.rand(-(-4097 // 512)) + 0.01).to(torch.bfloat16)
-    options = {"bits": bits, "block": 512, "stochastic": True, "seed": 5}
-    assert_equal(*both(guarded, values, residual, given=given, **options))
+    rows = torch.zeros(-(-len(values) // 256), 256)
+    rows.view(-1)[: len(values)] = values + residual
+    codes = grid.codes_of(rows, mine[1], bits, None)
+    rest = rows - grid.values_of(codes, mine[1], bits)
+    assert torch.equal(mine[0], pack_bits(codes.view(-1)[: len(values)], bits))
+    assert torch.equal(mine[2], rest.view(-1)[: len(values)])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
