@@ -12,7 +12,7 @@ from torch import Tensor
 from gradcodec import native, ops
 from gradcodec.errors import ConfigError
 from gradcodec.ops import backends
-from gradcodec.ops.declare import OPS, op, registered, schema
+from gradcodec.ops.declare import OPS, on_cuda, op, registered, schema
 
 ROOT = Path(__file__).parents[1]
 NUMEL, WORLD = 5000, 3
@@ -219,6 +219,29 @@ def test_native_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_native_is_for_cpu_tensors() -> None:
     with pytest.raises(ConfigError, match="got meta"):
         ops.encode(torch.ones(8, device="meta"), bits=4, impl="native")
+
+
+def beyond_the_kernels() -> dict[str, Call]:
+    """Settings that the reference takes and the kernel of the same name does not."""
+    x = torch.randn(NUMEL)
+    return {
+        "rotsign_encode": ((x, ops.random_sign_words(5024, 1)), {"block": 32, "kept": 32}),
+        "topk_encode": ((x,), {"k": 8, "chunk": 20000}),
+        "lloyd_encode": ((x,), {"block": 32}),
+    }
+
+
+@pytest.mark.parametrize("name", beyond_the_kernels())
+def test_what_a_kernel_does_not_take_is_computed_by_torch(name: str) -> None:
+    (values, *rest), settings = beyond_the_kernels()[name]
+    with pytest.raises(ConfigError, match="impl='reference' takes it"):
+        OPS[name].on(torch.device("cpu"), "triton")(values, *rest, **settings)
+    residuals = torch.ones(2, NUMEL)
+    came = on_cuda(OPS[name])(values, *rest, **settings, residual=residuals[0])
+    wanted = OPS[name].by_reference(values, *rest, **settings, residual=residuals[1])
+    assert all(torch.equal(a, b) for a, b in zip(came, wanted, strict=True))
+    assert torch.equal(residuals[0], residuals[1])
+    assert not torch.equal(residuals[0], torch.ones(NUMEL))
 
 
 def test_triton_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,10 @@ def status() -> dict[str, str]:
     }
 
 
+class KernelLimitError(ConfigError):
+    """The kernel of an op does not take settings that the op itself takes."""
+
+
 @dataclass(frozen=True)
 class Op:
     """An op and its implementations.
@@ -100,7 +104,7 @@ class Op:
             try:
                 kernel(*tensors, *outputs, **{k: v for k, v in settings.items() if k in wanted})
             except ValueError as limit:
-                raise ConfigError(
+                raise KernelLimitError(
                     f"{self.name} on a GPU: {limit}; impl='reference' takes it"
                 ) from limit
         return out

@@ -25,7 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from gradcodec.ops.backends import CPU, Op
+from gradcodec.ops.backends import CPU, KernelLimitError, Op
 
 NAMESPACE = "gradcodec"
 
@@ -58,7 +58,7 @@ def op(
         torch.library.register_fake(qualified)(declaration)
         on_cpu = made.on(torch.device("cpu"), CPU)
         torch.library.impl(qualified, "CPU")(on_cpu)
-        torch.library.impl(qualified, "CUDA")(_on_cuda(made))
+        torch.library.impl(qualified, "CUDA")(on_cuda(made))
         OPS[made.name] = made
         return _public(made, declaration)
 
@@ -95,11 +95,17 @@ def _literal(default: Any) -> str:
     return str(default).removeprefix("torch.")
 
 
-def _on_cuda(made: Op) -> Callable[..., Any]:
-    """What the dispatcher calls for CUDA tensors; only then is triton looked for."""
+def on_cuda(made: Op) -> Callable[..., Any]:
+    """What the dispatcher calls for CUDA tensors; only then is triton looked for.
+
+    A kernel states its limits before it writes anything; what it refuses, torch computes.
+    """
 
     def run(*args: Any, **settings: Any) -> Any:
-        return made.on(args[0].device, "triton")(*args, **settings)
+        try:
+            return made.on(args[0].device, "triton")(*args, **settings)
+        except KernelLimitError:
+            return made.by_reference(*args, **settings)
 
     return run
 

@@ -19,11 +19,6 @@ def hadamard(size: int) -> Tensor:
     return h / math.sqrt(size)
 
 
-def random_signs(count: int, seed: int) -> Tensor:
-    """``[count]`` fp32 of +-1 from the raw bits of numpy's PCG64, which no version changes."""
-    return signs_of(random_sign_words(count, seed), count)
-
-
 def signs_of(words: Tensor, count: int) -> Tensor:
     """fp32 ``[count]`` of +-1 from 64-bit words ``[sign_words(count)]``; set bits mean minus."""
     places = torch.arange(64, device=words.device)
@@ -37,20 +32,12 @@ def sign_words(count: int) -> int:
 
 
 def random_sign_words(count: int, seed: int) -> Tensor:
-    """The bits of ``random_signs``, int64 ``[sign_words(count)]``: set means minus."""
+    """``count`` random signs as bits, int64 ``[sign_words(count)]``: set means minus.
+
+    The raw bits of numpy's PCG64, which no version changes.
+    """
     words = np.random.PCG64(seed).random_raw(sign_words(count))
     return torch.from_numpy(words.view(np.int64))
-
-
-def rotate(rows: Tensor, signs: Tensor) -> Tensor:
-    """``H D x`` for each row ``[blocks, size]``, ``D`` the diagonal of ``signs``; norms stay."""
-    return (rows * signs) @ hadamard(rows.shape[1]).to(rows.device)
-
-
-def rotate_back(rows: Tensor, signs: Tensor) -> Tensor:
-    """Inverse of ``rotate``: ``D H y``. Fewer columns than the block's size count as its first."""
-    h = hadamard(signs.shape[1]).to(rows.device)
-    return (rows @ h[: rows.shape[1]]) * signs
 
 
 CHUNK = 4096

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gradcodec.reference import hadamard as rotation
 from gradcodec.reference import rotsign
 from gradcodec.reference.bitpack import packed_nbytes, unpack_bits
-from gradcodec.reference.hadamard import hadamard, random_sign_words, random_signs, sign_words
+from gradcodec.reference.hadamard import hadamard, random_sign_words, sign_words
 
 CUTS = [(8, 3), (64, 64), (128, 100), (256, 256), (4096, 77)]
 BY_CUT = pytest.mark.parametrize(("block", "kept"), CUTS)
@@ -33,7 +34,8 @@ def test_signs_and_scales_are_those_of_the_dense_rotation(block: int, kept: int)
     rows = torch.zeros(blocks * block, dtype=torch.float64)
     rows[:numel] = x
     h = hadamard(block).double() * math.sqrt(block)
-    y = (rows * random_signs(blocks * block, 5)).view(blocks, block) @ h.round() / math.sqrt(block)
+    turned = rows * rotation.signs_of(signs, blocks * block)
+    y = turned.view(blocks, block) @ h.round() / math.sqrt(block)
     wanted = y.square().sum(1) / y[:, :kept].abs().sum(1)
     # Half of the last of the 8 bits of a bf16 number, and the rounding of fp32 sums.
     assert bool(((scales.double() - wanted).abs() <= (2**-8 + 1e-5) * wanted).all())
@@ -121,4 +123,4 @@ def test_words_hold_the_random_signs() -> None:
     words = random_sign_words(130, 9)
     assert len(words) == sign_words(130) == 3
     bits = [(int(words[i // 64]) >> (i % 64)) & 1 for i in range(130)]
-    assert random_signs(130, 9).tolist() == [1.0 - 2.0 * b for b in bits]
+    assert rotation.signs_of(words, 130).tolist() == [1.0 - 2.0 * b for b in bits]
