@@ -36,9 +36,9 @@ class Coder(Protocol):
 
     @property
     def grain(self) -> int | None:
-        """Vectors whose lengths are multiples of this may be coded as one: no code changes.
+        """Vectors may be joined and packed together where each length is a multiple of this.
 
-        ``None`` if every vector has to be coded by itself.
+        Each of them then has the code that it has alone. ``None``: vectors must not be joined.
         """
         ...
 
