@@ -10,7 +10,7 @@ Which part of which parameter a rank of FSDP1 holds is private to torch; it is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +126,8 @@ def parts_of(source: NamedParameters) -> dict[str, Part]:
             them.
     """
     flat = dict(_flat_parts(source)) if isinstance(source, nn.Module) else {}
+    if isinstance(source, nn.Module):
+        _none_is_kept_outside(source, [part._flat for part in flat.values()])
     if not flat:
         found: dict[str, Part] = {}
         for name, p in named_parameters(source).items():
@@ -154,6 +156,22 @@ def _flat_parts(root: nn.Module) -> Iterator[tuple[tuple[int, str], FlatPart]]:
         for index, (info, name) in enumerate(zip(infos, names, strict=True)):
             part = FlatPart(join(path, plain_name(name)), module, index)
             yield (id(info.module), info.param_name), part
+
+
+def _none_is_kept_outside(root: nn.Module, flats: Sequence[Tensor]) -> None:
+    """``ConfigError`` for a module whose parameters are in flat parameters other than ``flats``.
+
+    Without ``use_orig_params`` FSDP1 takes parameters out of their module and leaves views there.
+    """
+    known = {id(flat) for flat in flats}
+    for path, module in plain_modules(root):
+        for name, value in vars(module).items():
+            flat = value._base if isinstance(value, Tensor) else None
+            if flat is not None and id(flat) not in known and sharded_by(flat) is not None:
+                raise ConfigError(
+                    f"{join(path, name)!r} belongs to an FSDP1 module outside of this one: pass "
+                    "the outermost"
+                )
 
 
 def _in_order(root: nn.Module, flat: Mapping[tuple[int, str], FlatPart]) -> dict[str, Part]:

@@ -284,9 +284,9 @@ def what_cannot_be_known_is_refused(rank: int, world: int) -> None:
         model = fsdp1(use_orig_params)
         with pytest.raises(ConfigError, match="outermost"):
             GradientRecorder(dict(model.named_parameters()), CONFIG)
-    model = fsdp1(True)
-    with pytest.raises(ConfigError, match="outermost"):
-        GradientRecorder(model.module, CONFIG)
+        for inside in (model.module, model.module[0]):
+            with pytest.raises(ConfigError, match="outermost"):
+                GradientRecorder(inside, CONFIG)
 
 
 def the_latent_optimizer_takes_whole_parameters_only(rank: int, world: int) -> None:
