@@ -106,7 +106,7 @@ class Server:
         same = uplink.code_space == downlink.code_space
         if latent and not same:
             raise ConfigError(f"latent mode: {uplink} and {downlink} differ in code space")
-        # Codes are averaged directly if both codecs share a code space, else decoded values are.
+        # Codes are averaged as codes if they add and share a code space, else decoded values are.
         self.codes_cross = latent or (same and self.space.in_code)
         self.replica = Replica(parts.whole, self.space, round)
         spec = self.replica.spec
