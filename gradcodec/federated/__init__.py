@@ -1,11 +1,11 @@
 """Federated learning with a codec in both directions, framework-free.
 
-``envelope`` is what surrounds payloads in a message; ``replica`` one participant's copy of the
-global state; ``client`` receives it and encodes what was trained; ``server`` collects replies
-(``rounds``, ``exact``), closes rounds and catches late clients up (``history``). ``schedule`` says
-which codecs a federation uses when, ``switch`` is a codec in a broadcast, ``tensors`` what is not
-coded at all. ``loop`` is the plain loop around them; ``checkpoint`` puts it on disk; ``collect``
-gathers gradients for TGAP.
+``client`` receives the global state and encodes what was trained; ``server`` collects replies
+(``rounds``, ``exact``), closes rounds and brings late clients up to date (``history``). ``replica``
+is one participant's copy of the global state, ``envelope`` the bytes around payloads in a message.
+``schedule`` decides which codecs each round uses, ``switch`` sends a new codec in a broadcast, and
+``tensors`` tells which tensors are not coded at all. ``loop`` is the plain training loop around
+them; ``checkpoint`` saves it to disk; ``collect`` gathers gradients for TGAP.
 """
 
 from gradcodec.federated.client import AutoClient, Client

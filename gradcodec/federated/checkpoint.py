@@ -17,13 +17,13 @@ ANEW = "delete it to start again from round 0"
 
 
 class Kept(Protocol):
-    """What the rounds fill beside the federation, and what must be kept with it."""
+    """State that the rounds fill outside the federation, to be saved with it."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything there is to keep."""
+        """Everything that has to be saved."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Be again as when ``state_dict`` was called; ``ConfigError`` if that is not possible."""
+        """Restore what ``state_dict`` returned; ``ConfigError`` if that is not possible."""
 
 
 def save(
@@ -34,23 +34,23 @@ def save(
 ) -> None:
     """Write one safetensors file: the server's tensors, and the reports so far as metadata.
 
-    The file appears whole or not at all, and its SHA-256 is in it. The checkpoint before is kept
-    (``gradcodec.files.previous``), where the filesystem has hard links.
+    The file appears whole or not at all, and its SHA-256 is in it. The previous checkpoint is kept
+    (``gradcodec.files.previous``) if the filesystem has hard links.
 
     Args:
         path: the file.
         federation: between two rounds.
-        reports: of the rounds so far.
-        beside: what else to keep, by name.
+        reports: the reports of the rounds so far.
+        beside: what else to save, by name.
 
     Raises:
-        OSError: it cannot be written; the checkpoint before is as it was.
+        OSError: the file cannot be written; the previous checkpoint is unchanged.
     """
     meta = {
         "finished": federation.finished,
         "versions": [[c, v] for c, v in federation.versions.items()],
         "reports": [r.to_dict() for r in reports],
-        # Stands for the sampling: another one would make another run of it.
+        # Identifies the sampling: with another one this would not be the same run.
         "next": federation.config.sample(federation.finished),
     }
     tensors = prefixed("server", federation.server.state_dict())
@@ -65,11 +65,12 @@ def load(
     """Put a federation of the same settings back where ``save`` left it; returns its reports.
 
     Clients are rebuilt from the increments when they next take part. If the file is damaged, the
-    checkpoint before takes its place, with a warning in the log: one round is done again.
+    previous checkpoint is read instead, with a warning in the log: one round is done again.
 
     Raises:
-        ConfigError: the file is damaged and so is the one before, or it is not a checkpoint of this
-            federation, which is then unchanged.
+        ConfigError: the file and the previous one are damaged, or it is not a checkpoint of this
+            federation. Nothing has changed then, unless a part of ``beside`` raised: the server is
+            loaded before these.
     """
     tensors, meta = files.load_tensors(path, ANEW)
     try:
@@ -92,7 +93,7 @@ def load(
 
 
 def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's tensors under names of its own."""
+    """A part's tensors, named ``name/key``."""
     return {f"{name}/{key}": t for key, t in state.items()}
 
 

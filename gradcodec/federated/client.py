@@ -28,7 +28,7 @@ from gradcodec.wire import Payload
 
 
 class Client:
-    """One participant; the same arguments as the server's make the same codecs.
+    """One participant; given the server's arguments, it makes the same codecs.
 
     .. code-block:: python
 
@@ -42,11 +42,13 @@ class Client:
 
     Args:
         number: this client's id: a number of 0..2^64 - 1, or a name.
-        initial: the state that every participant derives by itself: a module, or tensors by name.
+        initial: the initial state, which every participant builds locally: a module, or tensors by
+            name.
         uplink, downlink, config: as the server's.
 
     Raises:
-        ConfigError, UpdateError: an id that is none, or tensors that cannot travel so.
+        ConfigError, UpdateError: the id is invalid, or a tensor cannot travel as the codecs and
+            rules say.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Client:
     def _start(
         self, number: ClientId, initial: State, schedule: Schedule, kinds: tuple[int, ...]
     ) -> None:
-        """Begin at round 0 of a schedule; ``kinds``: what broadcasts may bring."""
+        """Begin at round 0 of a schedule; ``kinds``: the parts that broadcasts may contain."""
         self.number = client_id(number)
         self._schedule, self._kinds = schedule, kinds
         stage = schedule.first
@@ -83,7 +85,7 @@ class Client:
 
         Raises:
             CodecMismatchError: it belongs to another history than this client's; see ``reset``.
-            WireError: the bytes are damaged or belong to other codecs. Nothing has changed then.
+            WireError: the bytes are damaged or of other codecs. On any error nothing changes.
         """
         message = Broadcast.from_bytes(blob, self._kinds)
         self.replica.check_order(message)
@@ -97,12 +99,12 @@ class Client:
         lineage: bytes | None,
         version_1: bool = False,
     ) -> None:
-        """Follow the parts of a broadcast, codecs included; arguments as of ``Replica.apply``."""
+        """Apply the parts of a broadcast, codecs included; arguments as in ``Replica.apply``."""
         codec, config, replica = self.codec, self.config, self.replica.copy()
         switches = [Switch.from_bytes(part) for kind, part in parts if kind == CODEC]
         ends = [*(s.first for s in switches), until]
         whole = [i for i, switch in enumerate(switches) if switch.state]
-        begin = whole[-1] + 1 if whole else 0  # a state makes what came before it needless
+        begin = whole[-1] + 1 if whole else 0  # a whole state replaces what came before it
         for i, steps in enumerate(_split(parts)):
             if i < begin:
                 continue
@@ -119,9 +121,9 @@ class Client:
         self.codec, self.config, self.replica = codec, config, replica
 
     def reset(self) -> None:
-        """Go back to the initial state, from which any broadcast of version 0 leads on.
+        """Go back to the initial state (version 0), where ``server.broadcast(0)`` applies.
 
-        For a client whose server has lost rounds, or that has lost some itself.
+        Needed when the server or this client has lost rounds.
         """
         self.codec, self.config, first = self._first
         self.replica = first.copy()
@@ -134,16 +136,16 @@ class Client:
         Args:
             trained: the module or its tensors after local training, or the latent optimiser that
                 trained them.
-            examples: how many examples they were trained on; the weight of this reply.
-            buffers: with an optimiser, where the tensors that travel bit for bit (``split``) are:
-                the module or its tensors.
+            examples: how many examples the training used; the weight of this reply.
+            buffers: the module, or its tensors, to take the tensors from that travel bit for bit
+                (``split``). Only used with an optimiser, and needed there if such tensors exist.
 
         Raises:
             EmptyClientError: no examples.
             NonFiniteError: training diverged to NaN or Inf.
-            UpdateError: names, shapes or dtypes are not the state's.
-            ConfigError: an optimiser of another codec or another round, or one without ``buffers``
-                where some are needed.
+            UpdateError: names, shapes or dtypes differ from the global state's.
+            ConfigError: the optimiser belongs to another codec or round, ``buffers`` is needed and
+                missing, or ``examples`` is not a whole number.
         """
         count = example_count(examples, f"client {self.number!r}")
         trained = unwrap_optimizer(trained)
@@ -184,7 +186,7 @@ class Client:
         return optimizer.payload(seed=self._seed)
 
     def _checked(self, trained: State) -> Update:
-        """The tensors of a trained state; ``UpdateError`` unless they are those of the global."""
+        """The tensors of a trained state; ``UpdateError`` unless they match the global ones."""
         if isinstance(trained, torch.optim.Optimizer):
             raise UpdateError(
                 f"expected the trained module, its tensors or a LatentOptimizer, got "
@@ -208,7 +210,7 @@ class Client:
 
     @property
     def _seed(self) -> int:
-        """Of a stochastic codec: another one for each client, so that their errors average out."""
+        """Seed of a stochastic codec; clients' seeds differ, so that their errors average out."""
         who = self.number
         name = who.encode() if isinstance(who, str) else struct.pack("<Q", who)
         return zlib.crc32(name + struct.pack("<Q", self.version))
@@ -222,7 +224,7 @@ class AutoClient(Client):
 
     Args:
         number: this client's id.
-        initial: the state that every participant derives by itself.
+        initial: the initial state, which every participant builds locally.
         config: as the server's; only ``first`` and ``first_down`` matter here.
     """
 

@@ -1,4 +1,4 @@
-"""TGAP's gathering of gradients over clients and time, in both readings of the paper."""
+"""Gather gradients for TGAP over clients and time, in both readings of the paper."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Collected:
 
     Attributes:
         uplink_bytes, downlink_bytes: wire bytes in each direction.
-        final_loss: the held-out loss it ended at, of a federated reading.
-        seconds: how long it took, interruptions left out.
+        final_loss: held-out loss at the end; ``None`` for a local reading.
+        seconds: how long it took, without interruptions.
     """
 
     uplink_bytes: int
@@ -55,27 +55,29 @@ def collect(
     path: str | Path | None = None,
     filled: Mapping[str, Kept] | None = None,
 ) -> Collected:
-    """Fine-tune on the task's (D1) data under watch; parameters are put back after.
+    """Fine-tune on the task's D1 data under ``watch``; parameters are restored afterwards.
 
     Args:
         task: its shards are each client's D1.
         watch: makes the context manager around each local training: ``lambda: recorder``.
         config: rounds and clients.
-        how: ``"federated"``: uncompressed federated averaging (v3 of the paper); what a server sees
-            of it, the updates, costs no byte beyond these rounds. ``"local"``: every client trains
-            a model of its own for ``config.rounds`` rounds (v1, v2); nothing is sent, but the
-            statistics of clients must be.
-        progress: called after each round (federated) or client (local): how many, of how many.
-        observe: told the updates of each round's clients, as the server sees them (federated).
-        path: where to keep what is there after each round or client. If the file exists, gathering
-            goes on from it, and ends to the bit as if it had not been interrupted.
-        filled: what the watchers fill (moments, snapshot stores), by any names; kept in ``path``
-            and put back from it. What is not named here starts empty.
+        how: ``"federated"``: uncompressed federated averaging (v3 of the paper); the server sees
+            the updates, which costs no bytes beyond these rounds. ``"local"``: every client trains
+            its own model for ``config.rounds`` rounds (v1, v2); no updates are sent, but the
+            clients' statistics must be.
+        progress: called after each round (federated) or client (local) with how many are finished
+            and how many there are.
+        observe: called after each round with its clients' updates, as the server sees them
+            (federated only).
+        path: file to save the progress to after each round or client. If it exists, gathering
+            resumes from it; the result is to the bit that of an uninterrupted run.
+        filled: what the watchers fill (moments, snapshot stores), by any names; saved in ``path``
+            and restored from it. After a resume, what is not named here starts empty.
 
     Raises:
-        ConfigError: ``how`` is neither, or there is no server that could observe, or ``path`` is
-            damaged or of another gathering.
-        OSError: ``path`` cannot be written; the file before is as it was.
+        ConfigError: ``how`` is not a reading, ``observe`` was given for a local reading, or
+            ``path`` is damaged or of another gathering.
+        OSError: ``path`` cannot be written; the previous file is unchanged.
     """
     if how not in READINGS:
         raise ConfigError(f"expected a reading of {READINGS}, got {how!r}")
@@ -157,7 +159,7 @@ def _local(
 def _load_local(
     path: Path, clients: Sequence[ClientId], filled: Mapping[str, Kept]
 ) -> tuple[int, float]:
-    """How many clients are finished, and the seconds they took; fills ``filled``."""
+    """Restore ``filled``; returns how many clients are finished, and the seconds they took."""
     tensors, meta = files.load_tensors(path, ANEW)
     try:
         if meta["clients"] != clients:

@@ -1,4 +1,4 @@
-"""What the ends of a federation agree on: its settings, and the codecs that follow from them."""
+"""What server and clients agree on: the settings, and the codecs that follow from them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class ServerConfig:
             ``"sum"``, the literal reading of CG-FedLLM's Algorithm 1.
         lr: server learning rate on the aggregated update (the paper's eta).
         momentum: server momentum (FedAvgM, Hsu et al., arXiv 1909.06335); costs no bytes.
-        feedback: keep what the broadcast's quantisation lost and add it to the next one.
+        feedback: keep what a broadcast's quantisation lost and add it to the next broadcast.
         rules: ``(pattern, codec)`` by tensor name, the first match wins, in both directions:
-            ``(("*.bias", "fp32"), ("*embed*", "int8"))``. Integers and buffers need none, they
+            ``(("*.bias", "fp32"), ("*embed*", "int8"))``. Integers and buffers need no rule: they
             travel bit for bit (``gradcodec.federated.tensors``).
-        max_replies: most replies of a round.
-        hold_bytes: most bytes of replies that a round holds back from its running sum, the loudest
-            ones, so that they can be dropped (``Server.close_round``).
+        max_replies: most replies that a round accepts.
+        hold_bytes: most bytes of replies that a round keeps out of its running sum. These are the
+            loudest replies, which may have to be dropped (``Server.close_round``).
     """
 
     mode: str = "post"
@@ -74,7 +74,7 @@ class ServerConfig:
 def codecs_for(
     coded: Update, uplink: Codec, downlink: Codec | None, config: ServerConfig
 ) -> tuple[Codec, Codec]:
-    """Uplink and downlink codec of a federation's coded tensors, rules included; both ends call it.
+    """Uplink and downlink codec of the coded tensors, rules applied; server and clients call it.
 
     Raises:
         ConfigError, UpdateError: a codec or a rule does not fit the tensors.

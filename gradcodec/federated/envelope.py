@@ -6,9 +6,9 @@
     broadcast  "GB" 2 | round varint | lineage 8 | parts: kind u8, length varint, bytes; to the end
 
 ``update`` and ``values`` are payloads. All integers are little-endian and in their shortest form.
-Both end with the bitwise complement of the CRC-32 of everything before it, so that a flipped bit in
-a number of examples cannot change a weight. Version 1, which ended with the CRC-32 itself and had
-no name, is still read:
+Both messages end with the bitwise complement of the CRC-32 of everything before it, so a flipped
+bit in the number of examples cannot change a weight. Version 1 ended with the CRC-32 itself and had
+no magic; it is still read:
 
     reply 1      client u32, round u32, examples u32 | update
     broadcast 1  round u32, count u16 | parts: kind u8, length u64, bytes
@@ -56,12 +56,12 @@ class Reply:
     """A client's answer: its update, and the number of examples it was trained on.
 
     Attributes:
-        client: id of who answers. It is a claim: what carries the bytes has to authenticate it.
-        round: whose global state was trained.
+        client: the sender's id. It is only a claim: the transport has to authenticate it.
+        round: the round whose global state was trained.
         examples: the weight of this reply, at least 1.
         payload: the update; its ``base`` pins the state that was trained (``Replica.digest``).
         values: the tensors that travel bit for bit, if any of them changed (``split``).
-        version: of the envelope that it came in.
+        version: version of the envelope that the reply came in.
     """
 
     client: ClientId
@@ -111,15 +111,15 @@ class Reply:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What brings a client to ``round``: increments in order, or one snapshot.
+    """Brings a client to ``round``: by increments in order, or by one snapshot.
 
     Attributes:
         round: where the parts lead.
-        parts: kind and bytes of each. Between increments may be codecs
-            (``gradcodec.federated.switch``): what follows one is written in it. ``VALUES``, the
-            tensors that travel bit for bit, come last.
-        lineage: pins how the state of ``round`` came about (``Replica.lineage``); ``None`` in a
-            message of version 1.
+        parts: kind and bytes of each. A ``CODEC`` (``gradcodec.federated.switch``) may come before
+            any of them: the parts after it are written in that codec. ``VALUES``, the tensors that
+            travel bit for bit, come last.
+        lineage: identifies how the state of ``round`` came about (``Replica.lineage``); ``None``
+            in a message of version 1.
     """
 
     round: int
@@ -128,7 +128,7 @@ class Broadcast:
 
     @property
     def payload_nbytes(self) -> int:
-        """Bytes of the payloads' bodies, and of codecs whole."""
+        """Bytes of the payloads' bodies; codecs count as a whole."""
         return sum(
             len(part) if kind == CODEC else len(Payload.from_bytes(part).body)
             for kind, part in self.parts
@@ -148,7 +148,7 @@ class Broadcast:
 
         Args:
             blob: what was received.
-            kinds: parts that the receiver takes; a client with a fixed codec takes no other codec.
+            kinds: kinds of parts that the receiver accepts; ``FIXED`` has no codecs.
 
         Raises:
             WireError: one named subclass per way the bytes can be wrong.
@@ -223,9 +223,9 @@ def _sealed(message: bytes) -> bytes:
 
 
 def _opened(blob: bytes, magic: bytes, what: str) -> tuple[memoryview, int]:
-    """The message without its checksum, which was right, and its version.
+    """Check the checksum; returns the message without it, and its version.
 
-    Version 1 has no name: only its checksum, the complement of later ones, tells it from them.
+    Version 1 has no magic: only its checksum, the complement of later ones, tells it from them.
     """
     view = memoryview(blob).toreadonly()
     shortest = len(magic) + 1 + _CRC_BYTES

@@ -10,22 +10,22 @@ from torch import Tensor
 from gradcodec.errors import NonFiniteError
 
 _LOWEST = -149
-"""Exponent of the smallest positive fp32 value: every product with a whole weight is a multiple."""
+"""Exponent of the smallest positive fp32 value; fp32 values times whole weights are multiples."""
 _WIDTH = 32
 _LEVELS = 36
-"""Reach from 2^-149 to 2^1003, for fp64 values too."""
+"""Levels of ``_WIDTH`` bits reach from 2^-149 to 2^1003, for fp64 values too."""
 _CHUNK = 1 << 16
 
 
 class ExactSum:
     """``sum_i w_i x_i`` of vectors ``x_i`` ``[n]`` with whole weights ``0 < w_i < 2^63``.
 
-    Each product is rounded once, to fp64; from there on nothing is. It is cut into integers of 32
-    bits, ``q_k = round(r / 2^(32 k - 149))`` of what higher ones leave over, and integers of one
-    ``k`` are added in int64: sums of integers are exact, so their order does not matter (the binned
-    sums of Demmel and Nguyen, 2015, with fixed bins). There is room for 2^30 terms. Levels that no
-    term has reached take no memory; gradients reach three, 24 bytes a value. fp64 values lose what
-    is below 2^-149.
+    Each product is rounded once, to fp64; adding it rounds nothing. It is cut into 32-bit integers
+    ``q_k = round(r / 2^(32 k - 149))``, from the highest ``k`` down; ``r`` is what the higher ones
+    leave over. The integers of each ``k``, its level, are added in int64. Integer sums are exact,
+    so the order does not matter (the binned sums of Demmel and Nguyen, 2015, with fixed bins).
+    There is room for 2^30 terms. Levels that no term has reached take no memory; gradients reach
+    three, 24 bytes a value. fp64 values lose what is below 2^-149.
 
     Args:
         numel: length ``n`` of the vectors.
@@ -44,7 +44,7 @@ class ExactSum:
             NonFiniteError: a product leaves fp64; nothing is added then.
         """
         products = [
-            # In pieces that stay in a core's cache: each level reads and writes them once more.
+            # In pieces that fit a core's cache, since each level reads and writes them again.
             values[start : start + _CHUNK].double() * weight
             for start in range(0, self.numel, _CHUNK)
         ]
@@ -63,7 +63,7 @@ class ExactSum:
                 peak = float(rest.abs().max())
 
     def total(self) -> Tensor:
-        """The sum, fp64 ``[n]``: its integers are brought into one form first."""
+        """The sum, fp64 ``[n]``. Carries come first: equal sums then have equal integers."""
         carry = torch.zeros(self.numel, dtype=torch.int64)
         digits = {}
         for level in range(_LEVELS + 1):
@@ -78,11 +78,11 @@ class ExactSum:
         return out
 
     def mean(self) -> Tensor:
-        """The sum over the sum of weights, rounded to fp64 and then to fp32 ``[n]``."""
+        """The sum divided by the sum of weights, rounded to fp64 and then to fp32 ``[n]``."""
         return (self.total() / float(self.weight)).float()
 
     def copy(self) -> ExactSum:
-        """One that goes on by itself."""
+        """An independent copy."""
         made = ExactSum(self.numel)
         made.weight = self.weight
         made._levels = {level: t.clone() for level, t in self._levels.items()}

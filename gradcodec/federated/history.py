@@ -1,4 +1,4 @@
-"""What a federation has broadcast, and the fewest bytes that bring a client from there to now."""
+"""What a federation has broadcast, and the fewest bytes that bring a client up to date."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Phase:
 
     Attributes:
         first: its first round.
-        switch: what led to it; ``None`` for the first phase.
-        increments: bytes of its rounds so far.
-        end: snapshot of the position it ended at, if that is shorter than its increments.
+        switch: the switch that began it; ``None`` for the first phase.
+        increments: the increments of its rounds so far, as bytes.
+        end: snapshot of the position it ended at, if that is shorter than its increments; else
+            empty.
     """
 
     first: int = 0
@@ -34,7 +35,7 @@ class Phase:
 
 
 class History:
-    """The phases of a federation; one whose codec is fixed has one."""
+    """The phases of a federation; with a fixed codec there is only one."""
 
     def __init__(self) -> None:
         self.phases = [Phase()]
@@ -45,25 +46,25 @@ class History:
         return self.phases[-1]
 
     def add(self, increment: bytes) -> None:
-        """A round was closed."""
+        """Record the increment of a round that was closed."""
         self.current.increments.append(increment)
 
     def enter(self, switch: Switch, end: bytes) -> None:
-        """The next round has another codec; ``end`` is a snapshot of where the phase ended."""
+        """Begin a phase with another codec; ``end`` is a snapshot of where the last one ended."""
         missed: Parts = [(INCREMENT, b) for b in self.current.increments]
         if part_nbytes([(SNAPSHOT, end)]) < part_nbytes(missed):
             self.current.end = end
         self.phases.append(Phase(switch.first, switch))
 
     def since(self, version: int, snapshot: Callable[[], bytes], *, whole: bool) -> Parts:
-        """What a client at ``version`` needs to be at the current round.
+        """The parts that bring a client from ``version`` to the current round.
 
-        For each phase that it has missed rounds of, the increments or a snapshot, whichever is
-        shorter, and the next codec.
+        For each phase that it has missed rounds of: the phase's codec, unless the client has it,
+        then the increments or a snapshot, whichever is shorter.
 
         Args:
             version: the round that the client is at.
-            snapshot: of the current position.
+            snapshot: makes a snapshot of the current position.
             whole: whether an increment is a whole state: then the last one is enough.
         """
         parts: Parts = []
@@ -75,11 +76,11 @@ class History:
         return parts
 
     def spans(self, version: int) -> int:
-        """In how many phases the rounds after ``version`` lie."""
+        """How many phases there are from that of ``version`` to the current one."""
         return len(self.phases) - self._phase_of(version)
 
     def anew(self, state: Update, snapshot: Callable[[], bytes]) -> Parts:
-        """What brings any client to the current round: its codec, the state it began at, its steps.
+        """Parts for a client at any round: the current codec, the state it began at, the steps.
 
         ``state`` is that of the current phase's first round.
         """
@@ -129,7 +130,7 @@ def recorded(state: Mapping[str, Tensor]) -> Parts:
     """Increments and codecs of a ``state_dict``, in the order in which they were broadcast.
 
     Raises:
-        ConfigError: some are missing.
+        ConfigError: some are missing, or others are there.
     """
     found = {n: as_bytes(n, t) for n, t in state.items() if n.startswith(_NAMES)}
     parts: Parts = []
@@ -152,7 +153,7 @@ _NAMES = ("codec.", "increment.")
 
 
 def as_bytes(name: str, tensor: Tensor) -> bytes:
-    """Inverse of ``as_tensor``; ``ConfigError`` for a tensor that is none of bytes."""
+    """Inverse of ``as_tensor``; ``ConfigError`` for a tensor that does not hold bytes."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise ConfigError(
             f"server state: expected {name} as bytes, got {tensor.dtype} {list(tensor.shape)}"

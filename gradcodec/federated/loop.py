@@ -36,7 +36,7 @@ class LocalResult:
 
 
 class Task(Protocol):
-    """A model and its clients' data, as the loop needs them."""
+    """A model and the clients' data, as the loop needs them."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -105,7 +105,7 @@ class RoundReport:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> RoundReport:
-        """Inverse of ``to_dict``; also reads the object by number that it once gave."""
+        """Inverse of ``to_dict``; also reads ``rejected`` as an object, which older files have."""
         told = row["rejected"]
         pairs = told if isinstance(told, list) else [(int(c), t) for c, t in told.items()]
         return cls(**{**row, "rejected": dict(pairs)})
@@ -132,8 +132,8 @@ class Federation:
         task: model and data.
         server: holds the codecs and the aggregation rule.
         config: sampling.
-        watch: a context manager factory put around each client's training (a TGAP recorder).
-        observe: told, at the end of each round, the updates that the server made of the replies.
+        watch: makes the context manager around each client's training (a TGAP recorder).
+        observe: called at the end of each round with the updates decoded from its replies.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class Federation:
     def step(self) -> RoundReport:
         """One round.
 
-        A client whose update cannot be encoded or whose reply is refused costs its reply, not the
-        round; it is reported under ``rejected``.
+        If a client's update cannot be encoded or its reply is refused, only that reply is lost; the
+        client is reported under ``rejected``.
 
         Raises:
             TrainingError: no client of the round gave a usable reply.
@@ -170,7 +170,7 @@ class Federation:
         losses, sums, snrs = [], _Sums(), []
         decoded: list[Update] = []
         invited = self.config.sample(self.finished)
-        self.server.abandon_round()  # what an attempt that failed may have left
+        self.server.abandon_round()  # clears what a failed attempt may have left
         self.server.invite(invited)
         for client in invited:
             start = self._deliver(client, report)
@@ -217,7 +217,7 @@ class Federation:
         """Send a client what it missed, and return the state it arrives at."""
         client = self.clients.get(number)
         if client is None:
-            # After a resume: put it where it was; these bytes were counted before.
+            # After a resume: bring it to where it was; those bytes have been counted already.
             client = self.server.client(number, self.versions.get(number, 0))
             self.clients[number] = client
         blob = self.server.broadcast(client.version)
@@ -232,7 +232,7 @@ class Federation:
     def _train(
         self, number: ClientId, start: Update, report: RoundReport
     ) -> tuple[bytes, LocalResult, dict[str, Tensor]]:
-        """Local training and the reply's bytes, beside what a lossless reply would have said."""
+        """Train locally; returns the reply's bytes, the result, and the update before encoding."""
         task, client = self.task, self.clients[number]
         optimizer: torch.optim.Optimizer
         if client.config.mode == "latent":
@@ -252,7 +252,7 @@ class Federation:
 
     @torch.no_grad()
     def _decoded(self, reply: Reply) -> dict[str, Tensor]:
-        """What the server makes of a reply, for the report only."""
+        """The update that the server decodes from a reply, for the report and ``observe`` only."""
         codec = self.server.uplink
         update = codec.decoder.decode(reply.payload)
         if self.server.config.mode == "latent" and not codec.linear:

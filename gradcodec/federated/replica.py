@@ -1,16 +1,16 @@
 """One participant's copy of the global state. Server and clients hold the same kind.
 
-Where codes add, the position is kept *in code space*: ``theta = theta_init + Dec(Z)`` with ``Z``
+With a linear codec the position is kept *in code space*: ``theta = theta_init + Dec(Z)`` with ``Z``
 the sum of all broadcast codes. Every participant adds the same decoded numbers in the same order,
 so all replicas of one round are equal to the bit, and a late client needs one code vector, not a
 model.
 
-A state is pinned by how it came about, its *lineage*: the digest of the initial state, then that of
-the last increment's bytes, which hold the lineage before them. Every broadcast carries the lineage
-that it leads to, every reply that of the state that was trained. So an increment that comes twice
-or out of order, or a server that was restarted from an older checkpoint, is noticed at once. It is
-not a digest of the values, since machines may round a decoded value differently in its last bit,
-which does no harm.
+A state is identified by its *lineage*, that is, by how it came about. The first lineage is the
+digest of the initial state; each later one is the digest of the last increment's bytes, which
+contain the previous lineage. Every broadcast carries the lineage that it leads to, every reply the
+one of the state that was trained. So an increment that comes twice or out of order, or a server
+that was restarted from an older checkpoint, is noticed at once. The lineage is not a digest of the
+values, since machines may round a decoded value differently in its last bit, which does no harm.
 """
 
 from __future__ import annotations
@@ -97,16 +97,16 @@ class Replica:
     """Initial state plus position.
 
     Args:
-        initial: the state that every participant derives by itself (a seed, a base model). Tensors
-            that the space's codec does not code are kept: they travel bit for bit.
-        space: how to read what is broadcast.
-        version: the round that the initial state is of.
+        initial: the initial state, which every participant builds locally (from a seed, a base
+            model). Tensors that the space's codec does not code are kept: they travel bit for bit.
+        space: how broadcasts move this replica.
+        version: the round of the initial state.
 
     Attributes:
         version: the round whose state this is.
         position: how far the coded tensors are from the initial ones.
         kept: the other tensors.
-        lineage: 8 bytes that pin how this state came about.
+        lineage: 8 bytes that identify how this state came about.
     """
 
     def __init__(self, initial: Update, space: Space, version: int = 0) -> None:
@@ -129,7 +129,7 @@ class Replica:
 
     @property
     def digest(self) -> bytes:
-        """8 bytes that pin the state: its lineage, and the values of kept tensors."""
+        """8 bytes that identify the state by its lineage and the values of kept tensors."""
         if not self.kept:
             return self.lineage
         return _digest(self.lineage, state_digest(self.kept))
@@ -161,7 +161,7 @@ class Replica:
         """Apply one broadcast increment (or, for absolute spaces, the new state).
 
         Raises:
-            CodecMismatchError: it goes on from another state than this one.
+            CodecMismatchError: the increment does not start from this state.
             WireError: it is damaged or of another codec.
         """
         payload = Payload.from_bytes(blob)
@@ -171,17 +171,17 @@ class Replica:
                 f"this replica is at {self.lineage.hex()} (round {self.version}); {WAY_BACK}"
             )
         self._move(payload)
-        self.lineage = _digest(blob)  # which holds the lineage before
+        self.lineage = _digest(blob)  # ``blob`` contains the lineage before
         self.version += 1
 
     def of_version_1(self, blob: bytes) -> bytes:
-        """An increment from before there were lineages, which was bound to the initial state.
+        """Convert an increment of version 1, which has no lineage but the initial state's digest.
 
         Returns:
             The same increment, bound to this replica's state.
 
         Raises:
-            CodecMismatchError: its initial state is another one.
+            CodecMismatchError: it is bound to another initial state.
         """
         payload = Payload.from_bytes(blob)
         if payload.base != self.space.codec.base:
@@ -193,7 +193,7 @@ class Replica:
 
     def _move(self, payload: Payload) -> None:
         codec = self.space.codec
-        payload = replace(payload, base=codec.base)  # its lineage was looked at
+        payload = replace(payload, base=codec.base)  # ``advance`` has checked the lineage
         if self.space.in_code:
             self.position = self.position + codec.read_code(payload)
         elif self.space.latent:
@@ -204,11 +204,11 @@ class Replica:
             self.position = value if self.space.absolute else self.position + value
 
     def copy(self) -> Replica:
-        """One at the same state that moves on by itself; tensors are shared, never written to."""
+        """An independent replica at the same state; tensors are shared and never written to."""
         return copy.copy(self)
 
     def share(self, other: Replica) -> None:
-        """Hold the initial tensors of another replica, equal ones, instead of own copies."""
+        """Use another replica's initial tensors, which must be equal, instead of own copies."""
         self.initial, self.coded = other.initial, other.coded
 
     def snapshot(self) -> Payload:
@@ -216,7 +216,7 @@ class Replica:
         return self.space.snapshot_codec.write_code(self.position)
 
     def pack_kept(self, kept: Mapping[str, Tensor]) -> Payload:
-        """Values of the tensors that travel bit for bit, whole."""
+        """Payload of the values of the tensors that travel bit for bit."""
         return self._kept_codec.encoder.encode(kept)
 
     def read_kept(self, payload: Payload) -> dict[str, Tensor]:
@@ -244,9 +244,10 @@ class Replica:
         self.apply(message.parts, message.round, message.lineage, message.lineage is None)
 
     def check_order(self, message: Broadcast) -> None:
-        """Raise ``CodecMismatchError`` for a message that leads back, or is of an older version.
+        """Raise ``CodecMismatchError`` for a message that does not lead on from this replica.
 
-        Delayed ones do: what came later counts.
+        That is a message that leads to an earlier round or to another state of this round, or one
+        of version 1 after newer ones. A delayed message is such a one: what came later counts.
         """
         if message.round < self.version:
             raise CodecMismatchError(
@@ -273,11 +274,11 @@ class Replica:
         Args:
             parts: increments or a snapshot, then values.
             until: the round that they lead to.
-            lineage: of the state they lead to; ``None`` if it is not known.
+            lineage: lineage of the state that they lead to; ``None`` if it is not known.
             version_1: whether increments are bound to the initial state instead of their lineage.
 
         Raises:
-            WireError: a part is damaged, of another codec, or they do not lead there.
+            WireError: a part is damaged or of another codec, or the parts lead elsewhere.
         """
         at = self.copy()
         for kind, part in parts:

@@ -1,4 +1,4 @@
-"""The replies of one round and their aggregate, in memory that does not grow with clients."""
+"""The replies of a round and their aggregate; memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gradcodec.federated.participants import ClientId, in_order
 from gradcodec.federated.tensors import KeptMean
 
 Values = tuple[Tensor, Mapping[str, Tensor] | None]
-"""What a reply says: its decoded update ``[n]``, and its kept tensors where they changed."""
+"""A decoded reply: its update or code ``[n]``, and its kept tensors if they changed."""
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What replies come to.
+    """The aggregate of a round's replies.
 
     Attributes:
         update: their weighted mean, or their sum, fp32 ``[n]``.
@@ -39,11 +39,12 @@ class _Held:
 
 
 class Round:
-    """Collects replies: all of them in running sums but for the loudest, held as bytes.
+    """Collects replies: adds them to running sums, but holds the loudest as bytes.
 
-    Sums are exact (``ExactSum``), so the order of arrival does not matter. Held replies are those
-    that a server may have to drop: the loudest, as many as ``hold_bytes`` allow, hence all of a
-    small federation. When another one comes, the quietest goes into the sums.
+    Sums are exact (``ExactSum``), so the order of arrival does not matter. The loudest replies
+    (largest value times weight) are those that a server may have to drop, so as many of them are
+    held as ``hold_bytes`` allows: in a small federation, all. Beyond that, the quietest are added
+    to the sums.
 
     Args:
         numel: length ``n`` of an update.
@@ -83,7 +84,7 @@ class Round:
         return sorted(self._held, key=lambda c: (-self._held[c].loudness, in_order(c)))
 
     def add(self, reply: Reply, nbytes: int, values: Values) -> None:
-        """Take a reply of ``nbytes`` that was decoded to finite ``values``."""
+        """Add a reply of ``nbytes`` that was decoded to finite ``values``."""
         update = values[0]
         peak = float(update.abs().amax()) if update.numel() else 0.0
         self._held[reply.client] = _Held(reply, nbytes, peak * self._weight(reply))
@@ -114,7 +115,7 @@ class Round:
 
     @torch.no_grad()
     def aggregate(self, without: frozenset[ClientId] = frozenset()) -> Aggregate:
-        """The aggregate of all replies but some of the held ones."""
+        """The aggregate of all replies except those in ``without``, which must be held ones."""
         updates, kept = self._updates.copy(), self._kept.copy()
         for client, one in self._held.items():
             if client not in without:

@@ -1,4 +1,4 @@
-"""Which codecs a federation uses when: one for good, or a subspace fitted on the way."""
+"""Which codecs each round uses: always the same, or a subspace fitted during training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import Payload
 
-_LOUDEST = 1e15  # sums of squares beyond this may leave fp32; no fit looks at such a reply
+_LOUDEST = 1e15  # sums of squares of larger values may leave fp32; fits skip such replies
 
 
 @dataclass(frozen=True)
@@ -45,42 +45,42 @@ class Stage:
 
 
 class Schedule(Protocol):
-    """Decides on the codecs of each round, from what the server has received."""
+    """Decides which codecs each round uses, from what the server has received."""
 
     @property
     def first(self) -> Stage:
         """The stage of round 0, which every client knows."""
 
     def config(self, mode: str) -> ServerConfig:
-        """Aggregation settings of later rounds of this mode, which a client has to know as well."""
+        """Aggregation settings of later rounds of this mode; clients must know them as well."""
 
     def check(self, spec: UpdateSpec) -> None:
         """Raise ``ConfigError`` if no later stage can fit these tensors."""
 
     def hear(self, reply: Reply, value: Tensor) -> None:
-        """A reply of this round was taken; ``value`` is what it decodes to."""
+        """Called for each accepted reply of a round; ``value`` is what it decodes to."""
 
     def next(
         self, round: int, spec: UpdateSpec, mode: str, counted: Container[ClientId]
     ) -> Stage | None:
-        """The stage from ``round`` on; ``None`` to go on in that of ``mode``.
+        """The stage from ``round`` on; ``None`` to stay in the current one.
 
         Args:
             round: the round that begins.
             spec: the coded tensors.
-            mode: of the round that was closed.
-            counted: clients whose replies counted in it.
+            mode: mode of the round that was closed.
+            counted: clients whose replies counted in that round.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What it has to know after a restart."""
+        """What the schedule needs after a restart."""
 
     def load_state_dict(self, state: Mapping[str, Tensor], spec: UpdateSpec, fits: int) -> None:
-        """Inverse of ``state_dict``; ``ConfigError`` if it is another one's."""
+        """Inverse of ``state_dict``; ``ConfigError`` if it is another federation's."""
 
 
 class Fixed:
-    """One stage for good."""
+    """The same stage for all rounds."""
 
     def __init__(self, uplink: Codec, downlink: Codec | None, config: ServerConfig) -> None:
         self.first = Stage(uplink, downlink or uplink, config)
@@ -93,7 +93,7 @@ class Fixed:
         """There is no later stage."""
 
     def hear(self, reply: Reply, value: Tensor) -> None:
-        """Nothing depends on it."""
+        """Replies change nothing."""
 
     def next(
         self, round: int, spec: UpdateSpec, mode: str, counted: Container[ClientId]
@@ -122,10 +122,10 @@ class AutoConfig:
         down_bits: bits of a code value in broadcasts.
         refresh_rounds: later rounds that go back to the first codec, after which the subspace is
             fitted again and sent again.
-        decay: at each fit, how much the rounds count that an earlier fit has seen, 0..1.
+        decay: factor of a round's weight for each earlier fit that has seen it, 0..1.
         lr: server learning rate on the aggregated update.
         momentum: server momentum; carried over a switch as far as the new codec can express it.
-        fit_replies: most replies of a round that a fit looks at, those of the lowest ids; they are
+        fit_replies: most replies per round that a fit uses, those with the lowest ids; they are
             kept as bytes until the last fit.
     """
 
@@ -169,7 +169,7 @@ class AutoConfig:
         """Uplink and downlink codec: the untrained ones, or those of a fitted subspace."""
         if transform is None:
             return make_codec(self.first), make_codec(self.first_down)
-        # One bit: clients' rotated signs average out; a broadcast has feedback for its errors.
+        # One bit: errors of rotated signs average out over clients; broadcasts have feedback.
         up = RotatedSign() if self.bits == 1 else BlockQuant(BlockQuantConfig(self.bits))
         return Chain(transform, up), Chain(transform, BlockQuant(BlockQuantConfig(self.down_bits)))
 
@@ -181,19 +181,19 @@ class AutoConfig:
 class FitSubspace:
     """``subspace:auto``: an untrained codec first, then a subspace fitted on what was received.
 
-    A fit needs replies that agree in some direction, hence a round of two or more. As long as there
-    is none, the switch waits, and every later round tries again.
+    A fit needs a round of two or more replies that agree in some direction. Until there is one, the
+    switch waits, and every later round tries again.
     """
 
     def __init__(self, auto: AutoConfig) -> None:
         self.auto = auto
         self.first = Stage(*auto.codecs(), auto.server("post"))
         self._heard: dict[ClientId, Reply] = {}
-        self._rounds: list[tuple[int, list[bytes]]] = []  # fits before it, payloads of its replies
+        self._rounds: list[tuple[int, list[bytes]]] = []  # (fits before it, payloads)
         self._fits = 0
 
     def config(self, mode: str) -> ServerConfig:
-        """The settings' own."""
+        """The aggregation settings of ``auto``."""
         return self.auto.server(mode)
 
     def check(self, spec: UpdateSpec) -> None:
@@ -202,7 +202,7 @@ class FitSubspace:
         allocate(spec, {n: torch.ones(a.size) for n, a in axes.items()}, self.auto.subspace)
 
     def hear(self, reply: Reply, value: Tensor) -> None:
-        """Keep it for the fit, if it is one of the lowest ids and not too loud."""
+        """Keep the reply for the fit, if its id is among the lowest and it is not too loud."""
         if value.numel() and float(value.abs().max()) >= _LOUDEST:
             return
         self._heard[reply.client] = reply
@@ -216,7 +216,7 @@ class FitSubspace:
     def next(
         self, round: int, spec: UpdateSpec, mode: str, counted: Container[ClientId]
     ) -> Stage | None:
-        """To the first codec for a refresh; to a subspace, as soon as one can be fitted."""
+        """Go to the first codec for a refresh, and to a subspace as soon as one can be fitted."""
         heard = [r for r in self._lowest() if r.client in counted]
         self._heard = {}
         if mode == "post" and len(heard) >= 2:
@@ -236,11 +236,11 @@ class FitSubspace:
 
     @torch.no_grad()
     def _fit(self, spec: UpdateSpec) -> Subspace | None:
-        """The subspace of what was received with the first codec; ``None``: no signal in it yet."""
+        """Fit a subspace on the replies in the first codec; ``None`` if they hold no signal yet."""
         reader = make_codec(self.auto.first).bind(spec).decoder
         moments = SignalMoments(spec, self.auto.subspace)
         for fits, replies in self._rounds:
-            # Moments are quadratic: the root of the weight on the values.
+            # Moments are quadratic, so values get the root of the weight.
             scale = math.sqrt(self.auto.decay ** (self._fits - fits))
             updates = [
                 {n: t * scale for n, t in reader.decode(Payload.from_bytes(b)).items()}
@@ -253,7 +253,7 @@ class FitSubspace:
             return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The replies that later fits will look at, as bytes."""
+        """The replies that later fits will use, as bytes."""
         return {
             f"seen.{at:06d}.{fits:06d}.{i:06d}": as_tensor(blob)
             for at, (fits, replies) in enumerate(self._rounds)

@@ -56,12 +56,13 @@ class Server:
     3. ``receive(blob)``      <- bytes of a reply; a bad one raises and changes nothing
     4. ``close_round()``         aggregates, encodes the increment, applies what it decodes to
 
-    A round takes the memory of a few states, however many reply: they are added up as they come,
-    exactly, so that the order of arrival does not matter. Only the loudest replies are held back,
-    as the bytes that came and within ``config.hold_bytes``: they are those that may be dropped.
+    A round takes the memory of a few states, however many clients reply: replies are added up as
+    they arrive. The sums are exact, so the order of arrival does not matter. Only the loudest
+    replies, which may have to be dropped, are held as bytes, up to ``config.hold_bytes``.
 
     Args:
-        initial: the state that every participant derives by itself: a module, or tensors by name.
+        initial: the initial state, which every participant builds locally: a module, or tensors by
+            name.
         uplink: codec of replies; it is bound to the initial state here (``for_state``).
         downlink: codec of broadcasts, likewise; the uplink codec by default. Latent mode needs the
             same code space in both directions (another quantiser is fine).
@@ -88,7 +89,7 @@ class Server:
         parts = split(initial, rules)
         check_rules(rules, parts.names)
         self.history = History()
-        self.kept_since = 0  # the round whose closing last changed kept tensors
+        self.kept_since = 0  # the version from which kept tensors have been the same
         self.dropped: tuple[ClientId, ...] = ()
         stage = schedule.first
         self._use(stage.config, *codecs_for(parts.coded, *_both(stage), stage.config), parts, 0)
@@ -98,14 +99,14 @@ class Server:
     def _use(
         self, config: ServerConfig, uplink: Codec, downlink: Codec, parts: Split, round: int
     ) -> None:
-        """Go on with these bound codecs from a state, which is that of ``round``."""
+        """Use these bound codecs from now on, relative to the state of ``round``."""
         self.config, self.uplink, self.downlink = config, uplink, downlink
         latent = config.mode == "latent"
         self.space = space_of(downlink, config)
         same = uplink.code_space == downlink.code_space
         if latent and not same:
             raise ConfigError(f"latent mode: {uplink} and {downlink} differ in code space")
-        # Codes are averaged as codes where both ends mean the same by them; else values are.
+        # Codes are averaged as codes if they add and share a code space, else decoded values are.
         self.codes_cross = latent or (same and self.space.in_code)
         self.replica = Replica(parts.whole, self.space, round)
         spec = self.replica.spec
@@ -147,7 +148,7 @@ class Server:
     def client(self, number: ClientId, version: int = 0) -> Client:
         """A client of this federation in this process, at the state of round ``version``.
 
-        It shares the server's initial tensors; what it would have received before is not counted.
+        It shares the server's initial tensors; the bytes that led to ``version`` are not counted.
         """
         client = self._new_client(number)
         client.replica.share(self._first)
@@ -161,12 +162,12 @@ class Server:
         return Client(number, self._first.first, *_both(stage), stage.config)
 
     def invite(self, clients: Iterable[ClientId] | None) -> None:
-        """Take replies of these clients only, in this round; ``None``: of anybody.
+        """Accept replies of these clients only, in this round; ``None`` accepts anybody.
 
         Call it before the first reply.
 
         Raises:
-            ConfigError: an id that is none, or somebody has replied who is not invited.
+            ConfigError: an id is invalid, or a client that is not invited has already replied.
         """
         invited = None if clients is None else frozenset(client_id(c) for c in clients)
         strangers = [c for c in self.replies if invited is not None and c not in invited]
@@ -178,11 +179,11 @@ class Server:
         self._invited = invited
 
     def broadcast(self, version: int = 0) -> bytes:
-        """What a client at ``version`` needs to be at the current round, in the fewest bytes.
+        """The fewest bytes that bring a client from ``version`` to the current round.
 
-        The increments that it missed or one snapshot of the whole position; both are exact. Where
-        the codec has changed since, for each codec that it missed rounds of, and the codecs; or
-        else the current codec with the state that it began at.
+        They hold the missed increments or one snapshot of the whole position; both are exact. If
+        the codec has changed since, they hold this for each codec of the missed rounds, and these
+        codecs; or, if that is shorter, the current codec and the state that it began at.
 
         Raises:
             ConfigError: this server has not been at ``version``.
@@ -199,10 +200,10 @@ class Server:
         return min(led, self.broadcast_whole(), key=len)
 
     def broadcast_whole(self) -> bytes:
-        """What brings any client to the current round: its codec, the state it began at, its steps.
+        """Bytes for a client at any round: the current codec, the state it began at, the steps.
 
-        Also for a replica that was refused for another digest: decoding multiplies matrices, which
-        machines may round differently, and what counts then is the server's state.
+        Also helps a replica that was refused because its digest differs: machines may round the
+        matrix products of decoding differently, and the server's state is the one that counts.
         """
         if self.history.current.switch is None:
             return self.broadcast(0)
@@ -216,23 +217,24 @@ class Server:
         return self.replica.snapshot().to_bytes()
 
     def _kept_values(self, version: int) -> list[Part]:
-        """Kept tensors, for a client at a version in which they had other values."""
+        """The kept tensors, if they have changed since ``version``."""
         if version >= self.kept_since:
             return []
         return [(VALUES, self.replica.pack_kept(self.replica.kept).to_bytes())]
 
     @torch.no_grad()
     def receive(self, blob: bytes, *, sender: ClientId | None = None) -> Reply:
-        """Take a reply of this round.
+        """Accept a reply of this round.
 
         Args:
             blob: what came.
             sender: who sent it, if the transport knows: a reply in another client's name is
-                refused. Without it the id in the reply is taken at its word.
+                refused. Without it the id in the reply is trusted.
 
         Raises:
-            UnexpectedReplyError: it is of another round, of a client that was not invited, in
-                another client's name, a second one, or one too many.
+            UnexpectedReplyError: the reply is for another round, from a client that was not
+                invited, in another client's name, a client's second one, or more than
+                ``max_replies``.
             CodecMismatchError: it belongs to another codec, or was trained on another state.
             MalformedBodyError: the decoded values are not finite.
             WireError: the bytes are damaged.
@@ -269,7 +271,7 @@ class Server:
             )
 
     def _rebased(self, reply: Reply) -> Reply:
-        """The reply, bound to what the codec is bound to, if it is of this state."""
+        """The reply with the base that the codec expects, once its own has been checked."""
         expected = self.uplink.base if reply.version == 1 else self.replica.digest
         came = reply.payload.base
         if came != expected:
@@ -282,7 +284,7 @@ class Server:
         return replace(reply, payload=replace(reply.payload, base=self.uplink.base))
 
     def _values_of(self, reply: Reply) -> Values:
-        """What a reply decodes to: a code or values, and kept tensors."""
+        """What a reply decodes to: a code or an update, and the kept tensors if they changed."""
         kept = None if reply.values is None else self.replica.read_kept(reply.values)
         if self.codes_cross:
             return self.uplink.read_code(reply.payload), kept
@@ -305,14 +307,14 @@ class Server:
     def close_round(self) -> bytes:
         """Aggregate the replies into the next global state; returns the increment's bytes.
 
-        Where the next state would not be finite, the loudest replies are dropped, as few as make it
-        so; a log line names them, and ``dropped`` holds them until the next round is closed. Then
-        the schedule may switch to other codecs; the increment is written in those of the round.
+        If the next state would not be finite, the loudest replies are dropped, as few as needed; a
+        log line names their clients, and ``dropped`` lists them until the next round is closed.
+        After that the schedule may switch codecs; the increment is still in the round's own codec.
 
         Raises:
-            TrainingError: no reply was accepted, or the state would not be finite with any of the
-                replies that are held. The round stays open: ``drop`` takes replies out,
-                ``abandon_round`` all.
+            TrainingError: no reply was accepted, or the state would not be finite with any
+                number of held replies dropped. The round stays open: ``drop`` removes one reply,
+                ``abandon_round`` all of them.
         """
         if not len(self._replies):
             raise TrainingError(f"round {self.round}: expected at least one good reply, got none")
@@ -339,14 +341,14 @@ class Server:
         return step.increment
 
     def _finite_step(self) -> tuple[_Step, tuple[ClientId, ...]]:
-        """The step with the fewest replies dropped that leads to a finite state; who they are."""
+        """The step to a finite state that drops the fewest replies, and the clients it drops."""
         try:
             return self._step(frozenset()), ()
         except NonFiniteError as err:
             reason = err
         loudest = self._replies.loudest
         found: tuple[_Step, tuple[ClientId, ...]] | None = None
-        # Fewer are left the more are dropped: bisection finds the smallest number.
+        # The more are dropped, the fewer loud ones remain: bisect for the smallest number.
         low, high = 1, min(len(loudest), len(self._replies) - 1)
         while low <= high:
             count = (low + high) // 2
@@ -383,7 +385,7 @@ class Server:
         return _Step(blob, momentum, residual, replica)
 
     def _encode(self, value: Tensor) -> tuple[Payload, Tensor]:
-        """Payload of an aggregated vector, and the vector that its receivers will see."""
+        """Payload of an aggregated vector, and the vector that receivers will decode from it."""
         if self.codes_cross:
             payload = self.downlink.write_code(value, seed=self.round)
             return payload, self.downlink.read_code(payload)
@@ -393,7 +395,7 @@ class Server:
 
     @torch.no_grad()
     def _enter(self, switch: Switch) -> None:
-        """Make the current state the origin of new codecs, read as every client reads them."""
+        """Switch to new codecs, built as clients build them, with the current state as origin."""
         replica, before = self.replica, self.uplink
         codecs = switch.codecs(replica.moved())
         carried = [before.from_code(self.momentum), before.from_code(self.residual)]
@@ -416,10 +418,10 @@ class Server:
         return out
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of ``state_dict``: replays what was sent, which restores it to the bit.
+        """Inverse of ``state_dict``: replays what was sent, which restores the server to the bit.
 
         Raises:
-            ConfigError, WireError: the state is another federation's; nothing is changed then.
+            ConfigError, WireError: the state is another federation's; nothing changes then.
         """
         known = {"momentum", "residual", "format", "kept"}
         strange = [n for n in state if n not in known and not n.startswith(_NAMED)]
@@ -457,7 +459,7 @@ _RESTORED = (
 
 
 def _load_kept(state: Mapping[str, Tensor], replica: Replica) -> int:
-    """Put kept tensors into a replica that is at its round; since when they are these."""
+    """Put saved kept tensors into a replica at the saved round; returns ``kept_since``."""
     if "format" not in state:  # written before tensors were kept
         return 0
     number, since = (int(n) for n in state["format"].tolist())
@@ -478,19 +480,19 @@ def _both(stage: Stage) -> tuple[Codec, Codec]:
 
 
 class AutoServer(Server):
-    """The server of a ``subspace:auto`` federation: no preparation, a subspace fitted on the way.
+    """The server of a ``subspace:auto`` federation: it fits a subspace during training.
 
-    It begins with a codec that needs no training. From the replies of its first rounds it fits a
-    subspace, which it broadcasts once to each client as a part of the stream, and all train in it
-    from then on. A refresh goes back to the first codec for a round and fits again.
+    It begins with a codec that needs no training. From the replies of the first rounds it fits a
+    subspace and broadcasts it once to each client, as a part of the stream; from then on all
+    clients train in it. A refresh goes back to the first codec for a round and fits again.
 
         round        0 .. warmup_rounds - 1    warmup_rounds ..    refresh   ..
         replies      first codec, post         codes, latent       post      codes, latent
         broadcasts   first codec               CODEC, codes        CODEC     CODEC, codes
 
-    At a switch the state of the round becomes the origin that codes are relative to; codecs are
-    bound to its digest, which proves that all replicas agree to the bit. Which codec a round has is
-    known from the stream alone; clients need to know the first one only.
+    At a switch the state of the round becomes the origin that codes are relative to. The codecs are
+    bound to the digest of that state, which proves that all replicas agree to the bit. Clients
+    only need to know the first codec; the stream tells them every later one.
 
     .. code-block:: python
 
@@ -505,7 +507,7 @@ class AutoServer(Server):
     the current codec.
 
     Args:
-        initial: the state that every participant derives by itself.
+        initial: the initial state, which every participant builds locally.
         config: when to switch, and to what.
 
     Raises:
@@ -528,15 +530,15 @@ class AutoServer(Server):
 def server_for(
     codec: str | Codec, initial: State, config: ServerConfig | AutoConfig | None = None
 ) -> Server:
-    """A server by the name of its codec; ``server.client(number)`` makes clients that go with it.
+    """Make a server by the name of its codec; ``server.client(number)`` makes matching clients.
 
     Args:
         codec: ``"subspace:auto"``, a name that ``make_codec`` knows, or a codec.
-        initial: the state that every participant derives by itself.
+        initial: the initial state, which every participant builds locally.
         config: an ``AutoConfig`` for ``"subspace:auto"``, else a ``ServerConfig``.
 
     Raises:
-        ConfigError: an unknown name, or the settings of the other kind.
+        ConfigError: an unknown name, or a ``config`` of the wrong class.
     """
     automatic = codec == "subspace:auto"
     if isinstance(config, ServerConfig if automatic else AutoConfig):

@@ -1,11 +1,11 @@
-"""A codec as a part of a broadcast: from a round on, everyone uses it.
+"""New codecs as a part of a broadcast: from a given round on, everyone uses them.
 
     first u32, base 8 bytes, uplink digest 8 bytes, downlink digest 8 bytes,
     settings length u32, weights length u64, state length u64,
     settings (JSON), weights (a payload), state (a payload)
 
-The weights are one ``identity`` payload with its tensor table, so nothing but the wire format's own
-reader touches them; they are as long as their bytes and cannot run code.
+The weights are one ``identity`` payload with its tensor table, so only the wire format's own reader
+parses them; they are no larger than their bytes and cannot run code.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from gradcodec.wire import Payload
 _HEAD: Final = struct.Struct("<I8s8s8sIQQ")
 MAX_SETTINGS_BYTES: Final = 1 << 16
 
-#: Codec families that a broadcast may bring: linear ones whose cost is that of the tensors that
-#: the receiver has anyway, whatever the settings say.
+#: Codec families that a broadcast may bring: linear ones whose cost depends on the tensors that
+#: the receiver has anyway, and not on what the settings say.
 KINDS: Final = frozenset({"identity", "cast", "blockquant", "topk", "rotsign", "subspace", "chain"})
 
 _SETTINGS: Final = frozenset({"mode", "uplink", "downlink"})
@@ -52,12 +52,12 @@ class Switch:
 
     Attributes:
         first: the first round that they are used in.
-        base: ``state_digest`` of the global state of that round: updates are relative to it, and a
-            replica that holds another one is refused.
-        digests: those of the uplink and the downlink codec, bound to that state.
+        base: ``state_digest`` of the global state of that round. Updates are relative to that
+            state, and a replica that holds another one is refused.
+        digests: digests of the uplink and the downlink codec, bound to that state.
         settings: ``mode`` (of ``ServerConfig``), and the configs of ``uplink`` and ``downlink``.
-        weights: payload of the weights that both have, or nothing.
-        state: payload of the state itself, for a client that was not led up to it; or nothing.
+        weights: payload of the weights that both codecs share; empty if they have none.
+        state: payload of that state, for a client that does not have it; else empty.
     """
 
     first: int
@@ -69,7 +69,7 @@ class Switch:
 
     @classmethod
     def to(cls, uplink: Codec, downlink: Codec, mode: str, first: int, state: Update) -> Switch:
-        """The switch to these codecs, which have the same weights, at the state of ``first``."""
+        """The switch to these codecs, which share weights, at the state of round ``first``."""
         ends = [for_state(codec, state) for codec in (uplink, downlink)]
         short = _short_names(uplink.weights, UpdateSpec.of(state))
         named = {short[n]: t for n, t in uplink.weights.items()}
@@ -87,7 +87,7 @@ class Switch:
         return str(self.settings["mode"])
 
     def to_bytes(self, state: Update | None = None) -> bytes:
-        """The bytes of the part; with ``state``, for a client that has another one."""
+        """The bytes of the part; give ``state`` for a client that does not have it."""
         settings = json.dumps(self.settings, sort_keys=True, separators=(",", ":")).encode()
         whole = self.state
         if state is not None:
@@ -102,7 +102,7 @@ class Switch:
         """Inverse of ``to_bytes``; nothing is built yet.
 
         Raises:
-            WireError: lengths that are not those of the bytes, or settings that are none.
+            WireError: the lengths do not match the bytes, or the settings are invalid.
         """
         if len(blob) < _HEAD.size:
             raise TruncatedError(f"codec: expected at least {_HEAD.size} bytes, got {len(blob)}")
@@ -126,8 +126,8 @@ class Switch:
         """Uplink and downlink codec, bound to the state of round ``first``.
 
         Raises:
-            WireError: the state is another one; or the settings, weights and digests do not make
-                codecs for these tensors.
+            WireError: ``state`` is not that of ``base``; or the settings, weights and digests do
+                not make codecs for these tensors.
         """
         base = state_digest(state)
         if base != self.base:
@@ -152,7 +152,7 @@ class Switch:
         return up, down
 
     def whole_state(self, spec: UpdateSpec) -> dict[str, Tensor] | None:
-        """The state of round ``first``, if it came along.
+        """The state of round ``first``; ``None`` if the part does not hold it.
 
         Raises:
             WireError: it is damaged, of other tensors, or not finite.
@@ -165,7 +165,7 @@ class Switch:
 
 
 def _settings(text: bytes) -> dict[str, Any]:
-    """JSON of exactly the known keys, strictly read."""
+    """Settings from strict JSON, which must have exactly the known keys."""
     try:
         settings = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as err:  # not UTF-8 is a ValueError too
@@ -215,7 +215,7 @@ def _check_finite(tensors: Update, what: str) -> None:
 
 
 def _build(config: Any, **parts: Any) -> Codec:
-    """A codec of one of ``KINDS``, all stages included."""
+    """Build a codec; it and all its stages must be of ``KINDS``."""
     try:
         kind = config.get("kind", "") if isinstance(config, dict) else ""
         settings = codec_class(kind).Config.from_dict(config)

@@ -1,8 +1,9 @@
 """Which tensors of a federation are coded with loss, and which travel bit for bit.
 
-Parameters are coded. What a lossy codec would ruin is not: integers (BatchNorm's
-``num_batches_tracked``) and buffers (its running statistics). Their *values* travel, whole, in both
-directions and only where they changed; they know no server learning rate, momentum or feedback.
+Parameters are coded. Tensors that a lossy codec would ruin are *kept* instead: integers
+(BatchNorm's ``num_batches_tracked``) and buffers (its running statistics). Their values travel
+whole, in both directions, and only if any of them changed. Server learning rate, momentum and
+feedback do not apply to them.
 
     aggregate of a kept tensor      floating   mean over clients, weighted by examples
                                     integer    maximum (a counter)
@@ -28,7 +29,7 @@ from gradcodec.registry import make_codec
 from gradcodec.types import Update, UpdateSpec
 
 BUFFERS = ("*running_mean", "*running_var")
-"""Buffers by their names in BatchNorm and InstanceNorm, where nothing else tells them apart."""
+"""Names of BatchNorm's and InstanceNorm's buffers, used if nothing else tells them apart."""
 
 Rules = Sequence[tuple[str, Codec | str]]
 """``(pattern, codec or its name)``; shell patterns over names, the first that matches decides."""
@@ -36,10 +37,10 @@ Rules = Sequence[tuple[str, Codec | str]]
 
 @dataclass(frozen=True)
 class Split:
-    """The tensors of a state, apart.
+    """The tensors of a state, coded and kept ones apart.
 
     Attributes:
-        names: all of them, in the state's order.
+        names: names of all tensors, in the state's order.
         coded: what goes through codecs.
         kept: what travels bit for bit.
     """
@@ -50,7 +51,7 @@ class Split:
 
     @property
     def whole(self) -> dict[str, Tensor]:
-        """All of them, in the state's order."""
+        """All tensors, in the state's order."""
         return {n: self.coded[n] if n in self.coded else self.kept[n] for n in self.names}
 
 
@@ -59,7 +60,7 @@ State = Update | nn.Module | Split
 
 
 def tensors_of(state: State) -> Update:
-    """A state's tensors: of a module its trainable parameters and its persistent buffers.
+    """A state's tensors; for a module, its trainable parameters and persistent buffers.
 
     Names are those of the innermost module, whatever wraps it.
     """
@@ -71,15 +72,19 @@ def tensors_of(state: State) -> Update:
 
 
 def split(state: State, rules: Rules = ()) -> Split:
-    """Tell what is coded from what is kept.
+    """Separate the tensors that are coded from those that are kept.
 
-    Kept are integers and bools; of a module its buffers; of named tensors those that are no
-    ``nn.Parameter`` among others that are, or, where none is (a ``state_dict``), those with a name
-    of ``BUFFERS``. A rule decides over a floating tensor: a lossy codec codes it, ``"fp32"`` leaves
-    a buffer kept and sends a parameter's update in fp32.
+    Integers and bools are always kept. Which floating tensors are kept depends on the state:
+
+    - a module: its buffers;
+    - named tensors, some of them ``nn.Parameter``: those that are not;
+    - named tensors without an ``nn.Parameter`` (a ``state_dict``): those that match ``BUFFERS``.
+
+    A rule for a floating tensor comes first: a lossy codec codes it; ``"fp32"`` leaves a buffer
+    kept and sends a parameter's update in fp32.
 
     Raises:
-        ConfigError: a rule names an integer tensor and a codec that loses.
+        ConfigError: a rule gives a lossy codec to an integer or bool tensor.
     """
     if isinstance(state, Split):
         return state
@@ -114,7 +119,7 @@ def rule_for(name: str, rules: Rules) -> Codec | None:
 
 
 def with_rules(codec: Codec, spec: UpdateSpec, rules: Rules) -> Codec:
-    """``codec``, with the tensors that a rule names in codecs of their own.
+    """``codec``, except for the tensors that a rule matches: these get the rule's codec.
 
     Raises:
         ConfigError: a codec has weights for other tensors than it is given.
@@ -142,7 +147,7 @@ class KeptMean:
     """The aggregate of kept tensors over the replies of a round; see the table above.
 
     Args:
-        before: the values of the round, which a reply without values has as well.
+        before: the values of the round; a reply without values counts as these.
 
     Attributes:
         changed: whether any reply had other values.
@@ -156,20 +161,20 @@ class KeptMean:
         self._unchanged = 0  # examples of replies without values
 
     def add(self, values: Mapping[str, Tensor] | None, weight: int) -> None:
-        """One reply's values, ``None`` where they are those of the round."""
+        """Add one reply's values; ``None`` if they are those of the round."""
         if values is None:
             self._unchanged += weight
             return
         self.changed = True
         for name, total in self._sums.items():
-            # What is infinite or NaN (a mask) is so everywhere (``check_kept``), and stays.
+            # Only what was NaN or Inf before (a mask) may be so (``check_kept``), and stays.
             finite = torch.nan_to_num(values[name].reshape(-1), 0.0, 0.0, 0.0)
             total.add(finite, weight)
         for name, most in self._most.items():
             self._most[name] = torch.maximum(most, values[name])
 
     def copy(self) -> KeptMean:
-        """One that goes on by itself."""
+        """An independent copy."""
         made = KeptMean(self.before)
         made.changed, made._unchanged = self.changed, self._unchanged
         made._sums = {n: total.copy() for n, total in self._sums.items()}
@@ -192,7 +197,7 @@ class KeptMean:
 
 
 def check_kept(values: Mapping[str, Tensor], before: Mapping[str, Tensor], who: str) -> None:
-    """Raise ``MalformedBodyError`` for values that are not finite where those before are."""
+    """Raise ``MalformedBodyError`` for NaN or Inf where the values before are finite."""
     for name, t in values.items():
         if t.is_floating_point():
             bad = int((torch.isfinite(before[name]) & ~torch.isfinite(t)).sum())
