@@ -1,4 +1,4 @@
-"""What a codec folder holds: the names of its files, and the prefixes of its weights."""
+"""What a codec folder holds, the names of its files, and the prefixes of its weights."""
 
 from __future__ import annotations
 
