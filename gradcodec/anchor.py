@@ -1,4 +1,4 @@
-"""Where a training starts from: what parameters are relative to, whoever else writes into them."""
+"""The starting point of a training, kept right even if other code writes into the parameters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Anchor:
-    """Parameters ``theta = start + moved`` of which only ``moved`` is the caller's.
+    """Parameters ``theta = start + moved``, where the caller decides ``moved`` only.
 
-    Beside ``start``, in fp32 or wider, it keeps what it wrote last, in the parameters' own dtype.
-    Whatever differs from that, to the bit, was written by somebody else: loaded, clamped, averaged,
-    replaced. Such values are where the training goes on from.
+    It keeps ``start`` in fp32 or wider, and the values that it wrote last in the parameters' own
+    dtype. A value whose bits differ from those was written by other code: loaded, clamped,
+    averaged, replaced. Training continues from such values.
 
     Args:
         named: whole, dense parameters on one device.
@@ -49,7 +49,7 @@ class Anchor:
         self._written = {n: p.detach().clone() for n, p in self.named.items()}
 
     def check(self) -> None:
-        """Raise ``UpdateError`` if a parameter is of another shape, dtype or device by now."""
+        """Raise ``UpdateError`` if a parameter's shape, dtype or device has changed."""
         for t in self._spec:
             p = self.named[t.name]
             if tuple(p.shape) != t.shape or p.dtype != t.dtype or p.device != self.device:
@@ -72,9 +72,9 @@ class Anchor:
 
     @torch.no_grad()
     def settle(self, moved: Update) -> None:
-        """Start from here: from what others wrote, and from ``start + moved`` where they did not.
+        """Make the current point the start: what others wrote, and ``start + moved`` elsewhere.
 
-        The parameters themselves stay as they are, which in bf16 is not all that ``start`` knows.
+        The parameters themselves do not change; in bf16 ``start`` keeps digits that they lack.
         """
         for name, p in self.named.items():
             mine = _bits(p) == _bits(self._written[name])
@@ -91,7 +91,7 @@ class Anchor:
 
     @torch.no_grad()
     def equals(self, state: Update) -> bool:
-        """Whether ``state`` has exactly these values, on whatever device and in whatever dtype."""
+        """Whether ``state`` equals ``start`` exactly, on any device and in any dtype."""
         for name, start in self.start.items():
             if name not in state or state[name].shape != start.shape:
                 return False
@@ -109,7 +109,7 @@ class Anchor:
         """A copy of what ``state_dict`` gave, on the parameters' device.
 
         Raises:
-            UpdateError: it is of other parameters.
+            UpdateError: ``state`` belongs to other parameters.
         """
         UpdateSpec.of(self.start).check(state)
         return {n: state[n].to(t.device, copy=True) for n, t in self.start.items()}

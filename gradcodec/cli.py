@@ -16,14 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run.
 
     Returns:
-        The exit status: 0, 2 for what a user can put right (an error of this library, a file that
-        cannot be read or written), 130 for Ctrl-C. Those are one line on stderr.
+        The exit status: 0 for success, 2 for an error that the user can fix (one of this library,
+        or a file that cannot be read or written), 130 for Ctrl-C. Errors and Ctrl-C are reported
+        as one line on stderr.
     """
     options = argparse.Namespace(command=None)
     try:
         options = _parser().parse_args(arguments)
         status = _run(options)
-        sys.stdout.flush()  # here, where a reader that has gone away can be reported
+        sys.stdout.flush()  # here, where a closed pipe can still be reported
     except GradcodecError as err:
         return _fail(f"{type(err).__name__}: {err}", 2)
     except BrokenPipeError:
@@ -129,7 +130,7 @@ def _info() -> int:
     rows["wire version"] = str(WIRE_VERSION)
     rows["families"] = ", ".join(CODEC_IDS)
     rows["bundled"] = ", ".join(hub.bundled()) or "none"
-    # Who computes the ops, and what is chosen for tensors of a device if nobody asks.
+    # The state of each implementation of the ops, and the default one for each device.
     rows |= {f"ops: {name}": state for name, state in ops.status().items()}
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     rows |= {f"ops on {device}": ops.implementation(device) for device in devices}

@@ -1,4 +1,4 @@
-"""What ``gradcodec inspect`` says of payloads, codecs and architectures, as label -> text."""
+"""What ``gradcodec inspect`` prints about payloads, codecs and architectures, as label -> text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """FAF, Federated AutoEncoder-involved Fine-tuning: training in the code space.
 
 In ``post`` mode a client trains its parameters and encodes the finished update, as CG-FedLLM
-(arXiv 2405.13746, Algorithm 1) does; nothing of this file is needed. In ``latent`` mode the codec
-is involved in the training itself: the trainable variable is the code ``z``, the parameters are
+(arXiv 2405.13746, Algorithm 1) does; that does not need this module. In ``latent`` mode the codec
+is involved in the training itself: the trainable variable is the code ``z``, and the parameters are
 
     theta = theta_0 + Dec(z) - Dec(0),
 
@@ -40,26 +40,28 @@ class LatentOptimizer(torch.optim.Optimizer):
         payload = opt.payload()                                           # what to send
 
     The parameters stay in ``param_groups``, so schedulers, gradient clipping, gradient scaling and
-    accumulation act on them as ever; the group's settings are handed to the inner optimiser at each
-    step. The inner optimiser sees one vector ``w`` with ``z = s * w``; the scales ``s`` keep the
-    norm of a step what it would be without a codec (``Transform.step_scales``), so a learning rate
-    can be kept. Weight decay acts on ``w``, which pulls the update (not the parameters) to zero.
+    accumulation act on them as usual; each step hands the group's settings to the inner optimiser.
+    The inner optimiser sees one vector ``w`` with ``z = s * w``; the scales ``s`` keep the norm of
+    a step what it would be without a codec (``Transform.step_scales``), so a learning rate chosen
+    without a codec can be kept. Weight decay acts on ``w``, which pulls the update (not the
+    parameters) to zero.
 
-    **What is found in the parameters is what training goes on from.** Values that somebody else
-    wrote since the last step (``load_state_dict``, ``clamp_``, an average of weights) are the new
-    anchor of their parameters, and later steps move on from there. The code is only what was
-    *learned*, so it does not hold such a change: from then on ``payload()`` does not lead from the
-    old anchor to the parameters, and ``anchored_at`` says so. In a federation call ``rebase()``
-    after loading a round's state, or make a new optimiser for the round.
+    **Training continues from the values found in the parameters.** If other code wrote some of them
+    since the last step (``load_state_dict``, ``clamp_``, an average of weights), those values
+    become the new anchor, and later steps start from there. The code holds only what was *learned*,
+    not such a change: from then on the old anchor plus the decoded ``payload()`` no longer gives
+    the parameters, and ``anchored_at`` reports that. In a federation call ``rebase()`` after
+    loading a round's state, or make a new optimiser for the round.
 
-    Memory, beside the inner optimiser's for the code: the anchor in fp32 or wider and the values
-    written last in the parameters' dtype, together 8 bytes for a float32 parameter and 6 for a
-    bfloat16 one. Sparse gradients are made dense. The copy of an optimiser by ``copy.deepcopy`` or
-    pickling, alone or along with its model, trains on as that of any torch optimiser does.
+    Memory, in addition to the inner optimiser's state for the code: the anchor in fp32 or wider,
+    and the values written last in the parameters' dtype; together 8 bytes for each float32 value
+    and 6 for each bfloat16 one. Sparse gradients are made dense. A copy made by ``copy.deepcopy``
+    or pickling, alone or together with the model, goes on training like a copy of any torch
+    optimiser.
 
     Args:
         model: a module (its trainable parameters; DDP and ``torch.compile`` may wrap it), or
-            parameters by name; the names, shapes and dtypes must be the codec's.
+            parameters by name; the names, shapes and dtypes must match the codec's.
         codec: a bound codec.
         optimizer: a torch optimiser class that can optimise one vector of dense gradients and
             whose ``step`` needs no closure.
@@ -70,7 +72,7 @@ class LatentOptimizer(torch.optim.Optimizer):
     Raises:
         UpdateError: the parameters are not the ones that the codec is bound to.
         ConfigError: the codec is not bound, parameters are sharded or on several devices, or the
-            optimiser or a setting of it does not work here.
+            optimiser or one of its settings does not work here.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class LatentOptimizer(torch.optim.Optimizer):
         return self._scale * self._w
 
     def payload(self, *, seed: int = 0) -> Payload:
-        """The quantised code, ready to send: what was learned, no change by others.
+        """The quantised code, ready to send: what was learned, without changes made by others.
 
         Raises:
             NonFiniteError: training diverged to NaN or Inf.
@@ -119,14 +121,14 @@ class LatentOptimizer(torch.optim.Optimizer):
         return self.codec.write_code(self.code.cpu(), seed=seed)
 
     def anchored_at(self, state: Update) -> bool:
-        """Whether ``state`` and the payload together are the parameters.
+        """Whether adding the decoded code to ``state`` gives the current parameters.
 
-        True if training started from exactly this state, at construction or ``rebase()``, and
-        nobody else has written into the parameters since the first step. It compares every value
-        once and needs no decoding as long as nothing was changed.
+        True if training started from exactly this state, at construction or ``rebase()``, and no
+        other code has written into the parameters since the first step. It compares every value
+        once, and needs no decoding unless other code wrote into the parameters.
 
         Args:
-            state: tensors by plain name, on any device; tensors of other names are not looked at.
+            state: tensors by plain name, on any device; tensors of other names are ignored.
         """
         self._take_in()
         return not bool(self._since.any()) and self._anchor.equals(state)
@@ -140,8 +142,8 @@ class LatentOptimizer(torch.optim.Optimizer):
         """Pull the gradients back to the code, step there, and write the parameters.
 
         Raises:
-            UpdateError: the parameters have another dtype or device since construction.
-            ConfigError: ``param_groups`` hold other parameters.
+            UpdateError: a parameter's shape, dtype or device has changed since construction.
+            ConfigError: ``param_groups`` hold other parameters than at construction.
         """
         loss = None
         if closure is not None:
@@ -156,7 +158,7 @@ class LatentOptimizer(torch.optim.Optimizer):
         outer, inner = self.param_groups[0], self.inner.param_groups[0]
         inner.update({k: v for k, v in outer.items() if k != "params"})
         self.inner.step()
-        # And back: some optimisers count, or estimate their step, in the group.
+        # Copy the settings back: some optimisers keep counters or step estimates in the group.
         outer.update({k: v for k, v in inner.items() if k != "params"})
         self._anchor.write(self._moved())
         return loss
@@ -175,10 +177,10 @@ class LatentOptimizer(torch.optim.Optimizer):
         self._leave_from(torch.zeros_like(self._since))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the codec knows the parameters of the only group, and no others.
+        """Refused: the codec covers the parameters of the one existing group and no others.
 
         Raises:
-            ConfigError: always, once the optimiser is made.
+            ConfigError: always, once the optimiser is constructed.
         """
         if self._complete:
             raise ConfigError(
@@ -200,11 +202,11 @@ class LatentOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; also writes the parameters back to where they were.
+        """Inverse of ``state_dict``; also sets the parameters back to their values at that time.
 
         Raises:
-            ConfigError: not the state of a ``LatentOptimizer`` with such a code.
-            UpdateError: it is of other parameters.
+            ConfigError: not the state of a ``LatentOptimizer`` whose code has this size.
+            UpdateError: the state belongs to other parameters.
         """
         wanted = {"w", "anchor", "inner", "groups"}
         if not wanted <= set(state_dict):
@@ -229,7 +231,7 @@ class LatentOptimizer(torch.optim.Optimizer):
         self._anchor.write(self._moved())
 
     def __getstate__(self) -> dict[str, Any]:
-        # The base class leaves out what is not its own, and so do copies and pickles.
+        # Optimizer.__getstate__ keeps only its own fields, so copies and pickles would lack ours.
         mine = {k: v for k, v in self.__dict__.items() if k in _OWN}
         return {**super().__getstate__(), **mine}
 
@@ -245,14 +247,14 @@ class LatentOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _take_in(self) -> None:
-        """Go on from what others wrote into the parameters."""
+        """If others wrote into the parameters, make the current values the new anchor."""
         self._check_parameters()
         if self._anchor.touched():
             self._anchor.settle(self._moved())
             self._leave_from(self.code)
 
     def _leave_from(self, z: Tensor) -> None:
-        """The parameters are at the anchor when the code is ``z``."""
+        """Record that the parameters equal the anchor where the code is ``z``."""
         self._since = z
         self._offset = None if self.codec.linear else self._decode(z)
 
@@ -304,7 +306,7 @@ def _trainable(source: NamedParameters, spec: UpdateSpec) -> dict[str, nn.Parame
 def _made(
     optimizer: type[torch.optim.Optimizer], w: Tensor, defaults: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """The inner optimiser of one vector."""
+    """The inner optimiser, made for the one vector ``w``."""
     wanted = "expected an optimiser class such as torch.optim.AdamW"
     if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
         came = type(optimizer).__name__

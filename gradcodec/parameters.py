@@ -1,7 +1,7 @@
 """Parameters by name: the only identity that survives wrapping, rebuilt buckets and restarts.
 
 Whatever wraps a model (DDP, ``torch.compile``, FSDP, activation checkpointing, nested in any order,
-also around submodules), a parameter has one name here: that in the model itself.
+also around submodules), a parameter has one name here: the one that it has in the unwrapped model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 NamedParameters = nn.Module | Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 
-#: What torch.compile, FSDP1 and activation checkpointing put into names. No model has it by itself.
+#: What torch.compile, FSDP1 and activation checkpointing add to names; no model has such a name.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-#: What DDP puts there. A model may have a submodule of this name, so only the wrapper's goes.
+#: What DDP adds. A model may have a submodule of this name, so only the wrapper's is removed.
 _MODULE = "module"
-#: Where wrappers of optimisers keep what they wrap: Accelerate, DeepSpeed, apex; Lightning; Opacus.
+#: Attributes under which wrappers keep their optimiser; ``unwrap_optimizer`` says whose they are.
 _INNER = ("optimizer", "_optimizer", "original_optimizer")
 
 
 def plain_name(name: str) -> str:
-    """A name of a module or parameter without what compiling, sharding, checkpointing put into it.
+    """A module's or parameter's name without what compiling, sharding, checkpointing add to it.
 
-    A ``module.`` of DDP stays: a name alone does not tell it from a submodule.
+    DDP's ``module.`` stays: the name alone does not tell it from a submodule.
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -62,11 +62,12 @@ def join(path: str, name: str) -> str:
 def plain_names(named: Mapping[str, T], known: Collection[str] = ()) -> dict[str, T]:
     """The mapping with plain names, in its order.
 
-    A ``module.`` before all names, as in ``dict(ddp.named_parameters())``, goes only if ``known``
-    says so: it has all of the names without it and none with it.
+    A ``module.`` before all names, as in ``dict(ddp.named_parameters())``, is removed only if
+    ``known`` confirms it: each known name is there without the prefix, and no prefixed name is
+    known.
 
     Raises:
-        ConfigError: two names become one.
+        ConfigError: two names become the same plain name.
     """
     out: dict[str, T] = {}
     for name, value in named.items():
@@ -83,16 +84,16 @@ def plain_names(named: Mapping[str, T], known: Collection[str] = ()) -> dict[str
 
 
 def all_parameters(source: NamedParameters, known: Collection[str] = ()) -> dict[str, nn.Parameter]:
-    """Parameters by plain name, frozen ones too; a shared one has its first name.
+    """Parameters by plain name, frozen ones included; a shared parameter has its first name.
 
     Args:
         source: a module, or its parameters by name. In the latter case the names are the caller's,
-            apart from what ``plain_names`` leaves out.
-        known: names that a codec or a state has, if there is one.
+            apart from what ``plain_names`` removes.
+        known: the names in a codec or a saved state, if there is one.
 
     Raises:
-        ConfigError: no module and no named parameters, two parameters have one name, or one has no
-            shape yet.
+        ConfigError: ``source`` is neither a module nor named parameters, two parameters have the
+            same name, or one has no shape yet.
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
@@ -113,7 +114,7 @@ def named_parameters(
     """``all_parameters`` without the frozen ones.
 
     Raises:
-        ConfigError: none is left, and whatever ``all_parameters`` raises.
+        ConfigError: no parameter is trainable; also whatever ``all_parameters`` raises.
     """
     found = {n: p for n, p in all_parameters(source, known).items() if p.requires_grad}
     if not found:
@@ -158,7 +159,7 @@ def _pairs(source: NamedParameters) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def sharded_by(parameter: Tensor) -> str | None:
-    """What made this a part of a parameter on each rank, or ``None`` if it is whole."""
+    """What shards this parameter over the ranks, in words, or ``None`` if it is whole."""
     if hasattr(parameter, "full_tensor"):
         return "DTensor (fully_shard, or tensor parallelism)"
     # Set by FSDP1 on its flat parameters and, under use_orig_params, on the original ones.
@@ -168,15 +169,15 @@ def sharded_by(parameter: Tensor) -> str | None:
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """Its gradient, dense also where ``nn.Embedding(sparse=True)`` made a sparse one."""
+    """The parameter's gradient; a sparse one (``nn.Embedding(sparse=True)``) is made dense."""
     gradient = parameter.grad
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimiser inside the wrappers of a training framework; anything else comes back as it is.
+    """The optimiser inside the wrappers of a training framework; anything else is returned as is.
 
-    It knows wrappers by the attribute under which they keep a torch optimiser: ``optimizer``
+    A wrapper is recognised by the attribute that holds a torch optimiser: ``optimizer``
     (Accelerate, Lightning, DeepSpeed, apex), ``_optimizer``, ``original_optimizer`` (Opacus).
     """
     seen: set[int] = set()

@@ -1,10 +1,10 @@
-"""What of a client's training is sent. The paper leaves it open; each reading has a name here.
+"""Which tensors of a training are sent: the paper leaves it open, so each reading has a name here.
 
 - ``update``: the difference between the parameters after and before local training;
 - ``state``: the parameters after it (the literal reading of the paper's Algorithm 1);
 - ``balanced``: the state with every LoRA pair in its balanced gauge, which removes the freedom
   ``(B Q, Q^-1 A)`` that leaves the product unchanged;
-- ``gradient`` (for TGAP only): what the optimiser is given at each step.
+- ``gradient`` (for TGAP only): the gradient that the optimiser is given at each step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ RECORDED = ("gradient", *SENT)
 
 
 def check(representation: str, allowed: tuple[str, ...] = SENT) -> str:
-    """Return it, or raise ``ConfigError`` listing what is allowed."""
+    """Return ``representation``, or raise ``ConfigError`` that lists the allowed ones."""
     if representation not in allowed:
         raise ConfigError(f"expected a representation of {allowed}, got {representation!r}")
     return representation
 
 
 def represent(representation: str, end: Update, start: Update) -> dict[str, Tensor]:
-    """The tensors that stand for a segment of training, in the parameters' own dtypes."""
+    """The tensors that represent a segment of training, in the parameters' own dtypes."""
     if representation == "update":
         return {n: end[n].detach() - start[n] for n in end}
     state = {n: t.detach().clone() for n, t in end.items()}
@@ -53,7 +53,7 @@ def balanced(state: Update) -> dict[str, Tensor]:
         u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         left, right = q_b @ u, vh @ q_a.T
         sign = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-        # A rank above the sides of the product leaves columns over; they are zero.
+        # If the rank exceeds a side of the product, the surplus columns are zero.
         spare = b.shape[1] - len(s)
         left = functional.pad(left * sign * s.sqrt(), (0, spare))
         right = functional.pad(sign.T * s.sqrt()[:, None] * right, (0, 0, 0, spare))

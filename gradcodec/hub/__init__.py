@@ -1,4 +1,4 @@
-"""Codec folders on disk, in the package and on the Hugging Face Hub. Knows nothing of codecs.
+"""Codec folders on disk, in the package and on the Hugging Face Hub. Knows nothing about codecs.
 
     config.json         what the codec is, its tensor table, a SHA-256 per weight, its digest
     model.safetensors   the weights, and nothing else
@@ -7,12 +7,12 @@
 Reading is strict: an unknown key, a missing or extra weight, or one flipped bit is an error that
 says what was expected and what came. There is no pickle anywhere, and no fallback to one.
 
-    folder     what is in one: config, tensor table, weights, digests
+    folder     the contents of a codec folder: config, tensor table, weights, digests
     document   config.json: schema, migrations, checks
     card       README.md
     local      folders on disk and in the package
     remote     repositories on the Hub
-    names      which of these a codec's name stands for
+    names      finds the folder or repository that a codec's name means
 """
 
 from gradcodec.hub.card import make_card

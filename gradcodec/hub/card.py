@@ -66,7 +66,7 @@ def _stages(config: Mapping[str, Any]) -> list[str]:
 
 
 def _setting(config: Mapping[str, Any], key: str) -> float | None:
-    """The first number called ``key`` in the config or a nested one."""
+    """The first number called ``key`` in the config or in a config nested in it."""
     if isinstance(config.get(key), int | float):
         return float(config[key])
     nested = (_setting(v, key) for v in config.values() if isinstance(v, dict))

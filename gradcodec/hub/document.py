@@ -1,4 +1,4 @@
-"""config.json: the schema, its migrations and checks, the rows of a tensor table."""
+"""config.json: its schema, migrations and checks, and the rows of a tensor table."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gradcodec.types import TensorSpec, UpdateSpec
 SCHEMA = 1
 MAX_CONFIG_BYTES: Final = 1 << 26
 
-#: Schema n -> function from a schema n document to a schema n+1 one. A step that changes what the
-#: codec's digest covers ("codec", "spec", "weights") must set "digest" to the new one as well.
+#: Schema n -> function from a document of schema n to one of schema n+1. A function that changes
+#: what the codec's digest covers ("codec", "spec", "weights") must update "digest" as well.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 _REQUIRED: Final = frozenset({"schema", "library", "codec", "spec", "weights", "digest"})
@@ -27,7 +27,7 @@ _DTYPE_NAMES: Final = {str(d).removeprefix("torch."): d for d in DTYPE_CODES}
 
 
 def to_document(folder: Folder) -> dict[str, Any]:
-    """What ``config.json`` says of a codec, checked as it would be when read."""
+    """The ``config.json`` of a codec, checked as it will be when it is read."""
     if set(folder.weights) != set(folder.digests):
         away = sorted(set(folder.digests) - set(folder.weights))
         raise ConfigError(f"only one half of the codec is here, cannot save it; missing {away[:3]}")
@@ -79,7 +79,7 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def _check(document: dict[str, Any]) -> None:
-    """Raise ``ConfigError`` unless keys and values are as this schema has them."""
+    """Raise ``ConfigError`` unless keys and values are those of the current schema."""
     missing, unknown = _REQUIRED - set(document), set(document) - _REQUIRED - _OPTIONAL
     if missing or unknown:
         raise ConfigError(
@@ -89,7 +89,7 @@ def _check(document: dict[str, Any]) -> None:
     codec, weights = document["codec"], document["weights"]
     rules = {
         "codec": ("with a 'kind'", isinstance(codec, dict) and isinstance(codec.get("kind"), str)),
-        # A weight of any other name would be in neither half and not be loaded with one.
+        # A weight with any other prefix would belong to neither half, so no half would load it.
         "weights": (
             f"as SHA-256 by name, names beginning with {PREFIXES}",
             isinstance(weights, dict)
@@ -105,7 +105,7 @@ def _check(document: dict[str, Any]) -> None:
 
 
 def spec_from_rows(rows: Any) -> UpdateSpec | None:
-    """The tensor table of a document; ``None`` for a codec that is not bound to one."""
+    """The tensor table of a document; ``None`` for a codec that is not bound to a table."""
     if rows is None:
         return None
     if isinstance(rows, list) and len(rows) > MAX_TENSORS:
@@ -144,7 +144,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether UTF-8 can write it: halves of a surrogate pair, which JSON can hold, it cannot."""
+    """Whether UTF-8 can write it; JSON can hold halves of a surrogate pair, which UTF-8 cannot."""
     return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 

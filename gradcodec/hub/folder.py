@@ -1,4 +1,4 @@
-"""What a codec folder holds, and the names of its files and of its weights' halves."""
+"""What a codec folder holds, the names of its files, and the prefixes of its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
 CARD_NAME: Final = "README.md"
 
-#: What the weights of a half begin with.
+#: Prefixes of the weight names of each half.
 HALVES: Final = {"encoder": ("encoder.", "shared."), "decoder": ("decoder.", "shared.")}
 PREFIXES: Final = ("encoder.", "decoder.", "shared.")
 
@@ -25,11 +25,11 @@ class Folder:
 
     Attributes:
         config: the codec's ``to_dict()``, ``"kind"`` included.
-        spec: the tensor table the codec is bound to, if it is.
-        weights: tensors by name; those of one half when only that was read.
-        digests: hex SHA-256 by weight name, both halves' weights always.
+        spec: the tensor table that the codec is bound to; ``None`` if it is not bound.
+        weights: tensors by name; only those of one half if only that half was read.
+        digests: hex SHA-256 by weight name, always of both halves.
         digest: the 8 bytes that payloads pin.
-        notes: what the codec was fitted on, in the words of who fitted it.
+        notes: what the codec was fitted on, in the words of its author.
     """
 
     config: dict[str, Any]

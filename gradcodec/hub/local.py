@@ -38,7 +38,8 @@ def write(path: str | Path, folder: Folder, *, card: str | None = None) -> None:
         card: text of ``README.md``; generated when not given.
 
     Raises:
-        ConfigError: weights are missing (one half was loaded) or were changed since the digest.
+        ConfigError: weights are missing (only one half was loaded), or have changed since the
+            digest was taken.
         HubError: the folder cannot be written.
     """
     document = to_document(folder)
@@ -81,7 +82,7 @@ def _assets() -> Path:
 
 def read_folder(path: Path, name: str, half: str | None) -> Folder:
     """Read and check a codec folder; errors call it ``name``."""
-    # A cached copy that went bad can only be deleted by who knows where it is.
+    # The error shows the path, so that a damaged copy in a cache can be found and deleted.
     where = name if str(path) == name else f"{name} ({path})"
     try:
         came = sorted(os.listdir(path)) if path.is_dir() else []
@@ -106,7 +107,7 @@ def read_folder(path: Path, name: str, half: str | None) -> Folder:
 
 
 def _load_weights(path: Path, digests: Mapping[str, str], half: str | None) -> dict[str, Tensor]:
-    """The weights of ``half``, each checked against its digest; other tensors are not read."""
+    """The weights of ``half``, each checked against its digest; the other half is not read."""
     wanted = PREFIXES if half is None else HALVES[half]
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -117,8 +118,8 @@ def _load_weights(path: Path, digests: Mapping[str, str], half: str | None) -> d
                     f"names, missing {shown(sorted(set(digests) - names)[:3])}, "
                     f"not expected {shown(sorted(names - set(digests))[:3])}"
                 )
-            # Cloned off the memory map: what was checked is what is used, whatever happens to
-            # the file later.
+            # Cloned from the memory map: the values that are checked are those that are used,
+            # whatever happens to the file later.
             weights = {n: file.get_tensor(n).clone() for n in digests if n.startswith(wanted)}
     except safetensors.SafetensorError as err:
         size = path.stat().st_size
@@ -136,7 +137,7 @@ def _load_weights(path: Path, digests: Mapping[str, str], half: str | None) -> d
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if the block succeeds."""
+    """A temporary path beside ``path``; its file replaces ``path`` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

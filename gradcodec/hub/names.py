@@ -1,4 +1,4 @@
-"""What a codec's name stands for: a bundled codec, a folder or a Hub repository."""
+"""From a codec's name to its folder: a bundled codec, a folder on disk or a Hub repository."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def read(name: str | Path, *, revision: str | None = None, half: str | None = No
     Args:
         name: tried in this order: a bundled name, an existing folder, a Hub id ``user/name``.
         revision: branch, tag or commit; only a Hub repository has one.
-        half: ``"encoder"`` or ``"decoder"`` reads the weights of that half alone; the digests of
-            all weights come along, so the codec's identity does not depend on it.
+        half: ``"encoder"`` or ``"decoder"`` reads only the weights of that half. The digests of
+            all weights are always read, so the codec's identity does not depend on ``half``.
 
     Raises:
-        HubError: missing, unreachable, incomplete or altered.
+        HubError: the codec is missing, unreachable, incomplete or altered.
         ConfigError: ``config.json`` is of a newer schema, or has unknown, missing or bad entries.
     """
     if half is not None and half not in HALVES:

@@ -71,7 +71,7 @@ def download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # A snapshot is of one commit. Two single downloads could straddle a push.
+        # A snapshot is of one commit; two single downloads could come from two commits.
         path = snapshot_download(
             repo_id,
             revision=revision,
@@ -84,10 +84,10 @@ def download(repo_id: str, revision: str | None) -> Path:
 
 
 def _explain(err: Exception, repo_id: str, revision: str | None) -> HubError:
-    """What was expected of the Hub and what came.
+    """An error that says what was expected of the Hub and what came.
 
-    Callers catch ``Exception``: transport errors belong to the client's HTTP library, which has
-    been another one in each of its major versions.
+    Callers catch ``Exception``, because transport errors are classes of the HTTP library that
+    ``huggingface_hub`` uses, and each major version of it has used another one.
     """
     from huggingface_hub import constants, errors
 

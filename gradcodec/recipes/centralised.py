@@ -1,4 +1,4 @@
-"""The centralised training on disk after each round: parameters, optimiser, reports."""
+"""Checkpoints of the centralised training after each round: parameters, optimiser, reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     reports: Sequence[RoundReport],
 ) -> None:
-    """Write one sealed safetensors file; the one before is kept."""
+    """Write one sealed safetensors file; the previous one is kept."""
     tensors: dict[str, torch.Tensor] = {f"parameter/{n}": p for n, p in parameters.items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{key}": t for key, t in state.items()}
@@ -30,10 +30,10 @@ def save_training(
 def load_training(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> list[RoundReport]:
-    """Put both back to where ``save_training`` was called; returns its reports.
+    """Restore parameters and optimiser as ``save_training`` saved them; returns the saved reports.
 
     Raises:
-        ConfigError: the file is damaged, or of other parameters.
+        ConfigError: the file is damaged, or belongs to other parameters.
     """
     way_out = "delete it to train again from the start"
     tensors, meta = files.load_tensors(path, way_out)

@@ -26,7 +26,7 @@ from gradcodec.transforms.subspace.groups import SHARES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; what is not given keeps the preset's (or the default's) value."""
+    """Declare the options; one that is not given keeps the value of the preset or the default."""
     add = parser.add_argument
     add("--out", default="runs/demo", help="the run's folder")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -52,10 +52,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; prints progress, the table and where the files are."""
+    """Run the example; prints progress, the table and the paths of the files."""
     settings = settings_of(options)
     out = _out(options.out)
-    report.require_matplotlib()  # now, not when everything is done
+    report.require_matplotlib()  # fail now, not after the run
     with _Bars() as bars, RunFolder(out, settings.to_dict(), resume=options.resume) as folder:
         results = Experiment(settings, folder, bars.update).run()
         summary = summarise(settings, results, folder.load("tgap.json"))
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _out(name: str) -> Path:
-    """The path of ``--out``; ``.``, ``..`` and what a shell made of an unset variable are none."""
+    """The path of ``--out``; refuses ``.``, ``..`` and the empty text of an unset variable."""
     path = Path(name)
     if not name or path.name in ("", ".."):
         raise ConfigError(f"expected a name of a folder (--out), got {name!r}")
@@ -117,7 +117,7 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tgap(options: argparse.Namespace) -> int:
-    """Gather on D1, fit one codec, say what it is."""
+    """Gather on D1, fit one codec, save it and print what it is."""
     out = _out(options.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"expected a folder for the codec (--out), got {out}: it is a file")
@@ -135,7 +135,7 @@ def run_tgap(options: argparse.Namespace) -> int:
     work = out.with_name(out.name + ".run")
     described = {**settings.to_dict(), "codec": config.to_dict(), "bits": options.bits}
     with _Bars() as bars, RunFolder(work, described, resume=True) as folder:
-        # By a name that stays when the folders are moved.
+        # A name that does not depend on --out, so that the folders can be moved.
         codec = Experiment(settings, folder, bars.update).fit({"codec": config}, ".")["codec"]
         if options.bits:
             one = options.bits == 1
@@ -150,7 +150,7 @@ def run_tgap(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Preset, then ``--full``, then single options, each over the one before."""
+    """The preset, changed by ``--full``, then by single options, so the latter win."""
     settings = PRESETS[options.preset] if options.preset else Settings()
     if getattr(options, "full", False):
         settings = dataclasses.replace(settings, schemes=schemes.FULL, rounds=20)

@@ -72,7 +72,7 @@ def source_text() -> Iterator[tuple[str, str]]:
 
     Docstrings are removed by their position in the syntax tree. A comment or a string literal
     may repeat one word for word, so lines that spell out an answer of `docstring_pairs` are
-    dropped as well; the comparison sees words only (see `words`), not case or punctuation.
+    dropped as well; the comparison ignores case and punctuation (see `words`).
     """
     pairs, stripped = _library()
     leaks = _Phrases(pair.answer for pair in pairs)
@@ -101,8 +101,8 @@ def docstring_pairs() -> list[Pair]:
     """Return every question/answer pair, sorted by package and prompt.
 
     A public function, class or method counts when the first paragraph of its docstring has
-    20 to 240 characters and at least three words. The first holder of an answer keeps it;
-    copies of it elsewhere are dropped, so a held-out answer is never a training answer.
+    20 to 240 characters and at least three words. If several have the same answer, only the
+    first is kept, so a held-out answer is never a training answer.
     """
     return list(_library()[0])
 
@@ -111,8 +111,8 @@ def docstring_pairs_in(root: Path, package: str) -> list[Pair]:
     """Return the pairs of another package's sources, by the rules of `docstring_pairs`.
 
     Args:
-        root: Its folder.
-        package: Its name, the start of all module names.
+        root: Folder of the package.
+        package: Name of the package, which all module names start with.
     """
     found: dict[str, Pair] = {}
     for module, _, tree in _parsed_modules(root):
@@ -134,7 +134,7 @@ def strip_docstrings(source: str, tree: ast.Module | None = None) -> str:
         SyntaxError: `source` does not parse.
     """
     lines = [line.encode("utf-8") for line in source.split("\n")]
-    spans: list[tuple[ast.Expr, bool]] = []  # with: is its body nothing but strings?
+    spans: list[tuple[ast.Expr, bool]] = []  # the flag: is its body nothing but strings?
     for node in ast.walk(tree if tree is not None else ast.parse(source)):
         for field in ("body", "orelse", "finalbody"):
             body = getattr(node, field, None)
@@ -161,7 +161,7 @@ def _is_string(node: object) -> bool:
 
 
 def _cut(lines: list[bytes], node: ast.Expr, alone: bool) -> None:
-    """Remove `node` from `lines` in place, or pass if needed; columns count UTF-8 bytes."""
+    """Cut `node` out of `lines` in place, putting `pass` if needed; columns count UTF-8 bytes."""
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     before = lines[first][: node.col_offset]
     after = lines[last][node.end_col_offset or 0 :]
@@ -214,7 +214,7 @@ def _parsed_modules(root: Path | None = None) -> Iterator[tuple[str, str, ast.Mo
     """Module name, source and syntax tree of every file, by default of the standard library."""
     for module, path in _python_files(root or Path(sysconfig.get_paths()["stdlib"])):
         try:
-            # Old modules part their sections with form feeds: noise to a language model.
+            # Old modules separate their sections by form feeds: noise to a language model.
             source = path.read_text(encoding="utf-8").replace("\f", " ")
             tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError):

@@ -1,7 +1,7 @@
 """Examples of question and answer: reading, encoding, and dealing them out to clients.
 
 Every random choice comes from a numpy generator made from the seed in the call. No function here
-reads or moves global random state.
+reads or changes global random state.
 """
 
 import importlib
@@ -116,9 +116,9 @@ def load_examples(source: str, *, limit: int | None = None) -> list[Example]:
 def encode_example(tokenizer: Any, example: Example, max_length: int) -> Encoded:
     """Return the tokens of prompt, answer and end of text, with the prompt's labels ignored.
 
-    Too long an example loses the start of its prompt first, down to half of `max_length`, then
-    the end of its answer. So there is always an answer to learn from, and an end-of-text token
-    is only taught where the answer does end.
+    An example that is too long first loses the start of its prompt, down to half of `max_length`,
+    then the end of its answer. So there is always an answer to learn from, and the end-of-text
+    token is taught only where the answer really ends.
 
     Args:
         tokenizer: A `transformers` tokenizer with an end-of-text token.
@@ -245,7 +245,7 @@ def split_d1_d2(
 def held_out(
     examples: Sequence[Example], count: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Take `count` examples aside, each label in proportion to its size (largest remainder).
+    """Hold out `count` examples, of each label in proportion to its size (largest remainder).
 
     Returns:
         ``(kept, held)``, both in the order of `examples`.
@@ -283,8 +283,8 @@ def multiple_choice(
 ) -> list[Choice]:
     """Turn `count` examples into multiple-choice questions.
 
-    An example that lists its own options keeps them. For any other, the wrong ones are distinct
-    answers of `pool`, drawn at random, and the right one stands at a random place.
+    An example that lists its own options keeps them. For any other, the wrong options are distinct
+    answers drawn at random from `pool`, and the right one is put at a random place.
 
     Raises:
         ConfigError: There are fewer than `count` examples, or the pool has too few answers.

@@ -21,7 +21,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -
     .. math:: -\frac{1}{|T|} \sum_{t \in T} \log p(x_t \mid x_{<t})
 
     with T all labelled tokens of all batches, so long batches weigh more than short ones. The
-    model runs in evaluation mode without gradients and gets its modes back.
+    model runs in evaluation mode without gradients; after that each module has its mode again.
 
     Args:
         model: A causal language model.
@@ -102,7 +102,7 @@ def _log_likelihoods(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off, and put each module back in its own mode after."""
+    """Switch dropout and gradients off, and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

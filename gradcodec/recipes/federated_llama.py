@@ -51,12 +51,12 @@ Progress = Callable[[str, int, int, Mapping[str, str]], None]
 
 
 class Experiment:
-    """A run of the example; every finished piece is on disk and not made again.
+    """A run of the example; finished pieces are on disk and are not made again.
 
     Args:
         settings: what to run.
         folder: where it goes.
-        progress: told of each round.
+        progress: called after each round.
     """
 
     def __init__(self, settings: Settings, folder: RunFolder, progress: Progress) -> None:
@@ -125,8 +125,8 @@ class Experiment:
     ) -> dict[str, Codec]:
         """TGAP: gather on D1 once, then fit every codec; saved in the run as ``place/<name>``.
 
-        A kill costs one round of gathering (one client in a local reading), or one autoencoder's
-        training.
+        A run that is killed loses at most one round of gathering (with the local reading, one
+        client), or the training of one autoencoder.
         """
         done = self.folder.load("tgap.json") or self._tgap(configs, place)
         self._gathered.unlink(missing_ok=True)
@@ -135,11 +135,11 @@ class Experiment:
 
     @property
     def _gathered(self) -> Path:
-        """What TGAP has gathered so far."""
+        """The file with what TGAP has gathered so far."""
         return self.folder.path / "tgap.safetensors"
 
     def _fitted(self, place: str, name: str, digest: str | None) -> Codec:
-        """A codec of this run."""
+        """Load a codec that was fitted in this run."""
         folder = self.folder.path / place / name
         again = f"delete {self.folder.path / 'tgap.json'} and resume to fit it again"
         try:
@@ -166,7 +166,7 @@ class Experiment:
                 self.folder.path / SNAPSHOTS if resumed else self.folder.fresh(SNAPSHOTS), limit=512
             )
         moments: dict[str, SecondMoments] = {}
-        # The finest ratio first: it asks for the most directions, its recording serves the others.
+        # The smallest ratio first: it needs the most directions, so its moments serve the others.
         for config in sorted(linear.values(), key=lambda c: c.ratio):
             records = s.records_for(config.ratio)
             kind = SignalMoments if records == "signal" else SecondMoments
@@ -218,7 +218,7 @@ class Experiment:
     def _train_autoencoder(
         self, store: SnapshotStore, name: str, net: AutoencoderConfig, spec: UpdateSpec, place: str
     ) -> str:
-        """Train one and save it, unless that was done before; returns its digest."""
+        """Train one autoencoder and save it, unless that is done already; returns its digest."""
         history = f"{name}.json"
         done = self.folder.load(history)
         if done is not None:
@@ -242,7 +242,7 @@ class Experiment:
 
     @contextmanager
     def _or_gather_again(self) -> Iterator[None]:
-        """Snapshots that are damaged can be made anew, with all that was gathered beside them."""
+        """Add to an error about damaged snapshots how to gather them again, with all the rest."""
         try:
             yield
         except ConfigError as err:
@@ -264,12 +264,12 @@ class Experiment:
     # -- FAF ------------------------------------------------------------------------------------
 
     def run(self) -> list[Result]:
-        """Every scheme, or what is missing of them.
+        """Run the schemes that have no result yet, and return the results of all.
 
         Raises:
             TrainingError: the base model itself has no finite loss.
             ConfigError: a file of the run is damaged.
-            OSError: a file cannot be written; what was finished before is whole.
+            OSError: a file cannot be written; finished pieces are intact.
         """
         trained = self.trained
         self._reset()
@@ -320,7 +320,7 @@ class Experiment:
         s = self.settings
         server_config = replace(scheme.server, lr=s.server_lr, momentum=s.server_momentum)
         if scheme.server.mode == "post":
-            # The paper's readings concern the paper's scheme; the others send updates.
+            # These two settings are readings of the paper's scheme; the others send updates.
             paper = any(isinstance(TRAINED[n], AutoencoderConfig) for n in scheme.needs)
             server_config = replace(
                 server_config,
@@ -351,10 +351,10 @@ class Experiment:
         return reports, len(federation.versions)
 
     def _centralise(self, scheme: Scheme) -> list[RoundReport]:
-        """One model, one optimiser, pooled data; as many steps in all as the federated clients.
+        """One model, one optimiser, pooled data; as many steps as all federated clients together.
 
-        The learning rate is divided by the clients of a round: here their steps come one after
-        another instead of being averaged.
+        The learning rate is divided by the number of clients in a round, because here their steps
+        follow one another instead of being averaged.
         """
         s = self.settings
         local = replace(s.local, lr=s.local.lr / s.per_round)

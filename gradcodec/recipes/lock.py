@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder, by a lock that ends with its process."""
+"""A lock that lets one process at a time use a run's folder, and that ends with the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(descriptor: int) -> None:
-        # Behind the text: Windows does not let others read what is locked.
+        # Lock a byte behind the text: on Windows other processes cannot read locked bytes.
         os.lseek(descriptor, 1 << 20, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -36,14 +36,14 @@ else:
 class FolderLock:
     """Holds ``folder/.lock`` until ``release``, or until the process ends, however it ends.
 
-    The file stays: what counts is the operating system's lock on it, and what is in it is only for
-    the message to whoever comes second.
+    The file is not deleted: what counts is the operating system's lock on it. Its content serves
+    only the error message of a second process.
 
     Args:
         folder: an existing folder.
 
     Raises:
-        ConfigError: another process holds it, or the same one by another ``FolderLock``.
+        ConfigError: another process holds the lock, or another ``FolderLock`` of this process.
         OSError: the folder cannot be written to.
     """
 
@@ -77,5 +77,5 @@ def _holder(path: Path) -> str:
     try:
         row = json.loads(path.read_bytes())
         return f"process {int(row['pid'])} on {row['host']} since {row['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has not got so far yet
+    except (OSError, ValueError, KeyError, TypeError):  # it is not written yet
         return "another process"

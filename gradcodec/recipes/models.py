@@ -64,7 +64,7 @@ def load_base(
     options: dict[str, Any] = {"local_files_only": True} if embedded else {"revision": revision}
     try:
         tokenizer: Any = library.AutoTokenizer.from_pretrained(place, **options)
-        # Loading draws as well, where a checkpoint lacks weights.
+        # Loading draws random numbers as well, for weights that a checkpoint lacks.
         with _seeded(_UNTRAINED_SEED), _without_bar(library, embedded):
             if name == "embedded-untrained":
                 config = library.AutoConfig.from_pretrained(place, **options)
@@ -73,7 +73,7 @@ def load_base(
                 model = library.AutoModelForCausalLM.from_pretrained(
                     place, dtype=dtype, use_safetensors=True, **options
                 )
-    except Exception as error:  # missing, unreachable, damaged, torn: each has an error of its own
+    except Exception as error:  # missing, unreachable, damaged, torn: each raises another class
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -92,8 +92,8 @@ def add_lora(
     r"""Freeze `model` and put low-rank adapters beside its linear maps, in place.
 
     A map :math:`W` becomes :math:`W + (\alpha / r) B A` with :math:`A` of shape ``(r, inputs)``
-    drawn from `seed` and :math:`B` of shape ``(outputs, r)`` zero, so the first output is that of
-    the base model. The global random state is left as it was.
+    drawn from `seed` and :math:`B` of shape ``(outputs, r)`` zero, so at first the output is that
+    of the base model. The global random state is left as it was.
 
     Args:
         model: A `transformers` model.
@@ -101,7 +101,7 @@ def add_lora(
         alpha: Scale before division by `r`.
         targets: Last parts of module names, such as ``q_proj``; each must occur.
         seed: Seed of the initial :math:`A`.
-        dropout: Probability with which an adapter input is dropped in training.
+        dropout: Probability of dropping an adapter input in training.
 
     Returns:
         The `peft` model around `model`.
@@ -148,7 +148,7 @@ def linear_names(model: nn.Module) -> list[str]:
     names = {
         name.rpartition(".")[2]: None
         for name, module in model.named_modules()
-        # GPT-2 keeps its linear maps in a class of its own.
+        # GPT-2's linear maps are of class Conv1D.
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
     return list(names)
@@ -171,7 +171,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device called ``"auto"`` (CUDA if there is one), ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ConfigError: The name is another one, or CUDA is asked for and absent.
+        ConfigError: `name` is none of these, or CUDA is asked for and absent.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be one of auto, cpu, cuda; got {name!r}")
@@ -194,7 +194,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _without_bar(library: Any, wanted: bool) -> Iterator[None]:
-    """No "Loading weights" bar inside the block: 12 MB from disk are there at once."""
+    """No "Loading weights" bar inside the block: reading 12 MB from disk takes no time."""
     bars = library.utils.logging
     hidden = wanted and bars.is_progress_bar_enabled()
     if hidden:

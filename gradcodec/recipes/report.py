@@ -104,7 +104,7 @@ def plot(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    # A curve ends where its scheme did; what is not finite cannot be drawn.
+    # A curve ends where its scheme stopped; values that are not finite cannot be drawn.
     schemes = [
         {**s, "losses": [x if _finite(x) else math.nan for x in s["losses"]]}
         for s in summary["schemes"]

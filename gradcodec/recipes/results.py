@@ -27,7 +27,7 @@ class Result:
         start_loss: held-out loss before the first round.
         reports: one per finished round; fewer than the settings' rounds if it diverged.
         accuracy: share of multiple-choice questions answered right at the end.
-        codec_bytes: files of the trained codec, fetched once by each participant.
+        codec_bytes: size of the trained codec's files, which each participant fetches once.
         participants: how many different clients took part.
     """
 
@@ -49,7 +49,7 @@ class Result:
         return self.losses[-1] if self.reports else self.start_loss
 
     def total(self, name: str, rounds: int | None = None) -> float:
-        """Sum of one of the reports' figures over all rounds, or over the first ones."""
+        """Sum of the reports' figure ``name`` over all rounds, or over the first ``rounds``."""
         return float(sum(getattr(r, name) for r in self.reports[:rounds]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,10 +85,11 @@ def summarise(
 ) -> dict[str, Any]:
     """The run's ``summary.json``.
 
-    ``uplink_ratio`` and ``total_ratio`` are wire bytes of the fp32 scheme over this one's, uplink
-    and both directions, over the rounds that both finished; ``total_ratio_with_codec`` adds one
-    codec download per participant. ``gain_kept`` is this scheme's decrease of the held-out loss
-    over that of fp32. Figures that are not finite are ``null``: JSON has no others.
+    ``uplink_ratio`` and ``total_ratio`` divide the fp32 scheme's wire bytes by this scheme's, on
+    the uplink and in both directions, summed over the rounds that both finished;
+    ``total_ratio_with_codec`` adds one codec download per participant. ``gain_kept`` divides this
+    scheme's decrease of the held-out loss by that of fp32. Figures that are not finite are
+    ``null``, because JSON cannot hold them.
     """
     reference = results[0]
     rows = []
@@ -150,7 +151,7 @@ def _cumulative(reports: Sequence[RoundReport]) -> list[int]:
 
 
 def run_versions() -> dict[str, str | None]:
-    """Versions, machine and the commit that a number belongs to."""
+    """The versions, the machine and the commit that produced a number."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

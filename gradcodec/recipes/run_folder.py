@@ -1,4 +1,4 @@
-"""A run on disk: what is there after a kill is whole; a resumed run adds what is missing."""
+"""A run on disk: finished files are whole even after a kill, and a resumed run adds the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG, EVENTS = "config.json", "events.jsonl"
 
 SNAPSHOTS = "snapshots"
 
-#: What this program writes, beside these and JSON files: where there is any of it, there is a run.
+#: What a run writes besides these and other JSON files; a folder with any of them holds a run.
 PARTS = ("checkpoints", "codecs", "schemes", "tgap.safetensors", "tgap.json", "summary.json")
 
 _log = logging.getLogger(__name__)
@@ -28,18 +28,19 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """``config.json``, ``events.jsonl``, codecs, checkpoints and results of one run.
 
-    One process at a time: the folder is locked until ``close``, or the end of the process. What is
-    read back is sealed with a SHA-256 (``gradcodec.files``), each event with a CRC-32.
+    One process at a time may use the folder: it is locked until ``close``, or the end of the
+    process. Files that are read back are sealed with a SHA-256 (``gradcodec.files``), each event
+    with a CRC-32.
 
     Args:
         path: the folder.
         config: the run's settings as plain JSON values.
-        resume: go on with what is there; without it a folder that holds a run is refused. One that
-            was refused or killed before it had anything to lose is no run.
+        resume: go on with the run in the folder; without ``resume`` a folder that holds a run is
+            refused. A run that was refused or killed before it had any results does not count.
 
     Raises:
-        ConfigError: the folder is in use, holds a run and ``resume`` is not set, or one of other
-            settings, or something else, or cannot be written to.
+        ConfigError: the folder is in use or cannot be written to; it holds a run and ``resume`` is
+            not set; it holds a run with other settings; or it holds something else.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any], *, resume: bool = False) -> None:
@@ -91,10 +92,10 @@ class RunFolder:
             return True
         if CONFIG in there:
             return bool(there - {CONFIG, EVENTS, LOCK, SNAPSHOTS})
-        return SNAPSHOTS in there  # somebody else's, and they would be deleted
+        return SNAPSHOTS in there  # not from a run, and a run would delete them
 
     def _compare(self, config: dict[str, Any]) -> None:
-        """The run that is here must be one of these settings."""
+        """Raise ``ConfigError`` unless the run in the folder has these settings."""
         path = self.path / CONFIG
         if not path.exists():
             raise ConfigError(
@@ -111,7 +112,7 @@ class RunFolder:
             )
 
     def _read_events(self) -> list[dict[str, Any]]:
-        """The whole lines; others (cut by a kill, damaged on disk) will be written again."""
+        """The whole lines; those cut by a kill or damaged on disk will be written again."""
         if not self._events.exists():
             return []
         rows, bad = [], []
@@ -148,11 +149,11 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let other processes in; nothing may be written after."""
+        """Unlock the folder for other processes; nothing may be written afterwards."""
         self._lock.release()
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one event; one that a killed run has already written is not repeated."""
+        """Append one event, unless it is there already, for example from a killed run."""
         row = {"event": event, **values}
         if _key(row) in self._logged:
             return
@@ -161,7 +162,7 @@ class RunFolder:
             f.write(_line(row).encode())
 
     def fresh(self, name: str) -> Path:
-        """A sub-folder without what an interrupted attempt may have left in it."""
+        """The path of a sub-folder, after deleting what an interrupted attempt left there."""
         path = self.path / name
         if path.exists():
             shutil.rmtree(path)
@@ -193,7 +194,7 @@ _ANEW = "start anew in another folder (--out)"
 
 
 def _reason(err: OSError) -> str:
-    """Why a folder cannot be one, in words for who typed its name."""
+    """Why a folder cannot be used, in words for the person who typed its name."""
     path = Path(err.filename or "")
     if isinstance(err, FileExistsError) and not path.is_dir():
         return "it is a file" if path.exists() else "it is a link to nothing"

@@ -18,7 +18,7 @@ from gradcodec.transforms.subspace.config import SubspaceConfig
 Trained = Mapping[str, Codec]
 """Codecs that TGAP fitted, by their names in ``TRAINED``."""
 
-#: What TGAP can be asked to fit for a scheme.
+#: The codecs that TGAP can fit for a scheme, by name.
 TRAINED: dict[str, SubspaceConfig | AutoencoderConfig] = {
     "subspace-7": SubspaceConfig(ratio=7, allocation="tempered"),
     "subspace-32": SubspaceConfig(ratio=32, allocation="tempered"),
@@ -35,7 +35,7 @@ class Scheme:
     Attributes:
         name: key in tables, files and the command line.
         title: what a reader of the table sees.
-        codecs: makes (uplink, downlink) of what TGAP fitted.
+        codecs: makes the codecs (uplink, downlink) from those that TGAP fitted.
         server: mode and aggregation.
         needs: names of the trained codecs.
         kind: ``"federated"``, ``"base"`` (no training) or ``"centralised"`` (pooled data).
@@ -130,7 +130,7 @@ QUICK = ("fp32", "paper-working", "subspace-32")
 
 
 def choose(names: tuple[str, ...]) -> list[Scheme]:
-    """The schemes of these names, ``fp32`` always first: it is what ratios refer to."""
+    """The schemes with these names; ``fp32``, to which ratios refer, is always the first."""
     unknown = [n for n in names if n not in SCHEMES]
     if unknown:
         raise ConfigError(f"unknown schemes {unknown}; expected some of {list(SCHEMES)}")

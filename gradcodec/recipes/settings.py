@@ -14,7 +14,7 @@ from gradcodec.recipes import schemes
 from gradcodec.recipes.task import LocalTraining
 from gradcodec.representation import RECORDED, SENT, check
 
-_SEEDS = 1 << 62  # below torch's limit by more than any number of clients
+_SEEDS = 1 << 62  # far enough below torch's limit to add the number of a client
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Settings:
         clients, fraction, rounds: ``max(1, int(fraction * clients))`` clients in each round.
         dirichlet, min_client: label skew between clients, fewest examples of a client.
         d1: share of each client's data that TGAP may see.
-        held_out, questions: held-out examples, and how many of them are asked with four options.
+        held_out, questions: how many examples are held out, and how many of those are asked as
+            questions with four options.
         local: a client's training.
         tgap_rounds, tgap_reading, tgap_records: TGAP's rounds on D1 (``"federated"`` or
             ``"local"``), and what the subspaces are fitted on (``"auto"``: see ``records_for``).
@@ -85,14 +86,14 @@ class Settings:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {self.dtype!r}")
         counts = ("clients", "rounds", "tgap_rounds", "held_out", "questions", "lora_r")
-        for name in counts:  # named now, not after an hour of training
+        for name in counts:  # refused now, not after an hour of training
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.ae_steps < 0:
             raise ConfigError(f"expected ae_steps of at least 0, got {self.ae_steps}")
         if self.min_client < 0:
             raise ConfigError(f"expected min_client of at least 0, got {self.min_client}")
-        if not 0 <= self.seed < _SEEDS:  # numpy and torch agree on these
+        if not 0 <= self.seed < _SEEDS:  # numpy and torch both accept these
             raise ConfigError(f"expected a seed of 0 to 2^62 - 1, got {self.seed}")
         if not 0 < self.lora_alpha < math.inf:
             raise ConfigError(f"expected a finite lora_alpha above 0, got {self.lora_alpha}")
@@ -111,9 +112,9 @@ class Settings:
     def records_for(self, ratio: float) -> str:
         """What a subspace of this ratio is fitted on, ``tgap_records`` or its ``"auto"`` rule.
 
-        A few dimensions are best spent on where clients' updates agree (``"signal"``), which only
-        rounds of several clients show; with many, gradients say more of where they may still want
-        to go.
+        A small subspace is best spent on the directions in which clients' updates agree
+        (``"signal"``), which only rounds of several clients show. For a large one gradients are
+        better: they also show directions in which clients may still want to move.
         """
         if self.tgap_records != "auto":
             return self.tgap_records

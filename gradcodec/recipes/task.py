@@ -24,7 +24,7 @@ class LocalTraining:
     Attributes:
         lr: learning rate of the first round; decays linearly to zero after the last.
         batch: examples per optimiser step.
-        micro_batch: examples per forward pass; smaller ones accumulate to ``batch``.
+        micro_batch: examples per forward pass; gradients are accumulated up to ``batch``.
         steps: optimiser steps per round; 0 for whole epochs instead.
         epochs: passes over the client's data when ``steps`` is 0.
         clip: largest gradient norm.
@@ -57,8 +57,8 @@ def batch_schedule(local: LocalTraining, count: int, seed: Sequence[int]) -> lis
 
     Args:
         local: how many steps of how many examples, or how many whole epochs.
-        count: examples that there are, at least 1.
-        seed: of the shuffling: the run's seed, the client, the round.
+        count: number of examples, at least 1.
+        seed: seeds the shuffling: the run's seed, the client, the round.
     """
     rng = np.random.default_rng(seed)
     batch = min(local.batch, count)
@@ -74,7 +74,7 @@ def batch_schedule(local: LocalTraining, count: int, seed: Sequence[int]) -> lis
 class LanguageTask:
     """A model with adapters, its clients' encoded examples and the held-out ones.
 
-    Training is a function of ``(seed, client, round)`` and the starting parameters alone, so an
+    Training depends only on ``(seed, client, round)`` and the starting parameters, so an
     interrupted run goes on exactly where it was.
     """
 

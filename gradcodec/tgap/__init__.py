@@ -4,7 +4,7 @@ Gather gradients of a model over clients and time, then fit the Encoder and Deco
 
     recorder   attaches to any training loop; streams second moments, stores snapshots
     moments    second moments in memory that does not grow with the number of steps
-    signal     the same of what clients agree on, from a server's point of view
+    signal     second moments of what clients agree on, gathered by a server
     snapshots  bounded store of whole updates on disk
     fit_*      from statistics to a codec
 """

@@ -20,13 +20,13 @@ from gradcodec.transforms.autoencoder.halves import ColumnDecoder, ColumnEncoder
 from gradcodec.types import Update, UpdateSpec
 
 Snapshots = Sequence[Update] | Callable[[], Iterable[Update]]
-"""Updates in order of time: a sequence, read one by one, or a function that starts a new pass."""
+"""Updates in order of time: a sequence, read one by one, or a function that returns a new pass."""
 
 TRAIN_SHARE = 0.8
 """First part of the snapshots that is trained on; the rest, later in time, validates."""
 
 SHRINKAGES = (0.0, 0.25, 0.5)
-"""Tried factors by which correlations of folded coefficients are made smaller: samples are few."""
+"""Candidates for shrinking the folded coefficients' correlations to zero, as samples are few."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,18 @@ def fit_autoencoder(
     """Train encoder and decoder together: ``min mean (Dec(Enc(x)) - x)^2``, Adam, as the paper.
 
     ``x`` is an update divided by its scales, which come from the training part. The working
-    variant starts at the best linear code of its form, in two closed steps over the training
-    part: row bases are the top eigenvectors of each kind's second moment ``sum_t G_t G_t^T``; then
-    ``mix`` takes those of the folded coefficients, where columns of one layer go together, with
-    correlations shrunk by the ``SHRINKAGES`` value that validates best, or none when the first
-    coefficients as they are validate better. The start is a candidate too, so the result is never
-    worse on the validation part. On the LoRA updates of our small LLaMA the start was the best:
-    neither training everything nor the blocks alone lowered the validation error.
+    variant starts at the best linear code of its form, found in two closed-form steps over the
+    training part. First, the row bases are the top eigenvectors of each kind's second moment
+    ``sum_t G_t G_t^T``. Second, ``mix`` is the top eigenvectors of the second moment of the folded
+    coefficients, where columns of one layer go together, with correlations shrunk by the
+    ``SHRINKAGES`` value that validates best; if plain selection of the first coefficients validates
+    better, ``mix`` is that selection. The start is a candidate too, so training never makes the
+    validation error worse. On the LoRA updates of our small LLaMA the start was the best: neither
+    training everything nor the blocks alone lowered the validation error.
 
     Args:
         snapshots: the first 80 % are trained on, the last 20 % validate; a single one does both.
-            A sequence is shuffled anew in each epoch, a function's passes are taken as they come.
+            A sequence is shuffled anew in each epoch; a function's passes keep their order.
         config: which autoencoder.
         spec: the snapshots' tensor table.
         steps: optimiser steps; 0 gives the initial codec.
@@ -187,7 +188,7 @@ class _Data:
 
 @torch.no_grad()
 def _start_at_klt(encoder: ColumnEncoder, decoder: ColumnDecoder, data: _Data) -> None:
-    """Row bases and channel mix = top eigenvectors of their second moments; in place."""
+    """Set row bases and channel mix to the top eigenvectors of their second moments, in place."""
     columns = encoder.columns
     moments = [torch.zeros(g.side, g.side, dtype=torch.float64) for g in columns.groups]
     for x in data.train():
@@ -204,8 +205,8 @@ def _start_at_klt(encoder: ColumnEncoder, decoder: ColumnDecoder, data: _Data) -
         moment += folded @ folded.T
     pair = nn.Sequential(encoder, decoder)
     kept = encoder.trunk.mix.out_channels
-    # Plain selection stays a candidate: with few samples, or where columns of unlike length share a
-    # cell and mixing would move energy into cells that are not sent, it is the best.
+    # Plain selection stays a candidate. It is the best one with few samples, and where columns of
+    # unlike length share a cell, so that mixing would move energy into cells that are not sent.
     starts = [torch.eye(channels, kept)]
     for shrink in SHRINKAGES:
         starts.append(_top(torch.lerp(moment, moment.diag().diag(), shrink), kept))
@@ -273,7 +274,7 @@ def _loss(pair: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _rse(pair: nn.Module, vectors: Iterable[Tensor]) -> float:
-    """Relative squared error over flat vectors, with the running statistics in BN."""
+    """Relative squared error over flat vectors; batch normalisation uses running statistics."""
     pair.eval()
     error = energy = 0.0
     for x in vectors:

@@ -18,8 +18,8 @@ def fit_subspace(moments: SecondMoments, config: SubspaceConfig | None = None) -
 
     Args:
         moments: what a recorder gathered.
-        config: another ratio or allocation than the moments were made for; ``side`` and, for sides
-            that were sketched, the number of directions stay those of the moments.
+        config: by default the config of the moments. Another one may change ratio and allocation,
+            but not ``side``; and a sketched side has no more directions than its sketch.
 
     Raises:
         TrainingError: nothing was recorded, or only zeros.

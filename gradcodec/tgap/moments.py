@@ -30,7 +30,7 @@ class Moment(Protocol):
 
     @property
     def energy(self) -> float:
-        """Sum of all eigenvalues that ``top`` can give."""
+        """Sum of all eigenvalues that ``top`` can return."""
 
     def absorb(self, other: Self, weight: float) -> None:
         """``C += weight C_other``."""
@@ -42,7 +42,7 @@ class Moment(Protocol):
         """All that was gathered, for ``restore``; not a copy."""
 
     def restore(self, kept: Tensor) -> None:
-        """Be again as when ``kept`` was called; ``ConfigError`` if it is of another size."""
+        """Go back to what ``kept`` returned; ``ConfigError`` if that is of another size."""
 
 
 class ExactMoment:
@@ -63,7 +63,7 @@ class ExactMoment:
 
     @property
     def energy(self) -> float:
-        """Of the positive part: a difference of moments may be indefinite."""
+        """Sum of the positive eigenvalues: a difference of moments may be indefinite."""
         return float(torch.linalg.eigvalsh(self.sum.double()).clamp_min(0).sum())
 
     def absorb(self, other: Self, weight: float) -> None:
@@ -80,7 +80,7 @@ class ExactMoment:
         return self.sum
 
     def restore(self, kept: Tensor) -> None:
-        """Take the matrix over."""
+        """Use ``kept`` as the matrix."""
         if kept.shape != self.sum.shape:
             raise ConfigError(f"expected sums {list(self.sum.shape)}, got {list(kept.shape)}")
         self.sum = kept.float()
@@ -130,7 +130,7 @@ class SketchedMoment:
 
     @property
     def energy(self) -> float:
-        """Of the sketch; what it lost in shrinking is not known any more."""
+        """Energy of the sketch alone; what shrinking removed is not known any more."""
         return float(self.buffer.double().square().sum())
 
     def absorb(self, other: Self, weight: float) -> None:
@@ -151,7 +151,7 @@ class SketchedMoment:
         return self.buffer[: self.filled]
 
     def restore(self, kept: Tensor) -> None:
-        """Take the rows over."""
+        """Use ``kept`` as the rows in use."""
         most, size = self.buffer.shape
         if kept.ndim != 2 or kept.shape[1] != size or len(kept) > most:
             raise ConfigError(f"expected a sketch [at most {most}, {size}], got {list(kept.shape)}")
@@ -188,7 +188,7 @@ class SecondMoments:
 
     @torch.no_grad()
     def add(self, update: Update) -> None:
-        """Add one gradient or update; tensors that it lacks count as zero.
+        """Add one gradient or update; parameters that are missing from it count as zero.
 
         On an error nothing is added.
 
@@ -212,7 +212,7 @@ class SecondMoments:
         self.count += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was gathered, as plain tensors that share memory with it."""
+        """What was gathered, as plain tensors; they share memory with this object."""
         kept = {f"moment.{n}": m.kept() for n, m in self._moments.items()}
         return {"count": torch.tensor(self.count), **kept}
 
@@ -246,10 +246,10 @@ class SecondMoments:
         return {n: m.top(self.axes[n].size) for n, m in self._moments.items()}
 
     def merged(self, share: str) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """``spectra`` for parameters that share bases (``subspace_groups``): one for each group.
+        """``spectra`` for parameters that share bases (``subspace.groups``): one for each group.
 
-        It is that of the mean of the members' moments, each scaled to the same energy, which is
-        their mean energy: no loud layer decides alone.
+        A group's spectrum is that of the mean of its members' moments. Each moment is first scaled
+        to the members' mean energy, so no layer with large gradients decides alone.
         """
         out = {}
         for members in groups(self.spec, share).values():

@@ -1,11 +1,11 @@
-"""What a recorder watches: parameters of which each rank holds all, or a part.
+"""What a recorder watches: parameters that each rank holds whole or in part.
 
 A sharded parameter is recorded whole, under its name in the model. Its gradient is the one that the
-optimiser is given, which FSDP has averaged over the ranks by then, so every rank records the same.
-Putting it together is a collective of all ranks for one parameter after another: on the device one
-whole gradient exists at a time.
+optimiser is given; FSDP has averaged it over the ranks by then, so every rank records the same.
+Gathering it is a collective of all ranks, one parameter after another, so the device holds only one
+whole gradient at a time.
 
-Which part of which parameter a rank of FSDP1 holds is private to torch; it is read in this file.
+Torch keeps private which part of which parameter a rank of FSDP1 holds; only this file reads it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class Part(Protocol):
     """What this rank holds of one trainable parameter."""
 
     spec: TensorSpec
-    """Of the whole parameter, under its plain name."""
+    """Spec of the whole parameter, under its plain name."""
     holder: nn.Parameter
-    """What an optimiser of it holds."""
+    """The object that an optimiser holds for this parameter."""
 
     def value(self) -> Tensor:
-        """This rank's values, as a tensor of their own kind; not a copy."""
+        """This rank's values, as the wrapper keeps them (DTensor, flat part); not a copy."""
 
     def gradient(self) -> Tensor | None:
-        """This rank's gradient, likewise."""
+        """This rank's gradient, in the same form."""
 
     def whole(self, part: Tensor | None) -> Tensor | None:
-        """The tensor of all ranks' parts ``[spec.shape]``; ``None`` if no rank has one."""
+        """All ranks' parts put together ``[spec.shape]``; ``None`` if no rank has a part."""
 
 
 class Whole:
-    """An ordinary parameter, or one that DTensor shards, whose parts know how to come together."""
+    """An ordinary parameter, or a DTensor, which can gather its own shards."""
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.spec = TensorSpec(name, tuple(parameter.shape), parameter.dtype)
@@ -59,11 +59,11 @@ class Whole:
         return self.holder.detach()
 
     def gradient(self) -> Tensor | None:
-        """Dense."""
+        """The gradient, made dense."""
         return gradient_of(self.holder)
 
     def whole(self, part: Tensor | None) -> Tensor | None:
-        """A collective for a DTensor, nothing otherwise."""
+        """The whole tensor: a collective for a DTensor, ``part`` itself otherwise."""
         gather = getattr(part, "full_tensor", None)
         return part if gather is None else gather()
 
@@ -81,7 +81,7 @@ class FlatPart:
         self._offset = int(where.offset_in_shard or 0)
         self._numel = int(where.numel_in_shard or 0)
         self._start = int(where.intra_param_start_idx or 0)
-        #: None unless ``use_orig_params=True``: then optimisers hold the flat parameter.
+        #: None without ``use_orig_params=True``: optimisers then hold the flat parameter.
         own = self._flat._params[index] if handle._use_orig_params else None
         self._own: nn.Parameter | None = own
         self.holder = self._flat if own is None else own
@@ -89,23 +89,23 @@ class FlatPart:
         self.spec = TensorSpec(name, shape, self.holder.dtype)
 
     def value(self) -> Tensor:
-        """``[held]``, flat."""
+        """This rank's values ``[held]``, flat."""
         return self._cut(self._flat.detach())
 
     def gradient(self) -> Tensor | None:
-        """``[held]``, flat."""
+        """This rank's gradient ``[held]``, flat."""
         gradient = self.holder.grad
         if gradient is None or self._own is not None:
             return gradient if gradient is None else gradient.detach().reshape(-1)
         return self._cut(gradient.detach())
 
     def whole(self, part: Tensor | None) -> Tensor | None:
-        """A sum over the ranks of their parts, zeros elsewhere; exact."""
+        """The sum of all ranks' parts, each padded with zeros, which is exact."""
         if self._group is None:
             return part if part is None else part.reshape(self.spec.shape)
         import torch.distributed as dist
 
-        # The last element says that some rank has a part at all.
+        # The last element says whether any rank has a part.
         dtype = self.spec.dtype if part is None else part.dtype
         total = torch.zeros(self.spec.numel + 1, dtype=dtype, device=self._handle.device)
         if part is not None and self._held:
@@ -122,7 +122,7 @@ def parts_of(source: NamedParameters) -> dict[str, Part]:
     """What this rank holds of each trainable parameter, by plain name, in the model's order.
 
     Raises:
-        ConfigError: nothing is trainable; or parameters of FSDP1 without the module that manages
+        ConfigError: nothing is trainable; or FSDP1 parameters come without the module that manages
             them.
     """
     flat = dict(_flat_parts(source)) if isinstance(source, nn.Module) else {}
@@ -143,7 +143,7 @@ def parts_of(source: NamedParameters) -> dict[str, Part]:
 
 
 def _flat_parts(root: nn.Module) -> Iterator[tuple[tuple[int, str], FlatPart]]:
-    """Parts of FSDP1, by the module that has the parameter and its name there."""
+    """Parts of FSDP1, by the id of the module that owns the parameter and its name there."""
     if not any(sharded_by(p) for p in root.parameters()):
         return
     from torch.distributed.fsdp import FullyShardedDataParallel

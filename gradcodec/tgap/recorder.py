@@ -37,22 +37,22 @@ class GradientRecorder:
                 train(model, client)          # any loop, any torch optimiser
         codec = fit_subspace(recorder.moments)
 
-    With ``representation="gradient"`` every optimiser step inside the block is recorded, as the
-    optimiser sees it: accumulated, unscaled and clipped; what a closure computes, after each call
-    of it. Of several optimisers each contributes the parameters that it holds. The others record
-    once per block, when it ends. Second moments are streamed; ``snapshots`` keeps whole updates on
-    disk for the autoencoders.
+    With ``representation="gradient"`` the gradient of every optimiser step inside the block is
+    recorded as the optimiser sees it: accumulated, unscaled and clipped; with a closure, after each
+    call of the closure. Of several optimisers, each contributes the parameters that it holds. The
+    other representations are recorded once per block, when it ends. Second moments are streamed;
+    ``snapshots`` keeps whole updates on disk for the autoencoders.
 
-    Under FSDP1 and ``fully_shard`` whole gradients are recorded, under the names that the model has
-    by itself. Putting them together is a collective, so every rank makes a recorder and enters its
-    block. Gradients are averaged over the ranks by then, so all record the same, on whatever data;
-    one rank alone may be given ``moments`` or ``snapshots``. In host memory there is one whole
-    gradient at a time, on the device one of a single parameter.
+    Under FSDP1 and ``fully_shard`` whole gradients are recorded, under the names in the unwrapped
+    model. Gathering them is a collective, so every rank must make a recorder and enter its block.
+    Gradients are averaged over the ranks by then, so all ranks record the same, whatever their
+    data; ``moments`` or ``snapshots`` may be given to one rank only. Host memory holds one whole
+    gradient of the model at a time, the device that of a single parameter.
 
     Args:
         model: a module, wrapped or not, or parameters by name; for FSDP1 the outermost module.
-        moments: where to stream second moments, or the subspace settings to make them for;
-            ``None`` records none.
+        moments: where to stream second moments, or the subspace settings for which to make them;
+            ``None`` records no second moments.
         representation: ``"gradient"``, ``"update"``, ``"state"`` or ``"balanced"``.
         snapshots: where to store whole updates, or ``None``.
         every: record every n-th optimiser step only.
@@ -60,7 +60,7 @@ class GradientRecorder:
     Raises:
         ConfigError: nothing is trainable, FSDP1 parameters come without their module, or a setting
             is wrong.
-        UpdateError: ``moments`` are of other parameters, or a dtype has no wire code.
+        UpdateError: ``moments`` belong to other parameters, or a dtype has no wire code.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class GradientRecorder:
         self.steps = 0
         self._counts: Counter[tuple[str, ...]] = Counter()
         self._hooks: list[RemovableHandle] = []
-        #: Whose step is running. Steps that it takes by others inside are parts of its own.
+        #: The optimiser whose step is running; steps of others inside it count as part of it.
         self._stepping: Optimizer | None = None
         self._start: dict[str, Tensor] | None = None
 
@@ -172,12 +172,12 @@ class GradientRecorder:
 
     @torch.no_grad()
     def _whole(self, parts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """The tensors of which this rank holds parts, those that no rank has left out."""
+        """The whole tensors that these are parts of, without those that no rank has."""
         found = {}
         for name, part in parts.items():
             whole = self.parts[name].whole(part)
             if whole is not None:
-                # One that was put together goes to the host, to make room for the next.
+                # A gathered tensor goes to the host, to make room for the next.
                 found[name] = whole if whole is part else whole.cpu()
         return found
 

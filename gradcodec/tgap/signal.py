@@ -23,18 +23,19 @@ class SignalMoments(SecondMoments):
         C (C - 1) S = (sum_c G_c) (sum_c G_c)^T - sum_c G_c G_c^T
 
     so its top eigenvectors are the directions in which a mean of updates moves, not those in which
-    single clients are loud. ``S`` may be indefinite; negative eigenvalues are pure noise and count
-    as zero. A server can gather it from the replies that it receives: it costs no byte.
+    single clients have large updates. ``S`` may be indefinite; negative eigenvalues are pure noise
+    and count as zero. A server gathers ``S`` from the replies that it receives anyway, so it costs
+    no bytes.
 
-    This is the project's own; CG-FedLLM (arXiv 2405.13746) fits on each gradient by itself.
+    This method is the project's own; CG-FedLLM (arXiv 2405.13746) fits on single gradients.
 
-    Where a side is longer than ``EXACT_LIMIT`` its matrix is not kept, and an indefinite sum cannot
-    be sketched; the second moment of each round's mean is there, which holds a ``C``-th of the
-    noise.
+    For a side longer than ``EXACT_LIMIT`` the matrix is not kept, and an indefinite sum cannot be
+    sketched. There the second moment of each round's mean is gathered instead, which holds a
+    ``C``-th of the noise.
     """
 
     def add(self, update: Update) -> None:
-        """One client alone shows no agreement; see ``add_round``."""
+        """Refused: one client alone shows no agreement; use ``add_round``."""
         raise ConfigError("signal moments need the updates of a round together: add_round")
 
     @torch.no_grad()

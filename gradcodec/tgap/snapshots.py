@@ -26,10 +26,11 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
 
     Args:
         folder: created if missing; an existing store goes on where it was.
-        limit: most snapshots kept, at least 2.
+        limit: largest number of snapshots kept, at least 2.
 
     Raises:
-        ConfigError: the limit is below 2, or the folder is not a whole store.
+        ConfigError: the limit is below 2, snapshots are missing, or other safetensors files are in
+            the folder.
     """
 
     def __init__(self, folder: str | Path, *, limit: int = 1024) -> None:
@@ -48,11 +49,11 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
             found[int(path.stem)] = path
         numbers = sorted(found)
         self._seen = numbers[-1] + 1 if numbers else 0
-        # A store that was thinned before goes on as thin as it is.
+        # A store that was thinned before keeps its stride, which the gaps in its numbers show.
         gaps = [b - a for a, b in itertools.pairwise(numbers)]
         self._stride = min(gaps, default=1)
         if set(gaps) - {self._stride} and len(range(0, self._seen, self._stride)) > limit:
-            # A kill in the middle of ``_thin``; this is the rest of it.
+            # The process was killed in the middle of ``_thin``: finish it.
             self._stride *= 2
             for number in [n for n in numbers if n % self._stride]:
                 found.pop(number).unlink()
@@ -84,19 +85,20 @@ class SnapshotStore(Sequence[dict[str, Tensor]]):
         self._stride *= 2
 
     def state_dict(self) -> dict[str, Tensor]:
-        """How many updates were added, and every how many-th of them is kept."""
+        """How many updates were added, and the stride: one of every ``stride`` updates is kept."""
         return {"seen": torch.tensor(self._seen), "stride": torch.tensor(self._stride)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Forget what was added after ``state_dict`` was taken: those files are deleted.
 
-        If the store was thinned since, it stays so: what is added again thins it to the same.
+        If the store was thinned since, it stays thinned: adding those updates again would lead to
+        the same store.
 
         Raises:
             ConfigError: a snapshot of that time is missing; nothing is changed then.
         """
         seen, stride = (int(state[key]) for key in ("seen", "stride"))
-        # A single file does not show its stride.
+        # After reopening a store with a single file, only the saved state knows the stride.
         stride = max(stride, self._stride)
         self._check(range(0, seen, stride))
         for path in self._files:
