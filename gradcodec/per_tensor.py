@@ -167,7 +167,7 @@ class PartsPipeline(Pipeline):
         return sum(p.nbytes() for p in self._parts)
 
     def encode(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
-        """Each part's body of its own tensors."""
+        """The parts' bodies of their own tensors, concatenated."""
         return b"".join(
             p.pipeline.encode(_some(update, p), p._known_spec(None), seed) for p in self._parts
         )
@@ -182,7 +182,7 @@ class PartsPipeline(Pipeline):
     def mean(
         self, bodies: Sequence[bytes], shares: Sequence[float], spec: UpdateSpec
     ) -> dict[str, Tensor]:
-        """Each part's mean of its own bodies."""
+        """The mean of the updates; each part averages its own bodies."""
         out: dict[str, Tensor] = {}
         columns = zip(*(self._bodies(body, spec) for body in bodies), strict=True)
         for part, its in zip(self._parts, columns, strict=True):

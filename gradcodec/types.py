@@ -70,7 +70,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """The ordered table of an update's tensors, on which encoder and decoder agree.
+    """The ordered table of an update's tensors, on which encoder and decoder must agree.
 
     Raises:
         UpdateError: two tensors share a name, a name is not text, a dtype has no wire code, or

@@ -1,4 +1,4 @@
-"""Base class of transforms: named tensors to one code vector and back, and the derivative of that.
+"""Base class of transforms: named tensors <-> one code vector, and the derivative of ``from_code``.
 
     update --to_code--> z [m] --from_code--> update~
 

@@ -107,8 +107,8 @@ class Columns:
 
     Tensors are of one kind when they differ only in the numbers in their names, such as a layer's
     index (``layers.3.q_proj.lora_A`` and ``layers.7.q_proj.lora_A``), and stand on sides of equal
-    length; with ``per_tensor`` each is a kind of its own. Long sides may differ between kinds, so
-    any model fits without padding its columns.
+    length; with ``per_tensor`` every tensor is a separate kind. Long sides may differ between
+    kinds, so any model fits without padding its columns.
 
         grid [oversample * k, W]   column j: the j-th column of the update, in spec order
                                    row s*k + i: coefficient s*rank + i of that column's basis
