@@ -12,14 +12,14 @@ from gradcodec.errors import ConfigError
 from gradcodec.pipeline import Pipeline
 from gradcodec.settings import CodecConfig
 
-#: How deep chains may be nested, the innermost codec counted: the same for chains made in Python,
-#: read from a folder or received over the wire.
+#: How deep chains may be nested, counting the innermost codec. The limit is the same for chains
+#: made in Python, read from a folder or received over the wire.
 MAX_STAGES: Final = 4
 
 
 @dataclass(frozen=True)
 class ChainConfig(CodecConfig):
-    """Configs of the two stages: ``outer`` transforms, ``inner`` codes what comes out of it."""
+    """Configs of the two stages: ``outer`` transforms, ``inner`` packs the resulting code."""
 
     kind: ClassVar[str] = "chain"
     outer: CodecConfig
@@ -78,15 +78,15 @@ class ChainConfig(CodecConfig):
 
 @register
 class Chain(Codec):
-    """The transform of ``outer``, and for its code the packer of ``inner``.
+    """The transform of ``outer``, then the packer of ``inner``.
 
         update --outer.transform--> z --inner.packer--> body
 
-    Linear when the outer transform is: a mean of payloads averages dequantised codes and transforms
-    back once. Chains nest.
+    A chain is linear if the outer transform is: the mean of payloads is then taken over dequantised
+    codes and transformed back once. Chains nest.
 
     Raises:
-        ConfigError: ``inner`` has weights or a tensor table, so that it cannot pack a bare vector.
+        ConfigError: ``inner`` has weights or a tensor table, so it cannot pack a bare vector.
     """
 
     Config = ChainConfig
@@ -110,12 +110,12 @@ class Chain(Codec):
 
     @property
     def code_space(self) -> bytes:
-        """The outer codec's."""
+        """The outer codec's code space."""
         return self.outer.code_space
 
     @classmethod
     def from_config(cls, config: CodecConfig | Mapping[str, Any], **parts: Any) -> Codec:
-        """As ``Codec.from_config``; ``parts`` are the outer codec's."""
+        """As ``Codec.from_config``; ``parts`` go to the outer codec."""
         settings = cls._settings(config)
         outer = codec_class(settings.outer.kind).from_config(settings.outer, **parts)
         return cls(outer, codec_class(settings.inner.kind).from_config(settings.inner))

@@ -20,7 +20,7 @@ MAX_UNPAID: Final = 1 << 26
 
 
 def check_weights(kind: str, weights: Mapping[str, Tensor], learned: bool) -> None:
-    """Raise ``ConfigError`` unless these are plain finite tensors, and none if none is learned."""
+    """Raise ``ConfigError`` unless these are plain finite tensors, and none if not ``learned``."""
     if weights and not learned:
         names = ", ".join(map(shown, list(weights)[:3]))
         raise ConfigError(f"{kind}: has no weights, got {names}")

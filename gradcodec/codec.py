@@ -1,4 +1,4 @@
-"""What every codec is: a transform, a packer behind it, and an identity that payloads pin.
+"""Base class of codecs: a transform, a packer behind it, and a digest that every payload carries.
 
 update --transform.to_code--> z --packer.pack--> body --> Payload       (Encoder)
 update <-transform.from_code- z <-packer.unpack- body <-- Payload       (Decoder)
@@ -42,7 +42,7 @@ def register(cls: type[C]) -> type[C]:
 
 
 def codec_class(kind: str) -> type[Codec]:
-    """The codec class registered under ``kind``; ``ConfigError`` lists what there is."""
+    """The codec class registered under ``kind``; ``ConfigError`` if there is none."""
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"expected a codec kind of {sorted(_KINDS)}, got {shown(kind)}")
     return _KINDS[kind]
@@ -53,26 +53,27 @@ class Codec(ABC):
 
     Args:
         config: the frozen settings.
-        spec: the update's tensor table. A codec that knows it is *bound*: its payloads carry no
-            table, only the digest. An unbound codec takes any update and sends the table along.
-        base: 8-byte digest of what updates are relative to (a base model, an initial state).
-            When set it travels with every payload and is checked by the decoder.
+        spec: the update's tensor table. With it the codec is *bound*: its payloads carry no table,
+            only the digest. An unbound codec takes any update and sends the table along.
+        base: 8-byte digest of the state that updates are relative to (a base model, an initial
+            state). If set, every payload carries it and the decoder checks it.
         weights: learned tensors by name; names start with ``encoder.``, ``decoder.`` or
             ``shared.`` so that one half can be loaded alone.
-        weight_digests: hex SHA-256 by weight name, when only one half of the weights is here.
+        weight_digests: hex SHA-256 by weight name, given when only one half's weights are loaded:
+            the codec's digest covers both halves.
 
     Attributes:
         pipeline: the transform and the packer.
 
     Raises:
-        ConfigError: a base of another length; weights where there are none, or that hold NaN or
-            Inf or are no plain tensors.
+        ConfigError: ``base`` is not 8 bytes long; weights were given to a codec that has none, or
+            they hold NaN or Inf or are not plain tensors.
         UpdateError: the table has tensors that this codec does not encode.
     """
 
     Config: ClassVar[type[CodecConfig]]
     any_dtype: ClassVar[bool] = False
-    """Whether tensors of every dtype can be encoded, not floating ones alone."""
+    """Whether tensors of every dtype can be encoded, or floating ones only."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Codec(ABC):
 
     @abstractmethod
     def _pipeline(self) -> Pipeline:
-        """The transform and the packer that config, spec and weights say."""
+        """Build the transform and the packer from config, spec and weights."""
 
     @property
     def transform(self) -> Transform:
@@ -131,7 +132,7 @@ class Codec(ABC):
 
     @property
     def linear(self) -> bool:
-        """Codes add: ``from_code(a) + from_code(b) == from_code(a + b)``."""
+        """Whether codes add: ``from_code(a) + from_code(b) == from_code(a + b)``."""
         return self.transform.linear
 
     def nbytes(self, spec: UpdateSpec | None = None) -> int:
@@ -153,10 +154,10 @@ class Codec(ABC):
         return self.transform.from_code(z, spec)
 
     def write_code(self, z: Tensor, *, seed: int = 0) -> Payload:
-        """Pack a code that is already there; the codec must be bound.
+        """Pack a given code instead of an update; the codec must be bound.
 
         Raises:
-            ConfigError: the codec is not bound, or the code has another length.
+            ConfigError: the codec is not bound, or the code has the wrong length.
             NonFiniteError: NaN or Inf given to a lossy codec.
         """
         spec = self._known_spec(None)
@@ -197,7 +198,7 @@ class Codec(ABC):
 
     @property
     def code_space(self) -> bytes:
-        """Pins what code values mean; codecs with equal code spaces can add each other's codes."""
+        """Digest of what code values mean: codecs that share it can add each other's codes."""
         spec = self._known_spec(None)
         return self.digest if self.config.learned else spec.digest
 
@@ -218,7 +219,7 @@ class Codec(ABC):
 
     @classmethod
     def from_config(cls, config: CodecConfig | Mapping[str, Any], **parts: Any) -> Codec:
-        """Codec of a config, or of ``config.to_dict()``; ``parts`` are the constructor's."""
+        """Codec of a config, or of ``config.to_dict()``; ``parts`` go to the constructor."""
         return cls(cls._settings(config), **parts)
 
     @classmethod
@@ -309,7 +310,8 @@ class Codec(ABC):
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Write ``config.json``, ``model.safetensors`` and a card ``README.md`` into ``folder``.
 
-        Set ``codec.notes`` before to say what the codec was fitted on; it goes into both.
+        Set ``codec.notes`` first to say what the codec was fitted on; it goes into the config and
+        the card.
         """
         hub.write(folder, self._folder(), card=card)
 
@@ -379,12 +381,12 @@ class Decoder:
     def decode_mean(
         self, payloads: Sequence[Payload], weights: Sequence[float] | None = None
     ) -> dict[str, Tensor]:
-        """Weighted mean of updates, ``sum_i w_i x_i / sum_i w_i``, in payload order and fp32.
+        """Weighted mean of updates, ``sum_i w_i x_i / sum_i w_i``, added in payload order in fp32.
 
         Linear codecs average codes and decode once; others decode each payload.
 
         Raises:
-            ConfigError: no payload, or weights that are not as many positive finite numbers.
+            ConfigError: there is no payload, or not one positive finite weight for each.
         """
         payloads = list(payloads)
         shares = mean_shares(len(payloads), weights)
@@ -401,7 +403,7 @@ class Decoder:
 
 
 def mean_shares(count: int, weights: Sequence[float] | None) -> list[float]:
-    """Weights normalised to sum to one; ``ConfigError`` unless ``count`` positive numbers."""
+    """Weights normalised to sum to one; ``ConfigError`` unless they are ``count`` positive ones."""
     if count == 0:
         raise ConfigError("a mean needs at least one payload")
     given = [1.0] * count if weights is None else list(weights)

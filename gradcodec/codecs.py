@@ -1,10 +1,10 @@
 """The codecs that users name: which transform goes with which packer.
 
-    Identity, Cast                  each tensor's values by themselves
+    Identity, Cast                  each tensor separately
     BlockQuant, TopK, RotatedSign   all values as one vector, and a packer
     Subspace, Autoencoder           a learned transform, and its code in fp32
 
-What they do is described where it is done: in ``gradcodec.packers`` and ``gradcodec.transforms``.
+``gradcodec.packers`` and ``gradcodec.transforms`` describe what they do.
 ``Chain`` puts any of the packers behind any of the transforms.
 """
 
@@ -82,10 +82,10 @@ class BlockQuant(_Untrained):
 
 @register
 class TopK(_Untrained):
-    """The largest values of every chunk of all values as one vector; see ``TopKPacker``.
+    """Top-k of every chunk, with all values as one vector; see ``TopKPacker``.
 
-    Payloads add, but sparsity does not: ``linear`` here means that a mean may be taken of decoded
-    vectors.
+    ``linear`` here means that decoded vectors may be averaged; their mean is less sparse than each
+    of them.
     """
 
     Config = TopKConfig
@@ -97,7 +97,7 @@ class TopK(_Untrained):
 
 @register
 class RotatedSign(_Untrained):
-    """Signs of all values as one rotated vector; see ``RotatedSignPacker``."""
+    """Signs of the values, taken as one vector and rotated; see ``RotatedSignPacker``."""
 
     Config = RotatedSignConfig
     config: RotatedSignConfig
@@ -111,7 +111,7 @@ class RotatedSign(_Untrained):
 class Subspace(Codec):
     """Fitted orthonormal bases, one per parameter; see ``SubspaceTransform``.
 
-    The code is sent in fp32; ``Chain`` a quantiser behind it to send fewer bytes. Weights:
+    The code is sent in fp32; a quantiser behind it (``Chain``) sends fewer bytes. Weights:
     ``shared.left.NAME`` or ``shared.right.NAME``.
     """
 
@@ -147,9 +147,9 @@ class Subspace(Codec):
 
 @register
 class Autoencoder(Codec):
-    """A trained pair of networks, the paper's way; see ``AutoencoderTransform``.
+    """A trained encoder and decoder network, as in CG-FedLLM; see ``AutoencoderTransform``.
 
-    The code is sent in fp32; ``Chain`` a quantiser behind it to send fewer bytes. Weights:
+    The code is sent in fp32; a quantiser behind it (``Chain``) sends fewer bytes. Weights:
     ``encoder.*``, ``decoder.*``, ``shared.scales`` ``[tensors]``; either half works alone.
     """
 

@@ -1,7 +1,7 @@
 """What can be encoded: which tensors, under which names, and how much of it.
 
-One place for everybody who is handed an update or reads a tensor table: the Python API, the wire
-and codec folders. What does not fit is refused by name, with what to pass instead.
+The Python API, the wire format and codec folders all use these checks. An error names the tensor
+that does not fit and says what to pass instead.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ MAX_NUMEL: Final = 1 << 48
 
 
 def check_update(update: Any, *, values: bool = True) -> None:
-    """Raise ``UpdateError`` unless these are plain tensors by name.
+    """Raise ``UpdateError`` unless ``update`` maps names to plain tensors.
 
     Args:
         update: what a caller handed over as an update.
-        values: whether values are needed; without, tensors of the meta device will do.
+        values: whether values are needed; if not, meta tensors are accepted too.
     """
     if not isinstance(update, Mapping) and not hasattr(update, "keys"):
         raise UpdateError(
@@ -69,9 +69,10 @@ def check_name(name: Any) -> None:
 
 
 def check_tensor(name: str, tensor: Any, *, values: bool = True) -> None:
-    """Raise ``UpdateError`` unless this is one dense tensor, all here, of a dtype with a wire code.
+    """Raise ``UpdateError`` unless this is a plain dense tensor of a dtype with a wire code.
 
-    Any strides will do, and so do ``requires_grad`` and any device that has values.
+    Any strides, ``requires_grad`` and any device that has values are accepted. A DTensor, one
+    rank's part of a tensor, is not.
     """
     found = _obstacle(tensor, values)
     if found is not None:
@@ -94,7 +95,7 @@ def check_dtype(name: str, dtype: Any) -> None:
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """``repr`` of something that a stranger may have made long or deep, cut."""
+    """``repr``, cut to about ``limit`` characters: a stranger's value may be long or deep."""
     try:
         short = isinstance(value, str | bytes)
         text = repr(value[:limit]) if short else reprlib.repr(value)
@@ -105,14 +106,14 @@ def shown(value: Any, limit: int = 60) -> str:
 
 
 def _obstacle(tensor: Any, values: bool) -> tuple[str, str] | None:
-    """What hinders ``tensor`` from being encoded, and what can be; ``None`` if nothing does."""
+    """Why ``tensor`` cannot be encoded, and what to pass instead; ``None`` if it can be."""
     if not isinstance(tensor, Tensor):
         if type(tensor).__module__.partition(".")[0] == "numpy":
             return _a(tensor), "torch.from_numpy(array)"
         return _a(tensor), "a torch.Tensor, for numbers torch.tensor(values)"
     if nn.parameter.is_lazy(tensor):
         return "an uninitialised parameter", "the module's after its first forward pass"
-    # Asked by the module that is there, not imported: that takes a second.
+    # Not imported, which takes a second: there is no DTensor before someone else imports it.
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         return "a DTensor, one rank's part", "tensor.full_tensor(), which gathers it on every rank"
@@ -126,7 +127,7 @@ def _obstacle(tensor: Any, values: bool) -> tuple[str, str] | None:
         return f"{tensor.dtype}", "torch.view_as_real(tensor)"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "a tensor inside a torch.func transform", "what the transform returns"
-    # A subclass that answers for itself has no bytes of its own: fake tensors, wrappers.
+    # A subclass with its own __torch_dispatch__ has no bytes itself: fake tensors, wrappers.
     answers = getattr(type(tensor), "__torch_dispatch__", None)
     if answers is not torch._C._disabled_torch_dispatch_impl:
         return _a(tensor), "the plain torch.Tensor that it stands for"

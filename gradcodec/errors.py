@@ -1,6 +1,6 @@
 """Every error a user can meet, one class per thing that can be wrong.
 
-A message says what was expected and what came. Classes double as the built-in exception a
+A message says what was expected and what was given. Classes double as the built-in exception a
 caller would guess (``ValueError`` for bad values), so generic handlers keep working.
 """
 
@@ -14,7 +14,7 @@ class ConfigError(GradcodecError, ValueError):
 
 
 class AgreementError(ConfigError):
-    """Ranks were given different things where all must have the same; equal text on every rank."""
+    """Ranks differ in something that must be equal; every rank raises the same message."""
 
 
 class UpdateError(GradcodecError, ValueError):
@@ -54,7 +54,7 @@ class UnsupportedVersionError(WireError):
 
 
 class UnknownCodecError(WireError):
-    """The codec id on the wire is in no table of this version."""
+    """This version has no codec with the id on the wire."""
 
 
 class BadFlagsError(WireError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that show when a bit of them has changed.
+"""Files that are written whole or not at all, and in which every changed bit is detected.
 
 * ``replacing``: a file appears under its name when all of it is on the disk, never before.
 * a *seal*: the SHA-256 of a whole file, kept within it, so that no bit of it can change unseen.
@@ -26,13 +26,13 @@ from gradcodec.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-# Name of a file that is being written: that of the file, the process, a random number.
+# Name of a file while it is written: its final name, the process id, a random number.
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 _SEAL = "sha256"
 _BLANK = b"0" * 64
-# Both as ``json.dumps`` and as safetensors write it. Quotes within a JSON string are escaped, so
-# no value can be taken for it.
+# As ``json.dumps`` and as safetensors write it. Quotes within a JSON string are escaped, so no
+# value can be mistaken for a seal.
 _SEALED = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 
 
@@ -40,11 +40,11 @@ _SEALED = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path``, whole and on the disk, if the block succeeds.
 
-    Until then ``path`` is what it was before, whatever ends the block or the process. Any number of
+    Until then ``path`` stays as it was, however the block or the process ends. Any number of
     processes may do this at once: the last one wins.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the file cannot be written; no part of it is left behind.
     """
     path = Path(path)
     beside = _beside(path)
@@ -59,7 +59,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as err:
         if err.filename is not None or err.errno is None:
             raise
-        # A failed write does not know its file; "no space left" helps only with a place.
+        # The error of a failed write names no file, and "no space left" helps only with a path.
         raise OSError(err.errno, os.strerror(err.errno), str(path)) from err
     finally:
         with suppress(OSError):
@@ -73,14 +73,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes were writing below ``folder``; nobody may be writing there."""
+    """Delete unfinished files of killed processes in ``folder``; nobody may be writing there."""
     for path in folder.rglob(".*.tmp"):
         if is_temporary(path.name):
             path.unlink(missing_ok=True)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is one that ``replacing`` has not finished."""
+    """Whether this is the name of a file that ``replacing`` has not finished."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -89,7 +89,7 @@ def _beside(path: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a new name on the disk as well, where the system knows how."""
+    """Put the new name on the disk as well, where the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -102,7 +102,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def seal(blob: bytes) -> bytes:
-    """Replace the one blank seal in ``blob`` by the SHA-256 of ``blob`` as it came."""
+    """Replace the one blank seal in ``blob`` by the SHA-256 of ``blob`` as given."""
     (found,) = _SEALED.finditer(blob)
     start, end = found.span(1)
     if blob[start:end] != _BLANK:
@@ -132,7 +132,7 @@ def damage(blob: bytes) -> str | None:
 
 
 def save_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write an object as sealed JSON; its SHA-256 is one key more."""
+    """Write an object as sealed JSON; its SHA-256 is an additional key."""
     text = json.dumps({**value, _SEAL: _BLANK.decode()}, indent=1) + "\n"
     with replacing(path) as file:
         file.write(seal(text.encode()))
@@ -143,10 +143,10 @@ def load_json(path: str | Path, way_out: str) -> dict[str, Any]:
 
     Args:
         path: the file.
-        way_out: what to do if it is damaged; ends the message.
+        way_out: what to do if the file is damaged; the error message ends with it.
 
     Raises:
-        ConfigError: it cannot be read, a bit of it has changed, or it was never sealed.
+        ConfigError: the file cannot be read, a bit of it has changed, or it was never sealed.
     """
     blob = _read(Path(path))
     why = damage(blob)
@@ -166,7 +166,7 @@ def save_tensors(
         path: the file; it appears whole or not at all.
         tensors: copied to the CPU; they may share memory.
         meta: plain JSON values.
-        keep: keep the file that was there before, as ``previous(path)``, for ``load_tensors``.
+        keep: keep the old file as ``previous(path)``, which ``load_tensors`` can fall back to.
     """
     path = Path(path)
     # Clones, because safetensors refuses tensors that share memory.
@@ -182,13 +182,13 @@ def save_tensors(
 
 
 def _keep(path: Path) -> None:
-    """Give a file its second name, ``previous``, at no moment taking away its first."""
+    """Give a file a second name, ``previous``; it has its first name throughout."""
     beside = _beside(path)
-    # No hard links here, or no file yet: then there is none before, and the new one is whole.
+    # Without hard links, or without an old file, nothing is kept; the new file is whole.
     with suppress(OSError):
         os.link(path, beside)
         os.replace(beside, previous(path))
-        # Renaming one name of a file to another of the same file does nothing (POSIX).
+        # If both are names of the same file, the rename above does nothing (POSIX).
         beside.unlink(missing_ok=True)
 
 
@@ -201,12 +201,12 @@ def previous(path: str | Path) -> Path:
 def load_tensors(path: str | Path, way_out: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the ``meta`` that ``save_tensors`` wrote.
 
-    If the file is damaged and the one before was kept and is whole, that takes its place, with a
-    warning in the log.
+    If the file is damaged, and the previous one was kept and is whole, the previous one replaces
+    it, with a warning in the log.
 
     Raises:
-        ConfigError: it cannot be read, a bit of it has changed, or it was never sealed; then
-            ``way_out`` ends the message.
+        ConfigError: the file cannot be read, a bit of it has changed, or it was never sealed;
+            the message of the last two ends with ``way_out``.
     """
     path = Path(path)
     blob = _read(path)
@@ -217,7 +217,7 @@ def load_tensors(path: str | Path, way_out: str) -> tuple[dict[str, Tensor], dic
         if damage(blob) is not None:
             raise ConfigError(f"{path} is damaged ({why}); {way_out}")
         _log.warning("%s is damaged (%s): going on from the one before", path, why)
-        # Now, for the next one that is saved would take the good one's place.
+        # Now, because the next save would keep the damaged file instead of the good one.
         with suppress(OSError):
             os.replace(before, path)
     try:

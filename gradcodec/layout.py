@@ -1,4 +1,4 @@
-"""Named tensors <-> the canonical blocks that codecs work on. No codec knows a model."""
+"""Named tensors <-> the vectors and matrices that codecs work on. No codec knows a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flatten(update: Update, spec: UpdateSpec) -> Tensor:
 
 
 def flatten_any(update: Update, spec: UpdateSpec) -> Tensor:
-    """``flatten`` without its checks and differentiable in ``update``."""
+    """``flatten`` without its checks; differentiable in ``update``."""
     parts = [update[t.name].reshape(-1).float() for t in spec]
     return torch.cat(parts) if parts else torch.empty(0)
 
@@ -33,7 +33,7 @@ def unflatten(vector: Tensor, spec: UpdateSpec) -> dict[str, Tensor]:
     Differentiable in ``vector``.
 
     Raises:
-        UpdateError: another number of elements, or a tensor not of a floating dtype.
+        UpdateError: the number of elements is wrong, or a tensor is not of a floating dtype.
     """
     check_floating(spec)
     if vector.numel() != spec.numel:
@@ -74,7 +74,7 @@ def check_finite(vector: Tensor, what: str) -> None:
     """Raise ``NonFiniteError`` if ``vector`` holds NaN or Inf, saying how many."""
     if not vector.numel() or not vector.is_floating_point():
         return
-    # NaN is the extreme of whatever it is in; unlike a mask this takes no memory.
+    # If there is a NaN, aminmax returns it; unlike a mask this takes no memory.
     low, high = torch.aminmax(vector.detach())
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         bad = int((~torch.isfinite(vector)).sum())

@@ -1,4 +1,4 @@
-"""Choosing a codec is a codec: tensors of one update in codecs of their own."""
+"""A codec made of codecs: each group of an update's tensors is encoded by its own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PerTensorConfig(CodecConfig):
 
     @property
     def stages(self) -> int:
-        """Those of the deepest part, and this one."""
+        """One more than those of the deepest part."""
         return 1 + max(part.stages for part in self.parts)
 
     @classmethod
@@ -80,7 +80,7 @@ class PerTensorConfig(CodecConfig):
 
 
 class PartsTransform(Transform):
-    """The codes of the parts one after the other, linear if all of them are."""
+    """The codes of the parts, concatenated; linear if all parts are."""
 
     kind = "per_tensor"
 
@@ -96,7 +96,7 @@ class PartsTransform(Transform):
         return sum(self.sizes)
 
     def to_code(self, update: Update, spec: UpdateSpec | None = None) -> Tensor:
-        """Each part's code of its tensors."""
+        """The code of each part's tensors, concatenated."""
         self.table(spec)
         return torch.cat([p.transform.to_code(_some(update, p)) for p in self._parts])
 
@@ -108,20 +108,20 @@ class PartsTransform(Transform):
         return {t.name: out[t.name] for t in self.table(spec)}
 
     def pullback(self, z: Tensor, gradients: Update) -> Tensor:
-        """Each part's own."""
+        """Each part's pullback, concatenated."""
         codes = zip(self._parts, torch.split(z, self.sizes), strict=True)
         return torch.cat([p.transform.pullback(c, _some(gradients, p)) for p, c in codes])
 
     def step_scales(self) -> Tensor:
-        """Each part's own."""
+        """Each part's step scales, concatenated."""
         return torch.cat([p.transform.step_scales() for p in self._parts])
 
 
 class PartsPacker(Packer):
-    """Packs the code of all parts, each part's slice as that part does; no other vector."""
+    """Packs the concatenated code, each slice by its part; takes no other vector."""
 
     kind = "per_tensor"
-    finite = True  # as far as the parts refuse NaN and Inf, which they do by themselves
+    finite = True  # nothing to check here: parts that refuse NaN and Inf do so themselves
 
     def __init__(self, parts: Sequence[Codec], sizes: Sequence[int]) -> None:
         self._parts, self._sizes = parts, list(sizes)
@@ -154,7 +154,7 @@ class PartsPacker(Packer):
 
 
 class PartsPipeline(Pipeline):
-    """Each part encodes and decodes its own tensors; bodies one after the other."""
+    """Each part encodes and decodes its own tensors; the bodies are concatenated."""
 
     def __init__(self, parts: Sequence[Codec], spec: UpdateSpec) -> None:
         transform = PartsTransform(parts, spec)
@@ -167,7 +167,7 @@ class PartsPipeline(Pipeline):
         return sum(p.nbytes() for p in self._parts)
 
     def encode(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
-        """Each part's body of its own tensors."""
+        """The parts' bodies of their own tensors, concatenated."""
         return b"".join(
             p.pipeline.encode(_some(update, p), p._known_spec(None), seed) for p in self._parts
         )
@@ -182,7 +182,7 @@ class PartsPipeline(Pipeline):
     def mean(
         self, bodies: Sequence[bytes], shares: Sequence[float], spec: UpdateSpec
     ) -> dict[str, Tensor]:
-        """Each part's mean of its own bodies."""
+        """The mean of the updates; each part averages its own bodies."""
         out: dict[str, Tensor] = {}
         columns = zip(*(self._bodies(body, spec) for body in bodies), strict=True)
         for part, its in zip(self._parts, columns, strict=True):
@@ -190,7 +190,7 @@ class PartsPipeline(Pipeline):
         return {t.name: out[t.name] for t in spec}
 
     def check_body(self, body: bytes, spec: UpdateSpec) -> None:
-        """The length alone; each part looks at its own table."""
+        """Check the length only; each part checks its own table."""
         self._check_length(body, spec)
 
     def _bodies(self, body: bytes, spec: UpdateSpec) -> list[bytes]:
@@ -205,12 +205,12 @@ class PartsPipeline(Pipeline):
 
 @register
 class PerTensor(Codec):
-    """Groups of tensors, each through a codec of its own.
+    """Groups of tensors, each group with its own codec.
 
         update --by name--> group i --codec i--> body i      body = body 0 | body 1 | ...
 
-    A group keeps the tensors' order. The code is the codes of the parts one after the other, linear
-    if all of them are. At most one part has learned weights, which are those of this codec.
+    Tensors keep their order within a group. The code is the parts' codes, concatenated; it is
+    linear if all parts are. At most one part has learned weights, which are then this codec's.
     """
 
     Config = PerTensorConfig
@@ -239,7 +239,7 @@ class PerTensor(Codec):
 
     @classmethod
     def of(cls, spec: UpdateSpec, groups: Iterable[tuple[Codec, Iterable[str]]]) -> PerTensor:
-        """The codec of a table whose tensors are coded by group: ``(codec, names)``.
+        """The codec of a tensor table, from groups of its tensors: ``(codec, names)``.
 
         Raises:
             ConfigError: a tensor is in no group, or a codec has weights for other tensors.
@@ -256,13 +256,13 @@ class PerTensor(Codec):
 
     @property
     def code_space(self) -> bytes:
-        """Those of the parts."""
+        """Digest of the parts' code spaces."""
         rows = tuple(TensorSpec(p.code_space.hex(), (i,)) for i, p in enumerate(self.parts))
         return UpdateSpec(rows).digest
 
     @classmethod
     def from_config(cls, config: CodecConfig | Mapping[str, Any], **given: Any) -> Codec:
-        """As ``Codec.from_config``; weights are those of the part that is learned.
+        """As ``Codec.from_config``; weights go to the learned part.
 
         Raises:
             ConfigError: there is no spec.

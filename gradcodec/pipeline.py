@@ -3,8 +3,8 @@
     update --to_code--> z --pack--> body            (encode)
     update <-from_code- z <-unpack- body            (decode)
 
-Values are looked at for NaN and Inf once on the way in, by the packer; only if it refuses them are
-tensors looked at one by one, so that the error can name the tensor.
+The packer checks the values for NaN and Inf, once. Only if it refuses them are the tensors checked
+one by one, so that the error can name the tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Pipeline:
     """A transform and the packer of its code.
 
     Args:
-        kind: the codec's, for messages.
+        kind: the codec's kind, for error messages.
         transform: update to code.
         packer: code to bytes.
     """
@@ -53,7 +53,7 @@ class Pipeline:
             return self.pack_code(self.transform.to_code(update, spec), seed)
         except NonFiniteError:
             for t in spec:
-                # A finite fp64 value may be beyond fp32, in which codes are.
+                # Codes are fp32, and a finite fp64 value may be beyond its range.
                 wide = " in fp32" if t.dtype is torch.float64 else ""
                 layout.check_finite(update[t.name].float(), f"{self.kind}: {t.name!r}{wide}")
             raise
@@ -101,7 +101,7 @@ class Pipeline:
         return self.transform.from_code(self._sound(z), spec)
 
     def check_body(self, body: bytes, spec: UpdateSpec) -> None:
-        """Raise ``MalformedBodyError`` for another length, or a table that no encoder takes."""
+        """Raise ``MalformedBodyError`` for a wrong length, or a table that no encoder takes."""
         self._check_length(body, spec)
         try:
             layout.check_floating(spec)
@@ -117,10 +117,10 @@ class Pipeline:
             )
 
     def _sound(self, z: Tensor) -> Tensor:
-        """A code that was unpacked; what a finite packer cannot have packed is refused."""
+        """The unpacked code; NaN and Inf are refused if the packer refuses to pack them."""
         if self.packer.finite:
-            # Finite scales are not enough: of code 0 at 4 bits, which no encoder writes, and of
-            # sums in a rotation the values can be beyond fp32 where all levels are not.
+            # Finite scales are not enough. Values can be beyond fp32 although all levels are
+            # within it: those of code 0 at 4 bits, which no encoder writes, and sums in a rotation.
             try:
                 layout.check_finite(z, self.kind)
             except NonFiniteError as err:
@@ -139,12 +139,12 @@ class Pipeline:
 
 
 class TensorPipeline(Pipeline):
-    """Each tensor's values by themselves, in a dtype that follows from the tensor's own.
+    """Each tensor is encoded separately, in a dtype that depends on the tensor's own.
 
         update --tensor by tensor: wire_dtype--> values | values | ... = body
 
-    So every dtype can be sent, and nothing is looked at for NaN. A bare code is sent as the update
-    that it is.
+    Every dtype can be sent, and values are not checked for NaN. A bare code ``z`` is sent as the
+    update ``from_code(z)``.
     """
 
     def __init__(self, kind: str, spec: UpdateSpec | None, packer: RawPacker) -> None:

@@ -46,8 +46,8 @@ UNTRAINED: dict[str, Callable[[], Codec]] = {
     "sign": lambda: BlockQuant(BlockQuantConfig(1)),
     "topk": lambda: TopK(TopKConfig()),
     "rotsign": RotatedSign,
-    # "-rotated" has levels that fit a Gaussian and goes with error feedback; "-unbiased" is right
-    # on average and goes without it.
+    # "-rotated" has levels that fit a Gaussian and is meant for error feedback; "-unbiased" is
+    # right on average and is meant for use without it.
     "int8-rotated": lambda: _rotated(8),
     "int4-rotated": lambda: _rotated(4),
     "int2-rotated": lambda: _rotated(2),

@@ -18,7 +18,7 @@ from gradcodec.errors import ConfigError
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Settings of one codec; what is saved, hashed and pinned by every payload."""
+    """Settings of one codec; they are saved with it and hashed into its digest."""
 
     kind: ClassVar[str]
     LATER: ClassVar[tuple[str, ...]] = ()
@@ -36,8 +36,8 @@ class CodecConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, ``kind`` included.
 
-        Settings in ``LATER``, which came after codecs with this config were published, are left out
-        at their defaults: such codecs keep their digests.
+        Settings in ``LATER`` were added after codecs with this config had been published. At their
+        defaults they are left out, so those codecs keep their digests.
         """
         fields = dataclasses.asdict(self)
         defaults = {f.name: f.default for f in dataclasses.fields(self)}

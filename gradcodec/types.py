@@ -26,7 +26,7 @@ from gradcodec.encodable import (
 from gradcodec.errors import UpdateError
 
 Update = Mapping[str, Tensor]
-"""Named tensors: gradients, parameter differences, states. Order is meaning: keep it."""
+"""Named tensors: gradients, parameter differences, states. Their order matters: keep it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class TensorSpec:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        # Digests are taken of the shape's text, in which `torch.Size` and numpy's integers differ
-        # from the plain tuple that they are equal to.
+        # Digests hash the shape's text, and the text of `torch.Size` and of numpy's integers
+        # differs from that of an equal plain tuple.
         if type(self.shape) is not tuple or not all(type(size) is int for size in self.shape):
             try:
                 plain = tuple(int(operator.index(size)) for size in self.shape)
@@ -70,7 +70,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """The ordered table of an update's tensors; the contract between two ends.
+    """The ordered table of an update's tensors, on which encoder and decoder must agree.
 
     Raises:
         UpdateError: two tensors share a name, a name is not text, a dtype has no wire code, or
@@ -94,7 +94,7 @@ class UpdateSpec:
                     f"{shown(t.name)}: expected at most {MAX_DIMS} sizes, none negative, got "
                     f"{shown(t.shape)}"
                 )
-            # Zero sizes do not count: a shape whose other sizes overflow cannot be made either.
+            # Zero sizes count as one: torch makes no shape whose other sizes overflow either.
             if math.prod(max(size, 1) for size in t.shape) > MAX_NUMEL:
                 raise UpdateError(
                     f"{shown(t.name)}: expected at most {MAX_NUMEL} elements, got {shown(t.shape)}"
@@ -108,10 +108,10 @@ class UpdateSpec:
 
     @classmethod
     def of(cls, update: Update) -> UpdateSpec:
-        """Spec of the given tensors, in their order; tensors of the meta device will do.
+        """Spec of the given tensors, in their order; meta tensors are accepted.
 
         Raises:
-            UpdateError: these are not tensors by name, or one is not plain and dense.
+            UpdateError: ``update`` does not map names to tensors, or one is not plain and dense.
         """
         check_update(update, values=False)
         return cls(tuple(TensorSpec(n, tuple(t.shape), t.dtype) for n, t in update.items()))
@@ -134,7 +134,7 @@ class UpdateSpec:
 
     @cached_property
     def digest(self) -> bytes:
-        """First 8 bytes of SHA-256 over the table; equal specs alone have equal digests."""
+        """First 8 bytes of SHA-256 over the table; only equal specs have equal digests."""
         rows = [(t.name, str(t.shape), str(DTYPE_CODES[t.dtype])) for t in self.tensors]
         return named_digest(rows, "\0")
 
@@ -157,16 +157,16 @@ class UpdateSpec:
 
 
 def named_digest(rows: Sequence[tuple[str, ...]], between: str) -> bytes:
-    """First 8 bytes of SHA-256 over rows of a name and what belongs to it.
+    """First 8 bytes of SHA-256 over rows, each a name and other fields.
 
-    Equal digests mean equal rows. Where all names are free of NUL and line feed, the rows are
-    joined by line feeds and their fields by ``between``, as ever: what was published keeps its
-    digest. Other names could be mistaken for such a joint, so every field then follows its length;
-    a line feed comes first, which no joined text begins with.
+    Equal digests mean equal rows. If no name contains NUL or a line feed, rows are joined by line
+    feeds and their fields by ``between``: the original format, so published digests stay valid.
+    Other names could be confused with these separators, so each field is then preceded by its
+    length, and the text begins with a line feed, which no joined text does.
 
     Args:
-        rows: a name and the same number of other fields each; in those there is no line feed, no
-            NUL and no ``between``, so that a joined row can be taken apart from its end.
+        rows: each a name and the same number of other fields. These contain no line feed, no NUL
+            and no ``between``, so that a joined row can be split from its end.
         between: what joins the fields; not a line feed.
     """
     if any("\0" in row[0] or "\n" in row[0] for row in rows):

@@ -63,7 +63,7 @@ _KNOWN_FLAGS: Final = FLAG_SPEC | FLAG_BASE
 
 _DTYPES: Final = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _HEADER_BYTES: Final = 5 + DIGEST_BYTES
-_ROW_BYTES: Final = 3  # of a scalar without a name: name length, dtype, rank
+_ROW_BYTES: Final = 3  # of the shortest row, a scalar with no name: name length, dtype, rank
 
 
 class _Unread(bytes):
@@ -71,10 +71,10 @@ class _Unread(bytes):
 
 
 class _Table:
-    """``Payload.spec``: parsed when it is first looked at.
+    """``Payload.spec``: parsed on first access.
 
-    A decoder compares digests first, so that a payload of another codec costs no parsing, however
-    long the table that it brings.
+    A decoder compares digests first, so a payload of another codec is refused without parsing its
+    table, however long that is.
     """
 
     @overload
@@ -85,7 +85,7 @@ class _Table:
 
     def __get__(self, payload: Payload | None, owner: type) -> UpdateSpec | None:
         if payload is None:
-            return None  # what a payload has that is made without
+            return None  # the default of a payload made without a table
         held: UpdateSpec | _Unread | None = vars(payload)["spec"]
         if isinstance(held, _Unread):
             held = spec_from_bytes(held)
@@ -104,9 +104,9 @@ class Payload:
         codec: family name, a key of ``CODEC_IDS``.
         digest: 8 bytes that pin the codec's config, weights and (if bound) tensor table.
         body: the codec's bytes.
-        spec: the tensor table, when the codec is not bound to one already. Of a payload that was
-            read it is parsed here and not before: ``LimitError``, ``TruncatedError`` or
-            ``MalformedSpecError`` if it is none.
+        spec: the tensor table, when the codec is not bound to one already. ``from_bytes`` leaves
+            it unparsed until it is accessed here; an invalid table then raises ``LimitError``,
+            ``TruncatedError`` or ``MalformedSpecError``.
         base: 8 bytes that pin what the update is relative to, or ``None`` when unchecked.
     """
 
@@ -132,7 +132,7 @@ class Payload:
 
     @property
     def has_table(self) -> bool:
-        """Whether a tensor table came along; it is not looked at."""
+        """Whether the payload has a tensor table; this does not parse it."""
         return vars(self)["spec"] is not None
 
     def __repr__(self) -> str:
@@ -144,7 +144,7 @@ class Payload:
         )
 
     def to_bytes(self) -> bytes:
-        """The bytes that cross the wire; ``len()`` of them is what is reported."""
+        """The bytes that cross the wire; reported sizes are their ``len()``."""
         flags = (FLAG_SPEC if self.has_table else 0) | (FLAG_BASE if self.base is not None else 0)
         head = bytearray(MAGIC)
         head += bytes((WIRE_VERSION, CODEC_IDS[self.codec], flags))
@@ -162,7 +162,7 @@ class Payload:
     def from_bytes(cls, blob: bytes) -> Payload:
         """Read a payload; the inverse of ``to_bytes``.
 
-        A tensor table inside is kept as it came and parsed when ``spec`` is looked at.
+        A tensor table inside is kept as bytes and parsed when ``spec`` is first accessed.
 
         Raises:
             WireError: one named subclass for each way the bytes can be wrong (see WIRE.md).
@@ -249,7 +249,7 @@ def spec_from_bytes(table: bytes | memoryview) -> UpdateSpec:
                 f"{name!r}: expected at most {MAX_DIMS} dimensions, got {rank}"
             )
         spec = TensorSpec(name, tuple(reader.varint("size") for _ in range(rank)), _DTYPES[code])
-        # Zero sizes do not count: a shape whose other sizes overflow cannot be made either.
+        # Zero sizes count as one: torch makes no shape whose other sizes overflow either.
         if math.prod(max(size, 1) for size in spec.shape) > MAX_NUMEL:
             raise LimitError(f"{name!r}: expected at most {MAX_NUMEL} elements, got {spec.shape}")
         numel += spec.numel

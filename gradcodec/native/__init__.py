@@ -1,8 +1,8 @@
 """The ops in C for CPUs: what `gradcodec.reference` computes, bit for bit, at the speed of memory.
 
-Optional: built by `pip install` where there is a C compiler, and otherwise absent, which
-`available()` and `status()` tell. Only `gradcodec.ops` imports it. One thread; calls let go of the
-GIL, and callers with more cores than ranks may split a vector at chunks.
+Optional: built by `pip install` where there is a C compiler, and otherwise absent; `available()`
+and `status()` tell. Only `gradcodec.ops` imports it. Each call uses one thread and releases the
+GIL; callers with more cores than ranks may split a vector at chunks.
 """
 
 from gradcodec.native.coding import (

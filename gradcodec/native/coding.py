@@ -1,7 +1,7 @@
 """The quantising ops in C; results as in ``gradcodec.reference``, bit for bit.
 
 Every function writes into ``out``, the outputs that the op's declaration made after its checks.
-Addresses are given to C by ``memory.at``, which checks the size of what is there once more.
+``memory.at`` gives C the addresses, and checks the tensors' sizes once more.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def encode(
 ) -> None:
     """``gradcodec.reference.encode.encode``.
 
-    Sums of ``l1`` and ``rms`` are of fp64 in another order, so a scale may differ in its last bit
-    where it lies halfway between two bf16 numbers.
+    ``l1`` and ``rms`` are summed in fp64 but in another order, so a scale may differ in its last
+    bit if it lies halfway between two bf16 numbers.
     """
     numel, total = values.numel(), padded_numel(values.numel(), rotate)
     current().call(
@@ -130,7 +130,7 @@ def rotsign_encode(
     residual: Tensor | None,
     out: tuple[Tensor, Tensor],
 ) -> None:
-    """``gradcodec.reference.rotsign.encode``; a scale may differ as one of ``encode``."""
+    """``gradcodec.reference.rotsign.encode``; scales may differ as in ``encode``."""
     numel, blocks = values.numel(), -(-values.numel() // block)
     current().call(
         "rotsign",

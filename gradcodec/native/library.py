@@ -1,7 +1,7 @@
 """Finding, checking and calling the C library.
 
-It is an ordinary shared library, called through ``ctypes``, which lets go of the GIL. One that
-other sources made, or another version, is refused: its bits may differ.
+It is an ordinary shared library, called through ``ctypes``, which releases the GIL. A library that
+was built from other sources, or for another version, is refused: its results may differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ABI = 2
 """``GRADCODEC_ABI`` of ``src/levels.h``."""
 
 SWITCH = "GRADCODEC_NATIVE"
-"""Environment: ``0`` turns the library off, a level's name (``sse2``) lets it use no more."""
+"""Environment variable: ``0`` turns the library off, a level's name (``sse2``) sets the level."""
 
 _INT, _SIZE, _SEED, _AT = ctypes.c_int, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p
 _TYPED = (_AT, _INT)  # memory and the dtype of what is in it
@@ -47,7 +47,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Library:
-    """An open library; ``level`` is which of ``levels``, slowest first, computes."""
+    """An open library; ``level`` is the one in use of ``levels``, which are slowest first."""
 
     path: Path
     handle: ctypes.CDLL
@@ -100,7 +100,7 @@ _reason = ""
 
 
 def select(path: Path | None = None, level: str = "") -> Library:
-    """Let the library at ``path`` (or the one installed) compute from now on, at a level of it."""
+    """Use the library at ``path``, or else the current or installed one, at one of its levels."""
     global _current
     path = path or (_current.path if _current else find())
     if path is None:
@@ -112,7 +112,7 @@ def select(path: Path | None = None, level: str = "") -> Library:
 
 
 def current() -> Library:
-    """The library that computes; ``ConfigError`` with the reason where there is none."""
+    """The library in use; ``ConfigError`` with the reason if there is none."""
     if _current is None:
         raise ConfigError(f"gradcodec.native is {_reason}")
     return _current
@@ -137,7 +137,7 @@ def _start() -> None:
     try:
         select(level="" if wish == "1" else wish)
     except ConfigError as reason:
-        # A level that is asked for and not had is an error; having no library is not.
+        # A level that was asked for and is missing is an error; a missing library is not.
         if wish not in ("", "1") and find() is not None:
             raise
         told = str(reason)

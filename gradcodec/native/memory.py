@@ -1,4 +1,4 @@
-"""Tensors as C sees them, and the checks without which C would read or write elsewhere."""
+"""Tensors as C sees them, and the checks that keep C from reading or writing elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def at(what: str, tensor: Tensor | None, numel: int, *dtypes: torch.dtype) -> int | None:
-    """Address of a tensor of ``numel`` values; ``None``, a null pointer, where there is none."""
+    """Address of a tensor of ``numel`` values; ``None``, a null pointer, if there is none."""
     if tensor is None:
         return None
     if (
@@ -28,7 +28,7 @@ def at(what: str, tensor: Tensor | None, numel: int, *dtypes: torch.dtype) -> in
 
 
 def typed(what: str, tensor: Tensor | None, numel: int) -> tuple[int | None, int]:
-    """Address of a floating tensor and the number C has for its dtype."""
+    """Address of a floating tensor, and the number by which C knows its dtype."""
     if tensor is None:
         return None, 0
     return at(what, tensor, numel, *_DTYPES), _DTYPES[tensor.dtype]

@@ -1,4 +1,4 @@
-"""The C sources and how they are compiled; read by ``setup.py`` too, so it imports nothing of ours.
+"""The C sources and how they are compiled; ``setup.py`` reads this, so it imports nothing of ours.
 
 Floating point must not be fused or reordered: results are bit for bit those of torch.
 """
@@ -23,12 +23,12 @@ FLAGS = [
 
 
 def units() -> list[Path]:
-    """What is compiled."""
+    """The files that are compiled."""
     return sorted(FOLDER.glob("*.c"))
 
 
 def headers() -> list[Path]:
-    """What the units include."""
+    """The files that the units include."""
     return sorted(FOLDER.glob("*.h"))
 
 

@@ -54,7 +54,7 @@ def sparse_mean(kept: Tensor, index: Tensor, numel: int, *, chunk: int, out: Ten
     world, _, k = kept.shape
     chunks = -(-numel // chunk)
     memory, dtype = typed("kept", kept, world * chunks * k)
-    # Positions are 16 bits on the wire and uint16 in C, whatever integers carry them here.
+    # Positions are 16 bits on the wire and uint16 in C, whatever their integer dtype is here.
     index = index.to(torch.int16)
     beyond = current().call(
         "sparse_mean",

@@ -1,4 +1,4 @@
 """Packers turn a bare vector into bytes and back: one family per file.
 
-``packer`` says what one is.
+``packer`` is the base class.
 """

@@ -16,7 +16,7 @@ from gradcodec.reference import grid
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.settings import CodecConfig, check_one_of, check_whole
 
-#: Scale that a bit width has unless another is asked for.
+#: What ``scale="auto"`` means at each bit width, without rotation or stochastic rounding.
 _DEFAULT_SCALE = {8: "absmax", 4: "absmax", 2: "lloyd", 1: "l1"}
 _SCALES = ("auto", "lloyd", *grid.SCALES)
 
@@ -27,7 +27,7 @@ class BlockQuantConfig(CodecConfig):
 
     Attributes:
         bits: per value: 1, 2, 4 or 8.
-        block: values that share their scale; 4096 when rotated.
+        block: values that share a scale; must be 4096 with ``rotate``.
         scale: ``"absmax"``, ``"rms"``, ``"l1"`` (1 and 2 bits), ``"lloyd"`` (2 bits: two fitted
             magnitudes) or ``"auto"``: absmax at 8 and 4 bits, lloyd at 2, l1 at 1.
         rotate: rotate chunks of 4096 values first, so that every block looks Gaussian.
@@ -61,7 +61,7 @@ class BlockQuantConfig(CodecConfig):
 
     @property
     def placed(self) -> str:
-        """The scale that is used: ``scale``, or what ``"auto"`` stands for."""
+        """The scale that is used: ``scale``, or what ``"auto"`` means."""
         if self.scale != "auto":
             return self.scale
         if self.bits == 2 and (self.rotate or self.stochastic):
@@ -70,15 +70,15 @@ class BlockQuantConfig(CodecConfig):
 
     @property
     def unbiased(self) -> bool:
-        """Whether the expected value of what is decoded equals what was encoded."""
+        """Whether decoded values are equal to the encoded ones in expectation."""
         return self.stochastic and self.placed == "absmax"
 
     @property
     def contractive(self) -> bool:
         """Whether the error is smaller than the input; otherwise error feedback diverges.
 
-        The error of one bit placed at a block's largest magnitude is many times the input, that of
-        two bits with stochastic rounding about as large as the input.
+        With ``"absmax"`` the error is many times the input at 1 bit, and about as large as the
+        input at 2 bits with stochastic rounding.
         """
         return self.placed != "absmax" or self.bits > 2 or (self.bits == 2 and not self.stochastic)
 
@@ -93,7 +93,7 @@ class BlockQuantPacker(Packer):
 
     Stochastic rounding is that of QSGD (Alistarh et al. 2017, arXiv 1610.02132) with a byte of
     dither per value, the rotation that of Suresh et al. 2017 (arXiv 1611.00429) with fixed signs.
-    Equal seeds give equal bytes; federated clients and ranks must use seeds of their own, or their
+    Equal seeds give equal bytes; federated clients and ranks must use different seeds, or their
     errors do not average out.
     """
 
@@ -113,12 +113,12 @@ class BlockQuantPacker(Packer):
         return self.config.placed == "lloyd"
 
     def residual_numel(self, numel: int) -> int:
-        """Whole chunks where values are rotated: the residual is kept in rotated coordinates."""
+        """With rotation whole chunks, because the residual is kept in rotated coordinates."""
         return ops.padded_numel(numel, self.config.rotate)
 
     @property
     def grain(self) -> int | None:
-        """A block; ``None`` with dither, which follows the position in the vector."""
+        """A block; ``None`` with dither, which depends on the position in the vector."""
         return None if self.config.stochastic else self.config.block
 
     def nbytes(self, numel: int) -> int:
@@ -156,7 +156,7 @@ class BlockQuantPacker(Packer):
                 seed=seed,
                 residual=residual,
             )
-        # Sums of values near the end of the fp32 range may be beyond it.
+        # Sums of values near fp32's maximum may overflow.
         layout.check_finite(scales, "blockquant scales")
         return torch.cat([scales.reshape(-1).view(torch.uint8), packed])
 
@@ -168,8 +168,8 @@ class BlockQuantPacker(Packer):
         """As ``Packer.mean``, without a dense vector for each body."""
         self._check_length(bodies.shape[1], numel)
         cut = self._scale_nbytes(numel)
-        # Through one flat copy: a single row of odd length counts as contiguous as it is, and its
-        # stride is then no whole number of scales.
+        # Copied flat first: a single row of odd length counts as contiguous without a copy, but its
+        # stride is not a whole number of scales.
         scales = bodies[:, :cut].reshape(-1).clone().view(torch.bfloat16).view(len(bodies), -1)
         # The largest level must be finite too: no encoder makes one beyond fp32.
         largest = scales.float() * (1.0 if self._fitted else grid.TOP[self.config.bits])

@@ -1,4 +1,4 @@
-"""What every packer does: a bare vector to bytes, back, and the mean of several.
+"""Base class of packers: a bare vector to bytes and back, and the mean of several.
 
     x [n] --pack--> body, uint8 [nbytes(n)] --unpack--> x~ [n]
 
@@ -32,7 +32,7 @@ class Packer(ABC):
 
     @property
     def grain(self) -> int | None:
-        """A length such that vectors of its multiples can be packed in one call or one by one.
+        """Vectors whose lengths are multiples of this can be packed in one call or one by one.
 
         If several vectors, each a multiple of ``grain`` long, are concatenated and packed together,
         the unpacked values and the residuals equal those of packing each vector alone, to the bit
@@ -74,7 +74,7 @@ class Packer(ABC):
         """Inverse of ``pack``: uint8 ``[nbytes(numel)]`` -> fp32 ``[numel]``.
 
         Raises:
-            MalformedBodyError: the body has another length, or no ``pack`` makes these bytes.
+            MalformedBodyError: the body has the wrong length, or no ``pack`` makes these bytes.
         """
         self._check_length(body.numel(), numel)
         return self._unpacked(body, numel)

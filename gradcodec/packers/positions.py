@@ -1,12 +1,14 @@
-"""Positions of what top-k keeps, as bytes: in as many bits as a chunk needs, or Elias-Fano coded.
+"""Positions of the values that top-k keeps, as bytes: of fixed width or Elias-Fano coded.
 
 Elias-Fano (Fano 1971, On the number of bits required to implement an associative memory; Elias
-1974) splits a position into ``low`` bits, sent as they are, and the rest, which never falls and is
-sent in unary: bit ``(position >> low) + i`` of a bitmap is set for the ``i``-th position. For 64 of
-4096 that is 8 bits a position where 12 are packed; ``log2 binomial(4096, 64) / 64`` is 7.36. Its
-size depends on the counts alone. A range coder over gaps comes to 7.43 and Rice's code to 7.53
-(``benchmarks/results/codecs.md``), for which every size would have to be told to every receiver:
-too little for that.
+1974) splits each position into its ``low`` lowest bits, sent as they are, and the upper bits. These
+never decrease from one position to the next and are sent in unary: bit ``(position >> low) + i`` of
+a bitmap is set for the ``i``-th position. For 64 of 4096 this takes 8 bits a position, where fixed
+width takes 12 and the lower bound, ``log2 binomial(4096, 64) / 64``, is 7.36.
+
+The size depends on the counts alone. A range coder over gaps takes 7.43 bits and Rice's code 7.53
+(``benchmarks/results/codecs.md``), but every receiver would have to be told every size: the gain
+is too small for that.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ class Positions:
     """Which of ``numel`` values are kept: ``k`` of every ``chunk``, or all of a short last one.
 
     Attributes:
-        form: of ``FORMS``.
-        numel: values of the vector.
-        k: kept of a chunk.
-        chunk: values of a chunk, at most 65,536.
+        form: one of ``FORMS``.
+        numel: number of values in the vector.
+        k: how many values of a chunk are kept.
+        chunk: number of values in a chunk, at most 65,536.
     """
 
     form: str
@@ -46,7 +48,7 @@ class Positions:
 
     @property
     def nbytes(self) -> int:
-        """Exact size of what ``write`` gives."""
+        """Exact number of bytes that ``write`` returns."""
         if self.form == "packed":
             return packed_nbytes(self.count, self._index_bits)
         return packed_nbytes(self.count, self._low) + packed_nbytes(self._bitmap, 1)
@@ -57,7 +59,7 @@ class Positions:
 
     @property
     def _low(self) -> int:
-        """``floor(log2(numel / count))``, which makes the sum of both parts least."""
+        """``floor(log2(numel / count))``, which minimises the sum of both parts."""
         return (self.numel // max(1, self.count)).bit_length() - 1 if self.count else 0
 
     @property
@@ -65,7 +67,7 @@ class Positions:
         return self.count + (self.numel - 1 >> self._low) if self.count else 0
 
     def starts(self, device: torch.device | None = None) -> Tensor:
-        """int64 ``[count]``: first position of the chunk that each kept value is of."""
+        """int64 ``[count]``: first position of the chunk that each kept value belongs to."""
         return torch.arange(self.count, device=device) // self.k * self.chunk
 
     def write(self, at: Tensor) -> Tensor:
@@ -82,7 +84,8 @@ class Positions:
         """Inverse of ``write``.
 
         Raises:
-            MalformedBodyError: they do not increase, are not in their chunks, or are not as many.
+            MalformedBodyError: the positions do not increase, are outside their chunks, or their
+                number is wrong.
         """
         at = self._packed(packed) if self.form == "packed" else self._elias_fano(packed)
         inside = at - self.starts(at.device)

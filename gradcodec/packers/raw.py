@@ -33,7 +33,7 @@ class RawPacker(Packer):
 
     @property
     def grain(self) -> int:
-        """Every value is packed by itself."""
+        """1, because every value is packed separately."""
         return 1
 
     def nbytes(self, numel: int) -> int:

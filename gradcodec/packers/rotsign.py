@@ -40,16 +40,16 @@ class RotatedSignPacker(Packer):
         x [block] --H D--> y --first `kept`, signs--> body = seed | scales (bf16) | bits
 
     with ``H`` the Walsh-Hadamard matrix and ``D`` random signs drawn from the seed. After the
-    rotation every value looks Gaussian, whatever ``x`` was, so that its sign says equally much. The
-    scale ``|x|^2 / sum |y_kept|`` makes the estimate unbiased over the rotation (up to the rounding
-    of scales to bf16), at a relative squared error of about ``pi/2 * block/kept - 1``: errors of
-    many clients with seeds of their own average out, which a mean of plain signs does not.
+    rotation every value looks Gaussian, whatever ``x`` was, so every sign is equally informative.
+    The scale ``|x|^2 / sum |y_kept|`` makes the estimate unbiased over the rotation (up to the
+    rounding of scales to bf16), at a relative squared error of about ``pi/2 * block/kept - 1``. The
+    errors of many clients with different seeds average out; those of plain signs do not.
 
     Deviations from the papers: rotation in blocks instead of over the whole vector, and below one
     bit the first rows of the rotation instead of random ones, which the random signs make
     equivalent. The last block is padded with zeros and sent whole. NaN and Inf raise
-    ``NonFiniteError``. The rotation is a product of floats: decoded values are not promised to be
-    equal to the bit on different devices.
+    ``NonFiniteError``. The rotation is floating-point arithmetic: decoded values may differ in
+    their last bits between devices.
     """
 
     kind = "rotsign"
@@ -83,7 +83,7 @@ class RotatedSignPacker(Packer):
         packed, scales = ops.rotsign_encode(
             values, signs, block=block, kept=kept, residual=residual
         )
-        # The size of a block near the end of the fp32 range may be beyond it.
+        # The scale of a block with values near fp32's maximum may overflow.
         layout.check_finite(scales, "rotsign scales")
         drawn = torch.tensor(list(seed.to_bytes(_SEED_BYTES, "little")), dtype=torch.uint8)
         return torch.cat([drawn.to(values.device), scales.view(torch.uint8), packed])
@@ -97,7 +97,7 @@ class RotatedSignPacker(Packer):
         self._check_length(bodies.shape[1], numel)
         block, kept, blocks = self.config.block, self.config.kept, self._blocks(numel)
         cut = _SEED_BYTES + 2 * blocks
-        # Through one flat copy, for the scales of a row may begin at an odd byte.
+        # Copied flat first, because the scales of a row may begin at an odd byte.
         scales = bodies[:, _SEED_BYTES:cut].reshape(-1).clone().view(torch.bfloat16)
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("rotsign: expected finite, non-negative scales")

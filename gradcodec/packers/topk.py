@@ -26,9 +26,9 @@ class TopKConfig(CodecConfig):
     """What is kept, and in how many bits.
 
     Attributes:
-        k: largest magnitudes kept of every chunk.
-        chunk: values of a chunk, 2..65536.
-        bits: of a kept value: 1, 2, 4 or 8.
+        k: how many of the largest magnitudes of every chunk are kept.
+        chunk: number of values in a chunk, 2..65536.
+        bits: per kept value: 1, 2, 4 or 8.
         structure: ``"chunk"`` finds the exact ``k``; ``"rows"`` keeps 1 or 2 of every 64
             neighbours, which takes no search, and counts magnitudes within ``2**-17`` as equal.
         index: positions in ``ceil(log2(chunk))`` bits each (``"packed"``) or ``"elias-fano"``
@@ -58,7 +58,7 @@ class TopKConfig(CodecConfig):
 
     @property
     def value_block(self) -> int:
-        """Kept values that share a scale: a chunk's, and of rows those of 4096 values."""
+        """Kept values that share a scale: those of a chunk, or with rows those of 4096 values."""
         per = ops.CHUNK // ROW if self.structure == "rows" else 1
         return max(8, self.k * per)
 
@@ -98,7 +98,7 @@ class TopKPacker(Packer):
 
     @torch.no_grad()
     def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
-        """As ``Packer.pack``; nothing is unpacked to know what was lost."""
+        """As ``Packer.pack``, without unpacking the body to update the residual."""
         layout.check_finite(x, "topk")
         x = x.detach().float()
         c, positions = self.config, self._positions(x.numel())

@@ -34,7 +34,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         return out
     per = 8 // math.gcd(bits, 8)
     if per * bits <= 56:
-        # Widths that straddle bytes (indices): the fewest values that fill whole bytes, as a word.
+        # Widths that straddle bytes (indices): the fewest values that fill whole bytes, in a word.
         wide = torch.zeros(-(-values.numel() // per) * per, dtype=torch.int64, device=values.device)
         wide[: values.numel()] = values
         words = (wide.view(-1, per) << _places(per, bits, values.device)).sum(1)

@@ -1,4 +1,4 @@
-"""Values to packed codes: rotate, add what was left over, quantise, pack, keep what is left."""
+"""Values to packed codes: rotate, add the residual, quantise, pack, keep the new residual."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gradcodec.reference.hadamard import CHUNK, rotate_chunks
 from gradcodec.reference.philox import random_bytes
 
 SEGMENT = 1 << 18
-"""About this many values are worked on at a time: no copies of the whole, and it fits a cache."""
+"""Values processed at a time, about: avoids copies of the whole vector, and fits a cache."""
 
 
 def padded_numel(numel: int, rotate: bool) -> int:
-    """How many values are coded: whole chunks where they are rotated."""
+    """How many values are coded: with rotation, ``numel`` rounded up to whole chunks."""
     return -(-numel // CHUNK) * CHUNK if rotate else numel
 
 
@@ -42,17 +42,17 @@ def encode(
 
     with ``R`` the rotation of ``rotate_chunks`` (or nothing) and ``e`` the residual of error
     feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847), kept in the rotated
-    domain, which saves the inverse transform and is the same because ``R`` is orthonormal.
+    domain, which saves the inverse transform and is equivalent because ``R`` is orthonormal.
 
     Args:
-        values: 1-D, floating; fp32 inside.
+        values: 1-D, floating; converted to fp32.
         bits: 1, 2, 4 or 8 per value.
         block: values that share a scale; 4096 when rotated.
         scale: ``"absmax"``, ``"l1"`` or ``"rms"``.
         rotate: rotate chunks of 4096 values first; the last is padded with zeros and sent whole.
         stochastic: dither with ``(byte + 1/2) / 256`` from ``random_bytes`` instead of 1/2. The
             expectation is then the value, to 1/512 of a step.
-        seed: 64 bits; callers put a step in the high half.
+        seed: 64 bits; callers put the step number in the high half.
         residual: ``[padded_numel(n, rotate)]``, any floating dtype, updated in place.
         rotation_dtype: what the rotation is computed in; see ``rotate_chunks``.
 

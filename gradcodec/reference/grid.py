@@ -7,11 +7,11 @@
 | 2    | 1.5  | 0 .. 3   | -1.5 .. 1.5       | max/1.5  | mean * 1.2479    | rms * 0.9957     |
 | 1    |      | 0, 1     | +1, -1            | max      | mean             | rms * 0.7979     |
 
-in units of ``delta``; ``max``, ``mean`` and ``rms`` are of the magnitudes of a block. One bit is a
-sign bit: set means minus, ``value = (1 - 2 code) delta``. Zero is a level where there are enough of
-them (8 and 4 bits), so that zeros stay zeros. The factors of ``l1`` and ``rms`` at 1 and 2 bits are
-those of least squared error for a Gaussian (Max 1960, Quantizing for minimum distortion), at 4 and
-8 bits those of the best evenly spaced levels with one at zero.
+Values are in units of ``delta``; ``max``, ``mean`` and ``rms`` are taken over the magnitudes of a
+block. One bit is a sign bit: set means minus, ``value = (1 - 2 code) delta``. At 8 and 4 bits zero
+is a level, so zeros stay zeros. The factors of ``l1`` and ``rms`` at 1 and 2 bits have the least
+squared error for a Gaussian (Max 1960, Quantizing for minimum distortion); those at 4 and 8 bits
+are of the best evenly spaced levels with one at zero.
 
 ``delta`` is rounded to bf16 first and used as rounded. A product of a code and a bf16 number is
 exact in fp32, so decoding gives equal bits on every machine.
@@ -53,7 +53,7 @@ def check_grid(bits: int, block: int, rotate: bool = False) -> None:
 
 
 def check_scale(scale: str, bits: int) -> None:
-    """Raise ``ConfigError`` unless there is such a scale at so many bits."""
+    """Raise ``ConfigError`` unless this scale exists at this number of bits."""
     if scale not in SCALES or bits not in FACTORS.get(scale, TOP):
         raise ConfigError(
             f"expected a scale of {SCALES} ('l1' at 1 and 2 bits only), got {scale!r} at "
@@ -62,10 +62,10 @@ def check_scale(scale: str, bits: int) -> None:
 
 
 def deltas(rows: Tensor, counts: Tensor, bits: int, scale: str, stochastic: bool) -> Tensor:
-    """bf16 ``[blocks]`` of fp32 rows ``[blocks, block]``, ``counts [blocks]`` of them not padding.
+    """bf16 ``[blocks]`` of fp32 rows ``[blocks, block]``; ``counts [blocks]`` excludes padding.
 
-    Sums are taken in fp64, whose order of summation cannot be seen after rounding to bf16 but for
-    rare ties.
+    Sums are taken in fp64: after rounding to bf16 their order makes no difference, except in rare
+    ties.
     """
     if scale == "absmax":
         peak = rows.abs().amax(1).clamp_max(_LARGEST) if rows.numel() else rows.new_empty(0)

@@ -64,7 +64,7 @@ def rotate_chunks(chunks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     ``H`` is the 4,096-point Walsh-Hadamard matrix in Sylvester's order and ``s`` the outer product
     of ``chunk_signs``: with a chunk as a 64 x 64 tile ``X``, this is ``(H D_r) X (D_c H) / 64``.
-    Signs that never change, because what error feedback leaves lies in rotated coordinates.
+    The signs never change, because error feedback keeps its residual in rotated coordinates.
 
     With fp32: butterflies of span 1, 2, 4 .. 2048, sums and differences in that order, so that
     every implementation on a CPU gives the same bits. With ``dtype`` bfloat16: what two
@@ -106,8 +106,8 @@ def _bf16(values: Tensor) -> Tensor:
 def butterflies(rows: Tensor) -> Tensor:
     """``H x`` without its factor, of every row ``[rows, size]``; a new fp32 tensor.
 
-    Stages of span 1, 2, 4 .. ``size / 2``, in each of them sums and differences of pairs: the order
-    in which every implementation adds, so that all give the same bits.
+    Stages of span 1, 2, 4 .. ``size / 2``, each with sums and differences of pairs. Every
+    implementation adds in this order, so that all give the same bits.
     """
     size = rows.shape[1]
     read, write, spare = rows.contiguous(), torch.empty_like(rows), torch.empty_like(rows)

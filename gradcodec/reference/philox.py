@@ -16,8 +16,8 @@ _LOW = 0xFFFFFFFF
 def random_bytes(start: int, count: int, seed: int, device: torch.device | None = None) -> Tensor:
     """``[count]`` uint8: bytes ``start .. start+count`` of the stream of ``seed`` (64 bits).
 
-    Key ``(seed & 0xffffffff, seed >> 32)``; the counter ``i // 16`` gives four words, which are in
-    little-endian order the bytes ``16 (i//16) .. 16 (i//16) + 15``. Triton's ``randint4x(seed,
+    Key ``(seed & 0xffffffff, seed >> 32)``; the counter ``i // 16`` gives four words, which in
+    little-endian order are the bytes ``16 (i//16) .. 16 (i//16) + 15``. Triton's ``randint4x(seed,
     i // 16, 7)`` gives the same words.
     """
     first = start // 16

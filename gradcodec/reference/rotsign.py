@@ -13,7 +13,7 @@ from gradcodec.reference.hadamard import butterflies, signs_of
 
 
 def segment_of(block: int) -> int:
-    """Values of a segment: whole blocks, whole bytes of signs that are sent, whole words of ``D``.
+    """Values of a segment: whole blocks, whole bytes of sent signs, whole words of ``D``.
 
     ``block`` is a power of two up to 4096.
     """
@@ -33,11 +33,12 @@ def encode(
         y = H D (x + e);   scale = |y|^2 / sum |y_kept|;   e <- x + e - decoded
 
     with ``H`` the orthonormal Walsh-Hadamard matrix and ``D`` the diagonal of random signs. Blocks
-    are scaled by a power of two before they are rotated, so that no sum leaves fp32. Sums of the
-    scale are taken in fp64, whose order cannot be seen after rounding to bf16 but for rare ties.
+    are scaled by a power of two before they are rotated, so that no sum overflows fp32. The sums of
+    the scale are taken in fp64: after rounding to bf16 their order makes no difference, except in
+    rare ties.
 
     Args:
-        values: 1-D, floating; fp32 inside.
+        values: 1-D, floating; converted to fp32.
         signs: int64 ``[sign_words(blocks * block)]``, see ``random_sign_words``.
         block: a power of two, 8 .. 4096. The last block is padded with zeros and sent whole.
         kept: 1 .. ``block``.
@@ -92,14 +93,14 @@ def decode_mean(
     Args:
         packed: uint8 ``[W, bytes]``.
         scales: bf16 ``[W, blocks]``.
-        signs: int64 ``[W, words]``: each payload has its own.
+        signs: int64 ``[W, words]``, a row for each payload.
         numel: values before padding.
         block: as in ``encode``, like the next.
         kept: signs of each block.
         weights: fp32 ``[W]``: ``sum_w weights_w x_w`` instead of the mean, as in ``decode_mean``.
     """
     segment = segment_of(block)
-    # Adding to -0 changes nothing, the sign of a zero included.
+    # Added to -0, every value stays as it is, even the sign of a zero.
     out = torch.full((numel,), -0.0, device=packed.device)
     for start in range(0, numel, segment):
         part = out[start : start + segment]
@@ -115,10 +116,10 @@ def decode_mean(
 
 
 def factors(block: int) -> tuple[float, float]:
-    """``1 / sqrt(block)`` in two parts: a power of two, and what is left of it, 1 or ``sqrt(1/2)``.
+    """``1 / sqrt(block)`` as two factors: a power of two, and the rest, 1 or ``sqrt(1/2)``.
 
-    Scales take the first before they are summed, which is exact and keeps the sums within fp32;
-    the sums take the second.
+    Scales are multiplied by the first before they are summed, which is exact and keeps the sums
+    within fp32; the sums are multiplied by the second.
     """
     power = block.bit_length() - 1
     return 2.0 ** -(power // 2), math.sqrt(0.5) if power % 2 else 1.0

@@ -1,4 +1,4 @@
-"""The mean of vectors of which only a few values of each chunk are known."""
+"""The mean of vectors of which only a few values of each chunk were kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def sparse_mean(kept: Tensor, index: Tensor, numel: int, *, chunk: int = CHUNK) 
     """fp32 ``[numel]``: mean over ``W`` of values ``kept [W, chunks, k]`` at ``index``, else zero.
 
     ``index`` holds positions in a chunk (any integer dtype), unique within one list. Lists are
-    added in their order, ``sum += value * (1/W)``: without atomics, equal bits every time.
-    Positions beyond ``numel`` are dropped; they come of the padding of the last chunk.
+    added in their order, ``sum += value * (1/W)``, without atomics, so the bits are always equal.
+    Positions beyond ``numel`` are dropped; they come from the padding of the last chunk.
     """
     world, chunks, _ = kept.shape
     out = torch.zeros(chunks * chunk, device=kept.device)

@@ -15,11 +15,11 @@ def top_rows(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` (1 or 2) largest of ``|y|``, ``y = x + e``, of every 64 values, largest first.
 
-    A magnitude's low 6 bits give way to the position, so that one integer maximum finds both:
+    The position replaces a magnitude's low 6 bits, so that one integer maximum finds both:
     magnitudes within ``2**-17`` of each other count as equal, and the lower position wins.
 
     Returns:
-        kept ``[rows, k]`` in the dtype of ``values``, whole, and positions uint8 ``[rows, k]``.
+        kept ``[rows, k]`` in the dtype of ``values``, all bits, and positions uint8 ``[rows, k]``.
         The last row is padded with zeros. The residual ``[n]`` becomes ``y`` without what was kept.
     """
     n = values.numel()

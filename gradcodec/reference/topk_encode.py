@@ -14,12 +14,12 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of ``|y|``, ``y = x + e``, of every chunk of values ``[n]``, by position.
 
-    Ties go to the lower position. The last chunk is padded with zeros, which count as values: of a
-    tail shorter than ``k`` some of what is kept lies beyond ``n``.
+    Ties go to the lower position. The last chunk is padded with zeros, which count as values: if it
+    has fewer than ``k`` real values, some of the kept positions lie beyond ``n``.
 
     Returns:
         kept ``[chunks, k]`` in the dtype of ``values`` and positions in their chunk int16
-        ``[chunks, k]``, increasing (as uint16 where a chunk is longer than 32,768). The residual
+        ``[chunks, k]``, increasing (read as uint16 if a chunk is longer than 32,768). The residual
         ``[n]`` becomes ``y`` without what was kept.
     """
     n = values.numel()
@@ -45,7 +45,7 @@ def topk_encode(
 
 def _largest(rows: Tensor, k: int) -> Tensor:
     """Positions int64 ``[chunks, k]``, increasing, of the largest magnitudes."""
-    # Magnitudes are ordered as their bits are, NaN above all; the position breaks ties, which
+    # Magnitudes have the order of their bits, NaN above all; the position breaks ties, which
     # torch.topk alone leaves open.
     bits = rows.view(torch.int32) & 0x7FFFFFFF
     place = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)

@@ -16,7 +16,7 @@ LLOYD_STEPS = 8
 
 
 def encode(values: Tensor, block: int, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Code ``values [n]``, floating, by two bits each; fp32 inside.
+    """Code ``values [n]``, floating, by two bits each, in fp32.
 
         y = x + e;   e <- y - decoded
 
@@ -27,7 +27,7 @@ def encode(values: Tensor, block: int, residual: Tensor | None = None) -> tuple[
 
     Returns:
         packed uint8 ``[ceil(n / 4)]`` and levels ``lo, hi`` bf16 ``[blocks, 2]``. Sums are taken in
-        fp64, whose order cannot be seen after rounding but for rare ties.
+        fp64: after rounding their order makes no difference, except in rare ties.
     """
     n, segment = values.numel(), segment_of(block)
     packed = torch.empty(packed_nbytes(n, 2), dtype=torch.uint8, device=values.device)
@@ -78,7 +78,7 @@ def decode_mean(
 
 
 def _fit(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels bf16 ``[blocks, 2]`` and codes of rows, ``count`` of whose values are real."""
+    """Levels bf16 ``[blocks, 2]`` and codes of rows; ``count`` of a row's values are real."""
     size = rows.abs()
     wide = size.double()
     total = wide.sum(1, keepdim=True)
@@ -90,7 +90,7 @@ def _fit(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         n_hi = large.sum(1, keepdim=True).double()
         sum_hi = (wide * large).sum(1, keepdim=True)
         hi = torch.where(n_hi > 0, sum_hi / n_hi.clamp_min(1), threshold.double())
-        # All large: none is left, whatever rounding left of the difference of sums.
+        # If all are large, the rest is zero, but the difference of sums may not be, by rounding.
         rest = torch.where(n_hi < count, total - sum_hi, 0.0)
         lo = rest / (count - n_hi).clamp_min(1)
     # The difference of sums can dip below zero by rounding; a magnitude may not.

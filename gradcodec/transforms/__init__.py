@@ -1,5 +1,5 @@
 """Transforms turn an update (named tensors) into a code (one vector) and back.
 
-``transform`` says what one is, ``identity`` is the one that changes nothing, ``subspace`` and
-``autoencoder`` are learned.
+``transform`` is the base class, ``identity`` changes nothing, ``subspace`` and ``autoencoder`` are
+learned.
 """

@@ -18,7 +18,7 @@ class IdentityTransform(Transform):
     kind = "identity"
 
     def code_numel(self, spec: UpdateSpec | None = None) -> int:
-        """As many as there are values."""
+        """The number of values."""
         return self.table(spec).numel
 
     def to_code(self, update: Update, spec: UpdateSpec | None = None) -> Tensor:

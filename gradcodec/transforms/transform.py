@@ -1,4 +1,4 @@
-"""What every transform does: named tensors to one code vector, back, and the derivative of back.
+"""Base class of transforms: named tensors <-> one code vector, and the derivative of ``from_code``.
 
     update --to_code--> z [m] --from_code--> update~
 
@@ -25,8 +25,8 @@ class Transform(ABC):
     """Analysis ``to_code`` and synthesis ``from_code`` of the updates of one tensor table.
 
     Args:
-        spec: the tensor table, if it is known; ``from_code`` and ``to_code`` of a transform that is
-            not bound need it as an argument.
+        spec: the tensor table, if it is known; otherwise ``to_code`` and ``from_code`` need it as
+            an argument.
         weights: learned tensors by name.
     """
 
@@ -50,7 +50,7 @@ class Transform(ABC):
         """The code ``z`` ``[m]`` of an update, fp32.
 
         The caller has checked the update against the table. A NaN or Inf in the update either
-        reaches the code or is refused here, so that looking at the code is enough to find it.
+        reaches the code or is refused here, so checking the code is enough to find it.
 
         Raises:
             NonFiniteError: the update holds NaN or Inf in a place that the code does not show.
@@ -63,7 +63,7 @@ class Transform(ABC):
         Differentiable in ``z``.
 
         Raises:
-            UpdateError: ``spec`` is not the table that this transform is bound to.
+            UpdateError: ``spec`` differs from the bound table.
         """
 
     def pullback(self, z: Tensor, gradients: Update) -> Tensor:
@@ -113,7 +113,7 @@ class Transform(ABC):
 
         Raises:
             ConfigError: there is neither.
-            UpdateError: ``spec`` is another table than the bound one.
+            UpdateError: ``spec`` differs from the bound table.
         """
         if self.spec is None:
             if spec is None:

@@ -15,7 +15,7 @@ static void read_codes(uint8_t *codes, const uint8_t *payload, size_t start, siz
     unpack(codes + whole, padded, 64, bits);
 }
 
-/* The mean of values start .. start + count (at most a chunk) where they were coded. */
+/* The mean of values start .. start + count (at most a chunk), rotated if they were coded so. */
 static void mean_of(const struct payloads *of, size_t start, size_t count, int bits, size_t block,
                     float *mean) {
     uint8_t codes[CHUNK] ALIGNED;

@@ -3,7 +3,7 @@
 
 struct tile {
     size_t start, count;
-    const float *y; /* buffer, or the values themselves where nothing is done to them */
+    const float *y; /* the buffer, or the caller's values if nothing is done to them */
     float buffer[CHUNK] ALIGNED;
     uint8_t dither[CHUNK + 256] ALIGNED;
     uint8_t codes[CHUNK] ALIGNED;
@@ -26,7 +26,7 @@ static void fetch(const struct encode_job *job, struct tile *tile) {
     if (job->residual) add_floats(y, job->residual, job->residual_dtype, tile->start, tile->count);
 }
 
-/* Deltas of all blocks: a pass of its own where tiles do not hold whole blocks. */
+/* Deltas of all blocks: a separate pass, needed if tiles do not hold whole blocks. */
 static void measure(const struct encode_job *job) {
     struct tile tile;
     struct size size = {0};

@@ -4,7 +4,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* Hash of the sources, set by setup.py: a library that other sources made is refused. */
+/* Hash of the sources, set by setup.py: a library built from other sources is refused. */
 #ifndef GRADCODEC_SOURCES
 #define GRADCODEC_SOURCES unknown
 #endif
@@ -28,7 +28,7 @@ EXPORT const char *gradcodec_level(int at) {
     return at >= 0 && at < COUNT ? LEVELS[at]->name : 0;
 }
 
-/* How many of the levels this machine runs. Each needs all that the one before it does. */
+/* How many of the levels this machine runs. Each needs all that the one before it needs. */
 EXPORT int gradcodec_levels(void) {
     int count = COUNT;
 #if defined(__x86_64__)

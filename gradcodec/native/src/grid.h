@@ -7,7 +7,7 @@ INLINE float top_of(int bits) { return bits == 8 ? 127 : bits == 4 ? 7 : bits ==
 #define LARGEST 3e38f /* below the end of fp32, where rounding to bf16 could make an infinity */
 #define HEADROOM (1.0f + 0x1p-7f)
 
-/* Magnitudes are ordered as their bits are; NaN is above all. Inlined into `encode` it is slower. */
+/* Magnitudes have the order of their bits; NaN is above all. Inlined into `encode` it is slower. */
 static __attribute__((noinline)) float absmax(const float *y, size_t count) {
     const i32_any *bits = (const i32_any *)y;
     int32_t most = 0;
@@ -40,7 +40,7 @@ static float factor_of(int scale, int bits) {
     return bits == 8 ? 0.0308f : bits == 4 ? 0.3535f : bits == 2 ? 0.9957f : 0.7979f;
 }
 
-/* What a block's delta is made of, over parts of it: its largest magnitude, or a sum. */
+/* What a block's delta follows from, gathered over its parts: the largest magnitude, or a sum. */
 struct size {
     float peak;
     double sum;
@@ -101,7 +101,7 @@ INLINE void shifts_of(const uint8_t *dither, int bits, vf shift[4]) {
     }
 }
 
-/* Codes; with `rest`, y - value(code) too. `rest` may be y. */
+/* Codes; with `rest`, which may be y, also y - value(code). */
 INLINE void quantise_as(int bits, const uint8_t *dither, float *rest, const float *y, size_t count,
                         float step, uint8_t *codes) {
     float inverse = step > 0 ? 1.0f / step : 0.0f;
@@ -145,7 +145,7 @@ INLINE void quantise_with(int bits, const uint8_t *dither, float *rest, const fl
         quantise_as(bits, NULL, NULL, y, count, step, codes);
 }
 
-/* Of a multiple of 64 values. */
+/* For a multiple of 64 values. */
 static __attribute__((noinline)) void quantise_whole(int bits, const uint8_t *dither, float *rest,
                                                      const float *y, size_t count, float step,
                                                      uint8_t *codes) {
@@ -159,7 +159,7 @@ static __attribute__((noinline)) void quantise_whole(int bits, const uint8_t *di
         quantise_with(1, dither, rest, y, count, step, codes);
 }
 
-/* Any number of values of one block. */
+/* For any number of values of one block. */
 static void quantise(int bits, const uint8_t *dither, float *rest, const float *y, size_t count,
                      float step, uint8_t *codes) {
     size_t whole = count / 64 * 64, tail = count - whole;
@@ -174,7 +174,7 @@ static void quantise(int bits, const uint8_t *dither, float *rest, const float *
     if (rest) memcpy(rest + whole, of_y, 4 * tail);
 }
 
-/* total += values of codes (times a weight where weighted); as `first`, on zero. */
+/* total += values of codes, times the weight if weighted; if `first`, total starts at zero. */
 INLINE void add_values_as(int bits, int weighted, int first, float *total, const uint8_t *codes,
                           size_t count, float step, float weight) {
     size_t whole = count / (4 * LANES) * (4 * LANES);

@@ -1,12 +1,12 @@
 /* Walsh-Hadamard transforms, gradcodec.reference.hadamard: butterflies of span 1, 2, 4 .. half the
- * block. Several stages are done on values while they are in registers; every sum has the operands
- * that one stage after the other would give it. `rotate` is rotate_chunks.
+ * block. Several stages are done on values while they are in registers; every sum has the same
+ * operands as if the stages were done one after the other. `rotate` is rotate_chunks.
  */
 #define CHUNK 4096
 #define ROW_SIGNS 0x9E3779B97F4A7C15u
 #define COLUMN_SIGNS 0xC2B2AE3D27D4EB4Fu
 
-/* Sign bits of columns; those of a row are this or its complement in the top bit. */
+/* The sign bit of a row or a column; a value is flipped by the xor of both. */
 INLINE uint32_t sign_bit(uint64_t word, size_t at) { return (uint32_t)(word >> at & 1) << 31; }
 
 static void column_signs(uint32_t signs[64]) {
@@ -52,7 +52,7 @@ INLINE void butterflies_across(vf *x, size_t radix) {
             }
 }
 
-/* Stages of span .. span * radix / 2; with span LANES those within a vector before them. */
+/* Stages of span .. span * radix / 2; if span is LANES, first those within a vector. */
 INLINE void pass_of(float *x, size_t length, size_t size, size_t span, size_t radix, float factor) {
     for (size_t base = 0; base < length; base += span * radix)
         for (size_t j = base; j < base + span; j += LANES) {
@@ -78,7 +78,7 @@ INLINE void pass(float *x, size_t length, size_t size, size_t span, size_t radix
         pass_of(x, length, size, span, 1, factor);
 }
 
-/* At most 8, and 1 where a block is shorter than a vector. */
+/* The radix of a pass: at most 8, and 1 if a block is shorter than a vector. */
 static size_t least_radix(size_t left) { return left > 8 ? 8 : left ? left : 1; }
 
 /* factor * H x of every `size` values, a power of two from 8 on; `length` is a multiple of 64. */
@@ -91,7 +91,7 @@ static void butterflies(float *x, size_t length, size_t size, float factor) {
     }
 }
 
-/* The same of one chunk, with all numbers known to the compiler, which is a tenth faster. */
+/* The same for one chunk, with all numbers known to the compiler, which is a tenth faster. */
 static void hadamard(float *x) {
     const float factor = 1.0f / 64;
     pass_of(x, CHUNK, CHUNK, LANES, 8, 1);

@@ -1,4 +1,4 @@
-/* x86-64-v3 but for FMA, which rounds once where the reference rounds twice. */
+/* x86-64-v3 without FMA, which rounds once where the reference rounds twice. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* x86-64-v4 but for FMA, as in avx2. */
+/* x86-64-v4 without FMA, as in avx2. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdlib.h>

@@ -11,7 +11,7 @@
 enum { FP32, BF16, FP16 };
 enum { SCALE_ABSMAX, SCALE_L1, SCALE_RMS };
 
-/* W payloads that `mean` is to be taken of. */
+/* W payloads to take the mean of. */
 struct payloads {
     const uint8_t *packed; /* [W, stride] */
     const uint16_t *deltas; /* bf16 [W, blocks] */
@@ -69,7 +69,7 @@ struct lloyd_mean_job {
 
 struct rotsign_job {
     const void *values;
-    const uint64_t *signs; /* bits of all values, the padding's too, in whole words */
+    const uint64_t *signs; /* a bit per value, padding included, in whole words */
     void *residual; /* [numel]; may be NULL */
     uint8_t *packed;
     uint16_t *scales; /* bf16 [blocks] */

@@ -24,8 +24,8 @@ static size_t sum_above(const float *y, size_t count, float threshold, double *s
     return found;
 }
 
-/* Blocks that are fitted in turns: one step of a block waits for the one before, but for no other
- * block's. */
+/* Blocks that are fitted in turns: a block's step waits for its previous one, but not for those of
+ * other blocks. */
 #define FITTED 4
 
 /* The two levels, bf16, of each block of `count` values, at most FITTED blocks. */
@@ -57,7 +57,7 @@ static void fit(const float *y, size_t count, size_t block, uint16_t *levels) {
     }
 }
 
-/* Codes of a multiple of 4 * LANES values; with `rest`, y - value(code) too, which may be y. */
+/* Codes of a multiple of 4 * LANES values; with `rest`, which may be y, also y - value(code). */
 static void classes_whole(const float *y, size_t count, float lo, float hi, uint8_t *codes,
                           float *rest) {
     float threshold = (lo + hi) / 2;
@@ -92,10 +92,10 @@ static void classes(const float *y, size_t count, const uint16_t levels[2], uint
 }
 
 static int lloyd(const struct lloyd_job *job) {
-    /* Codes that are not written yet stand at the start, fewer than a chunk. */
+    /* At the start: the codes that are not written yet, fewer than a chunk. */
     uint8_t codes[64 + CHUNK] ALIGNED, *to = job->packed, last[64] = {0}, its[16];
     size_t block = job->block, held = 0, step = FITTED * block <= CHUNK ? FITTED * block : block;
-    /* Values of fp32 without a residual are read where they are. */
+    /* fp32 values without a residual are read in place. */
     int copied = job->values_dtype != FP32 || job->residual;
     float local[CHUNK] ALIGNED, *copy = local;
     if (copied && step > CHUNK && !(copy = malloc(4 * least(step, job->numel) + 4))) return 1;
@@ -132,7 +132,7 @@ static int lloyd(const struct lloyd_job *job) {
     return 0;
 }
 
-/* total += levels of codes (times a weight where weighted); as `first`, on zero. */
+/* total += levels of codes, times the weight if weighted; if `first`, total starts at zero. */
 INLINE void add_levels_as(int weighted, int first, float *total, const uint8_t *codes, size_t count,
                           float lo, float hi, float weight) {
     size_t whole = count / (4 * LANES) * (4 * LANES);

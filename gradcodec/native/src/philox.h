@@ -1,7 +1,7 @@
 /* Philox4x32-7 (Salmon et al., SC'11): the bytes of gradcodec.reference.philox.
  *
  * A counter lives in a 64-bit lane: the product of a round is 64 bits wide, its halves are words
- * of the next counter, and what stands above a word is never looked at. The counter's upper words
+ * of the next counter, and bits above a word are ignored. The counter's upper words
  * are zero and its second word is the same for a whole run, so the first two rounds are half
  * constant.
  */
@@ -12,7 +12,7 @@
 #define PHILOX_GROUP (VECTOR_BYTES / 8) /* counters of a vector */
 
 /* Bytes of the counters (low + 0..count-1, high), none of which wraps; writes whole groups. Memory
- * is idle meanwhile, so 64 bytes from `ahead` on are fetched for each counter: 16 floats. */
+ * is idle meanwhile, so 64 bytes from `ahead` on, 16 floats, are prefetched for each counter. */
 static void philox_run(uint32_t low, uint32_t high, size_t count, uint64_t seed, uint8_t *out,
                        const char *ahead) {
     uint32_t k0[7], k1[7];
@@ -20,9 +20,9 @@ static void philox_run(uint32_t low, uint32_t high, size_t count, uint64_t seed,
         k0[r] = (uint32_t)seed + r * PHILOX_W0;
         k1[r] = (uint32_t)(seed >> 32) + r * PHILOX_W1;
     }
-    /* After round 0 its first word is constant and its second zero. */
+    /* After round 0 the counter's first word is constant and its second zero. */
     uint64_t fixed = (uint64_t)(high ^ k0[0]) * PHILOX_M0;
-    /* Lane order such that interleaving 64-bit lanes by halves of 128 bits restores the order. */
+    /* Lanes in such an order that interleaving them by halves of 128 bits sorts the counters. */
     vq counter = (vq){0} + low;
     for (int lane = 0; lane < PHILOX_GROUP; lane++)
 #if X86

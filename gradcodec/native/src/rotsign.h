@@ -1,7 +1,7 @@
 /* gradcodec.reference.rotsign: signs of blocks of a power of two, rotated with random signs. A tile
  * of a chunk holds whole blocks, and is rotated and coded while it is in the first cache. */
 
-/* x ^= signs, of a multiple of 64 values; a set bit of a word negates. */
+/* x ^= signs, for a multiple of 64 values; a set bit of a word negates. */
 static void flip_by_words(float *x, const uint64_t *words, size_t count) {
     const vi place = 1 << LANE_INDEX;
     for (size_t i = 0; i < count; i += 64) {
@@ -30,7 +30,7 @@ static uint16_t rotsign_scale(const float *y, size_t block, size_t kept, int exp
     return bf16_of_float((float)(size * (double)power_of_two(exponent)));
 }
 
-/* A stream of single bits to which any number of them is added at a time. */
+/* A stream of single bits; any number of bits is added at a time. */
 struct bit_stream {
     uint8_t *to;
     size_t held; /* bits at the start of `codes` that are not written yet, fewer than 64 */
@@ -52,13 +52,13 @@ static void write_the_rest(struct bit_stream *stream) {
     memcpy(stream->to, last, (stream->held + 7) / 8);
 }
 
-/* Rotated values D H y / sqrt(block) of signs and scales, where `codes` are those of the tile's
- * `count` values' blocks; `x` up to a multiple of 64 is written. */
+/* Values D H y / sqrt(block) of a tile of `count` values, from the codes (signs of y) and scales of
+ * its blocks; writes `x` up to a multiple of 64. */
 static void rotsign_values(float *x, const uint8_t *codes, const uint16_t *scales,
                            const uint64_t *signs, size_t count, size_t block, size_t kept) {
     size_t length = (count + 63) / 64 * 64;
-    /* 1 / sqrt(block): a power of two before the sums, which stay exact and within fp32, and what
-     * is left of it after them. */
+    /* 1 / sqrt(block): a power of two before the sums, which stay exact and within fp32, and the
+     * remaining factor after them. */
     int power = __builtin_ctzll(block);
     float before = power_of_two(-(power / 2)), after = power % 2 ? (float)__builtin_sqrt(0.5) : 1;
     if (kept < block || length > count) memset(x, 0, 4 * length);

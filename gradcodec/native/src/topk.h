@@ -1,13 +1,13 @@
 /* gradcodec.reference.topk_encode: the k largest magnitudes of a chunk, exactly.
  *
- * Magnitudes are ordered as the 31 bits below their sign are. The upper 15 are bisected by
- * counting, over values of 16 bits; then few candidates share the threshold's upper bits, and
- * their lower 16 are bisected among themselves. Of what is equal in all, the first are taken.
+ * Magnitudes have the order of the 31 bits below their sign. The threshold's upper 15 bits are
+ * bisected by counting, over 16-bit values. Few candidates share these upper bits, and the lower
+ * 16 are bisected among them alone. Of values equal to the threshold, the first are taken.
  */
 struct topk_scratch {
     float *y; /* [chunk] */
     int16_t *upper; /* [chunk], padded with -1 to a multiple of 64 */
-    uint8_t *flags; /* as long */
+    uint8_t *flags; /* as long as `upper` */
     uint16_t *equal; /* [chunk] positions that share the threshold's upper bits */
 };
 
@@ -25,7 +25,7 @@ static size_t count_at_least(const int16_t *upper, size_t padded, int16_t thresh
 
 INLINE uint32_t magnitude(const float *y, size_t at) { return bits_of_float(y[at]) & 0x7FFFFFFF; }
 
-/* The lower 16 bits at or above which `wanted` of the candidates lie, or a few more if equal. */
+/* The largest lower 16 bits at or above which at least `wanted` of the candidates lie. */
 static uint32_t bisect_lower(const float *y, const uint16_t *equal, size_t count, size_t wanted) {
     uint32_t threshold = 0;
     for (uint32_t bit = 1u << 15; bit; bit >>= 1) {
@@ -119,7 +119,7 @@ static int topk(const struct topk_job *job) {
     return 0;
 }
 
-/* gradcodec.reference.top_rows: the low 6 bits of a magnitude give way to the position. */
+/* gradcodec.reference.top_rows: the position replaces the low 6 bits of a magnitude. */
 #define ROW 64
 
 static void rows(const struct topk_job *job) {

@@ -1,8 +1,8 @@
 /* Vectors of VECTOR_BYTES bytes, set by the level that includes this.
  *
  * Arithmetic is written with the vector extensions of GCC and clang; what those lack or compile
- * badly has an intrinsic here, and beside it a portable form, which is what the level `portable`
- * and machines other than x86-64 use. All forms give the same bits.
+ * badly has an intrinsic here, and beside it a portable form, for the level `portable` and for
+ * machines other than x86-64. All forms give the same bits.
  */
 #ifndef GRADCODEC_VECTORS_H
 #define GRADCODEC_VECTORS_H

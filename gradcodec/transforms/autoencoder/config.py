@@ -1,4 +1,4 @@
-"""Which autoencoder."""
+"""Settings of the autoencoder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ NORMALISATIONS = ("none", "global_rms", "factor_rms", "tensor_rms")
 
 @dataclass(frozen=True)
 class AutoencoderConfig(CodecConfig):
-    """Which autoencoder; what it learned are the codec's weights.
+    """Which autoencoder; its learned parameters are the codec's weights.
 
     Attributes:
         arch: ``"resnet3"`` (1/64), ``"cnn1d"`` (1/32) or ``"uformer"`` (1/64).
         variant: ``"literal"``, the paper's networks on the paper's image, or ``"working"``, the
             same trunks behind a learned row basis; see ``AutoencoderTransform``.
-        normalise: what tensors are divided by before they enter the network: ``"none"``, the
-            paper says nothing; ``"global_rms"``, one number; ``"factor_rms"``, one for wide
+        normalise: what tensors are divided by before they enter the network: ``"none"`` (the
+            paper mentions none); ``"global_rms"``, one number; ``"factor_rms"``, one for wide
             matrices (LoRA's A) and one for the rest (B); ``"tensor_rms"``, one per tensor.
         oversample: working variant: how many times more coefficients a column has in the
             networks than on the wire.
         bases: working variant: ``"kind"``, one row basis for all layers' tensors of a kind, or
-            ``"tensor"``, one each: more exact, and as many times larger as there are layers.
+            ``"tensor"``, one per tensor: more exact, but as many times larger as there are layers.
     """
 
     kind: ClassVar[str] = "autoencoder"

@@ -77,7 +77,7 @@ class ColumnEncoder(nn.Module):
 
 
 class ColumnDecoder(nn.Module):
-    """The trunk, then row bases of its own, ``[N, m] -> [N, n]``."""
+    """The trunk, then row bases, not the encoder's, ``[N, m] -> [N, n]``."""
 
     def __init__(self, arch: str, columns: Columns) -> None:
         super().__init__()

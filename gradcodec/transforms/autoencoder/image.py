@@ -37,9 +37,10 @@ class Image:
 
     On the left the long side is vertical and columns follow spec order; for LoRA adapters of
     square projections listed layer by layer that is ``layer_major_qkvo_AtB`` (A ``[r, d]`` is
-    transposed, B ``[d, r]`` is not), the order the independent reproduction chose: the paper
-    leaves it open. On the right (grouped-query attention, non-square projections, vectors) it is
-    ours: the nearly square image. Zeros fill both sides up to multiples of 64, at least 128.
+    transposed, B ``[d, r]`` is not), the order that the independent reproduction chose, since the
+    paper leaves it open. The right layout (grouped-query attention, non-square projections,
+    vectors) is our own, a nearly square image. Zeros fill both sides up to multiples of 64, at
+    least 128.
 
     Attributes:
         spec: the tensors.
@@ -90,8 +91,8 @@ class Group:
     Attributes:
         side: length of their columns.
         rank: coefficients a column may send, ``ceil(side / ratio)``.
-        members: their positions in the spec.
-        width: their columns together.
+        members: positions of the tensors in the spec.
+        width: number of columns of all of them together.
     """
 
     side: int
@@ -106,14 +107,14 @@ class Columns:
 
     Tensors are of one kind when they differ only in the numbers in their names, such as a layer's
     index (``layers.3.q_proj.lora_A`` and ``layers.7.q_proj.lora_A``), and stand on sides of equal
-    length; with ``per_tensor`` each is a kind of its own. Long sides may differ between kinds, so
-    any model fits without padding its columns.
+    length; with ``per_tensor`` every tensor is a separate kind. Long sides may differ between
+    kinds, so any model fits without padding its columns.
 
         grid [oversample * k, W]   column j: the j-th column of the update, in spec order
                                    row s*k + i: coefficient s*rank + i of that column's basis
 
     ``k`` is the largest rank; a shorter column leaves rows ``rank..k`` of every band empty, and W
-    is padded to a multiple of 64. The latent are the filled cells of the first band, row by row.
+    is padded to a multiple of 64. The latent is the filled cells of the first band, row by row.
     """
 
     spec: UpdateSpec
@@ -152,7 +153,7 @@ class Columns:
         return max(FOLD, -(-sum(g.width for g in self.groups) // FOLD) * FOLD)
 
     def basis_size(self, group: Group) -> int:
-        """Basis vectors of a group: ``oversample`` times what it sends, at most all."""
+        """Basis vectors of a group: ``oversample`` times its rank, at most ``side``."""
         return min(group.side, self.oversample * group.rank)
 
     def pack(self, x: Tensor) -> list[Tensor]:
@@ -164,7 +165,7 @@ class Columns:
         ]
 
     def unpack(self, matrices: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Inverse of ``pack``: ``[N, n]``; ``like`` ``[N, ...]`` tells the batch size."""
+        """Inverse of ``pack``: ``[N, n]``; ``like`` ``[N, ...]`` gives the batch size."""
         parts = [like.new_zeros(like.shape[0], 0)] * len(self.spec)
         tensors = self.spec.tensors
         for group, matrix in zip(self.groups, matrices, strict=True):

@@ -99,7 +99,7 @@ class Cnn1dEncoder(nn.Module):
     """Eleven stride-2 convolutions down the concatenated columns; latent ``[N, 64, H*W/2048]``.
 
     Interpretation: the paper's tables and drawing disagree and give no kernels or channels; the
-    latent's size, 1/32, is theirs and the stages follow ResNet-3's.
+    latent's size, 1/32, is the paper's and the stages follow ResNet-3's.
     """
 
     def __init__(self) -> None:
@@ -283,7 +283,7 @@ class Trunk(nn.Module):
             block.silence()
             self.blocks.append(block)
         self.encoder = encoder
-        # On the CPU also where the rest is on the meta device, which takes a second to make an eye.
+        # On the CPU even if the rest is on the meta device, where torch.eye takes a second.
         self.start_at(torch.eye(sizes[0], FOLD, device="cpu"))
 
     @torch.no_grad()
@@ -312,18 +312,18 @@ class Trunk(nn.Module):
 def count_macs(module: nn.Module, input_shape: Sequence[int], convention: str = "input") -> int:
     """Multiply-accumulates of one forward pass, by hooks on the meta device.
 
-    Counted are convolutions, transposed convolutions and linear layers; norms, activations and
+    Convolutions, transposed convolutions and linear layers are counted; norms, activations and
     the products inside attention are not.
 
     Args:
-        module: left as it is; a copy is run.
+        module: not modified; a copy is run.
         input_shape: shape of its one input.
         convention: what a transposed convolution costs: ``"input"``, every input value meets
             every kernel tap once, which is the true arithmetic, or ``"output"``, kernel taps
             times output values, which is what the paper's counter must have used.
 
     Raises:
-        ConfigError: another convention.
+        ConfigError: the convention is neither.
     """
     if convention not in ("input", "output"):
         raise ConfigError(f"expected a convention of ('input', 'output'), got {convention!r}")

@@ -18,9 +18,9 @@ from gradcodec.types import Update, UpdateSpec
 
 
 class AutoencoderTransform(Transform):
-    """A trained pair of networks; the paper's way (CG-FedLLM, arXiv 2405.13746).
+    """A trained encoder and decoder network, as in CG-FedLLM (arXiv 2405.13746).
 
-    Literal, the published networks on the published image (``layout_image.Image``)::
+    Literal, the published networks on the published image (``image.Image``)::
 
         update --/scales--> image [1, H, W] --six stride-2 stages, 3 residual blocks--> z [64, h, w]
         update <-*scales-- image [1, H, W] <--six transposed stages, Tanh, 3 blocks---- z
@@ -33,26 +33,27 @@ class AutoencoderTransform(Transform):
     Why there are two. An update is white in the image: neighbouring pixels are unrelated hidden
     units, so stacked convolutions have nothing to compress and the literal form ends near the
     zero predictor, as an independent reproduction found and ours confirms. It is here to measure
-    that. What the columns of one kind of factor do share over layers, clients and time is the
-    subspace they lie in. The working form learns that: a dense map along the rows, one basis per
-    kind; then the coefficients fold into the paper's latent grid (64 neighbouring columns are the
+    that. But the columns of one kind of factor lie in the same subspace over layers, clients and
+    time. The working form learns this subspace: a dense map along the rows, one basis per kind;
+    then the coefficients fold into the paper's latent grid (64 neighbouring columns are the
     64 channels; at r = 8 they are exactly one layer's q, k, v, o), a 1x1 convolution mixes what
     belongs together there, and the paper's three residual blocks refine it.
 
-    The paper's: ResNet-3's layers and sizes, latent ratios, separate encoder and decoder, MSE and
-    Adam at 2e-4. Ours, literal: images of anything but uniform matrices, normalisation (published
-    is none), everything about the 1-D CNN and the U-Former except latent ratio and name. Ours,
-    working: row basis and mix in place of the stages; no one-channel stem or head, no Tanh, no
-    BN; zero padding; blocks that start as the identity, so that the fit starts at a closed-form
-    linear code, and only what validates better replaces it. On the LoRA updates we tried nothing
-    did: what the working form gains is linear, and ``subspace`` is the simpler, additive codec.
+    From the paper: ResNet-3's layers and sizes, latent ratios, separate encoder and decoder, MSE
+    and Adam at 2e-4. Ours in the literal form: images of anything but uniform matrices,
+    normalisation (published is none), everything about the 1-D CNN and the U-Former except latent
+    ratio and name. Ours in the working form: row basis and mix in place of the stages; no
+    one-channel stem or head, no Tanh, no BN; zero padding; blocks that start as the identity. The
+    fit of the working form thus starts at a closed-form linear code, which only a code that
+    validates better replaces. On the LoRA updates we tried, none did: all that the working form
+    gains is linear, and ``subspace`` is the simpler codec for that, with codes that add.
 
     Weights: ``encoder.*``, ``decoder.*``, ``shared.scales`` ``[tensors]``; either half works alone.
     The code is not linear; its vector-Jacobian product is autograd's through the decoder.
 
     Raises:
-        ConfigError: no spec, or weights that are not this network's; on use of a half whose
-            weights are not here.
+        ConfigError: there is no spec, or the weights do not fit the network; later, if a half is
+            used whose weights are not loaded.
     """
 
     kind = "autoencoder"
@@ -88,7 +89,7 @@ class AutoencoderTransform(Transform):
             raise ConfigError("autoencoder: expected shared.scales that are positive")
 
     def code_numel(self, spec: UpdateSpec | None = None) -> int:
-        """Latent elements; in the literal form those of the image's padding too."""
+        """Latent elements, including those of the image's padding in the literal form."""
         self.table(spec)
         return self._latent_numel
 

@@ -17,10 +17,12 @@ def allocate(
 ) -> dict[str, int]:
     """Share code dimensions out over parameters.
 
-    Parameters that share a basis are one: they get the same number, and a dimension of theirs costs
-    what it costs all of them. Every parameter first gets ``min_rank`` dimensions, then:
+    Parameters that share a basis count as one: they get the same number of dimensions, and a
+    dimension costs the code values of all of them. Every parameter first gets ``min_rank``
+    dimensions, then:
 
-    - ``"uniform"``: each gets ``size / ratio`` of its own ``size``-long side, if that is more;
+    - ``"uniform"``: each gets ``size / ratio`` dimensions, if that is more; ``size`` is the length
+      of its projected side;
     - ``"energy"``: greedily the dimension with the most energy per code value, which minimises the
       total squared error of reconstruction;
     - ``"tempered"``: the same, with each parameter's spectrum divided by its total energy to the
@@ -34,8 +36,8 @@ def allocate(
 
     Returns:
         Number of dimensions ``k`` by parameter name. Together they make at most
-        ``spec.numel / ratio`` code values; under ``"uniform"``, sides shorter than
-        ``min_rank * ratio`` come on top.
+        ``spec.numel / ratio`` code values, except that under ``"uniform"`` sides shorter than
+        ``min_rank * ratio`` exceed their share.
 
     Raises:
         ConfigError: ``min_rank`` alone is more than the ratio allows, except under ``"uniform"``.

@@ -3,9 +3,9 @@
     U [size, k] --columns--> blocks of 64 --> codes uint8 [k, bytes of a column], scales bf16
 
 Blocks of 64 within a column have the smallest error for their bytes: on the two bundled codecs at
-4 bits they lose 0.0097 and 0.0145 of the energy at 4.25 bits a value. A scale per column of 256 is
-4.06 bits and loses 0.0137 and 0.0255, where 0.19 bits less should cost a factor of 1.3 only; blocks
-of 32 and 128, and the same at 8 bits, lose as well.
+4 bits they lose 0.0097 and 0.0145 of the energy at 4.25 bits a value. One scale per column of 256
+takes 4.06 bits and loses 0.0137 and 0.0255, although 0.19 bits less should only cost a factor of
+1.3. Blocks of 32 and 128 are worse as well, and so are all of these at 8 bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BASIS_DTYPES = (*FLOATS, *BITS)
 def quantise(basis: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """``[size, k]`` -> packed codes uint8 ``[k, bytes]``, scales bf16 ``[k, blocks]``.
 
-    Every column begins a block and a byte, so ``k`` and the sizes can be read off the shapes.
+    Every column begins a new block and byte, so ``k`` and the sizes can be read off the shapes.
     """
     size, k = basis.shape
     columns = functional.pad(basis.T.float(), (0, -size % BLOCK))
@@ -60,7 +60,7 @@ def dequantise(codes: Tensor, scales: Tensor | None, size: int, bits: int) -> Te
     if scales is None or scales.dtype != torch.bfloat16 or scales.shape != (k, blocks):
         came = "none" if scales is None else f"{scales.dtype} {list(scales.shape)}"
         raise ConfigError(f"expected bfloat16 scales {[k, blocks]}, got {came}")
-    # Of the lowest level too, which is beyond fp32 where a scale is near the end of bf16's range.
+    # The lowest level must be finite too: it overflows fp32 if a scale is near bf16's maximum.
     lowest = scales.float() * (1 << bits - 1)
     if not bool((torch.isfinite(lowest) & (scales >= 0)).all()):
         raise ConfigError("expected scales that are not negative and levels that are finite")

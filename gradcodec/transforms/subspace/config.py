@@ -18,7 +18,7 @@ SIDES = ("auto", "long", "short")
 
 @dataclass(frozen=True)
 class SubspaceConfig(CodecConfig):
-    """How the bases were (or are to be) fitted; they themselves are the codec's weights.
+    """How the bases were (or are to be) fitted; the bases are the codec's weights.
 
     Attributes:
         ratio: update elements per code value, at least 1.
@@ -29,7 +29,7 @@ class SubspaceConfig(CodecConfig):
         min_rank: fewest dimensions a parameter may get.
         basis_dtype: storage of the bases: ``"float32"``, ``"bfloat16"``, ``"float16"``, or
             ``"int8"`` or ``"int4"`` with scales (see ``basis``).
-        share: which parameters have one basis together: ``"none"``, ``"kind"`` (the same factor in
+        share: which parameters share a basis: ``"none"``, ``"kind"`` (the same factor in
             all layers) or ``"inputs"`` (``lora_A`` of q, k and v; see ``groups``).
     """
 
@@ -84,7 +84,7 @@ class Axis:
 
     @property
     def prefix(self) -> str:
-        """Weight name prefix: which side is part of the name, so a square matrix is unambiguous."""
+        """Weight name prefix; it contains the side, so a square matrix is unambiguous."""
         return "shared.left." if self.left else "shared.right."
 
     @property

@@ -10,8 +10,8 @@ from gradcodec.types import UpdateSpec
 
 SHARES = ("none", "kind", "inputs")
 
-#: Modules of one parent that are given the same input. Names cannot tell in general: a model's
-#: ``o_proj`` has the shape and the parent of ``q_proj`` and another input.
+#: Modules of one parent that get the same input. No general rule finds them: ``o_proj`` has the
+#: parent and the shape of ``q_proj``, but another input.
 SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),  # LLaMA, Mistral, Qwen, Gemma, OPT
     ("query", "key", "value"),  # BERT, RoBERTa, ViT
@@ -30,12 +30,13 @@ def group_names(spec: UpdateSpec, share: str) -> dict[str, str]:
     """The name of the group that each parameter shares its basis with.
 
     - ``"none"``: itself.
-    - ``"kind"``: the same name but for the numbers among its dotted parts, which become ``*``:
+    - ``"kind"``: its name with ``*`` in place of the numbers among its dotted parts:
       ``layers.*.self_attn.q_proj.lora_A.weight`` is one basis for all layers.
     - ``"inputs"``: the ``lora_A`` factors of modules with the same input (``SAME_INPUT``):
       ``layers.0.self_attn.q_proj+k_proj+v_proj.lora_A.weight``. All others are on their own.
 
-    Members of a group have the same matrix shape; where one name has several, the shape is added.
+    Members of a group have the same matrix shape; if a name has several shapes, they are added to
+    it, one group each.
     """
     if share == "none":
         return {t.name: t.name for t in spec}

@@ -68,9 +68,9 @@ class SubspaceTransform(Transform):
     autoencoder of its size (Baldi and Hornik 1989); CG-FedLLM (arXiv 2405.13746) trains a
     convolutional one instead. A parameter without a basis is not updated at all.
 
-    Quantised bases are the bases: both ends dequantise the same stored codes, exactly, so the
-    transform stays linear and tied whatever the quantisation cost. A basis that several parameters
-    share is stored once, under their group's name.
+    If bases are stored quantised, both ends dequantise the same codes, exactly: the transform stays
+    linear and tied, however large the quantisation error. A basis that several parameters share is
+    stored once, under their group's name.
 
     The code is linear, so payloads are averaged as codes, and the vector-Jacobian product of
     ``from_code`` is ``to_code`` itself.
@@ -99,7 +99,7 @@ class SubspaceTransform(Transform):
         """``[m]``: sqrt(parameter elements / code values), the step scale of each code value.
 
         An adaptive optimiser moves every value by about its learning rate. Scaled by this, a step
-        in code space has the same Euclidean norm as the step it stands for.
+        in code space has the same Euclidean norm as a step on the parameters themselves.
         """
         scales = [
             torch.full((p.code_numel,), math.sqrt(p.axis.size / max(p.basis.shape[1], 1)))
@@ -121,7 +121,7 @@ class SubspaceTransform(Transform):
         return self._project(update)
 
     def pullback(self, z: Tensor, gradients: Update) -> Tensor:
-        """The transposed Jacobian is the projection, whatever ``z``."""
+        """The projection, which is the transposed Jacobian for every ``z``."""
         return self._project(gradients)
 
     def _project(self, update: Update) -> Tensor:
@@ -182,7 +182,7 @@ def weights_of(
 
 
 def _basis(stored: Tensor, scales: Tensor | None, size: int, config: SubspaceConfig) -> Tensor:
-    """A basis ``[size, k]`` as it is stored, dequantised where it is not stored in floats."""
+    """A basis ``[size, k]`` as it is stored, dequantised unless it is stored in floats."""
     bits = BITS.get(config.basis_dtype)
     if bits is not None:
         return dequantise(stored, scales, size, bits)
