@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         route: the stages it passes; with low rank, those that its coordinates pass.
         feedback: whether what coding loses is kept for the next step.
-        label: its name in ``stats``.
+        label: name of the codec in ``stats``.
         lowrank: settings of low rank, if it is sent as coordinates in an adaptive basis.
     """
 
