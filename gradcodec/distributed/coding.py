@@ -72,7 +72,7 @@ class Coder(Protocol):
 
 
 class RawCoder:
-    """The values' own bytes: packing is lossless, and the mean is rounded once to ``dtype``."""
+    """The bytes of values in ``dtype``, lossless if it is theirs; the mean is rounded once."""
 
     align = 1
     grain = 1

@@ -10,7 +10,7 @@ first, as *terms*: short texts by name.
 
 A rank that refuses its arguments sends its refusal in place of terms; no other rank waits for it.
 Nothing that comes from a rank is interpreted or run: its text is lines of at most ``MAX_TEXT``
-bytes in all. The layout of a record never changes. Only ``PROTOCOL``, one of the terms, does.
+bytes in all. The layout of a record never changes. Only ``PROTOCOL``, one of the terms, may.
 """
 
 from __future__ import annotations
