@@ -1,7 +1,7 @@
 """Checks of what a caller hands over: settings, options, parameters, loaded states.
 
-They run where it is handed over, not in a later step, where it would fail. Every wrapper takes the
-same settings, so there is one function for each.
+They run in the call that takes an argument, since a later step would fail with it. Every wrapper
+takes the same settings, so there is one function for each.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def check_settings(
 
 
 def check_count(name: str, count: object) -> None:
-    """Check that it is a whole number of 0 or more."""
+    """Check that ``count`` is a whole number of 0 or more."""
     if type(count) is not int or count < 0:
         raise ConfigError(f"expected {name} of 0 or more, got {count!r}")
 
 
 def check_seed(seed: object) -> None:
-    """Check that it is a whole number of 64 bits."""
+    """Check that ``seed`` is a whole number of 64 bits."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ConfigError(f"expected a seed that is an int of 64 bits, got {seed!r}")
 
@@ -72,7 +72,7 @@ def rule_pairs(rules: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
     """Rules as a list of ``(pattern, codec)``.
 
     Raises:
-        ConfigError: they are no pairs, or a pattern is no text.
+        ConfigError: the rules are not pairs, or a pattern is not a string.
     """
     way = "expected rules as a list of (pattern, codec) pairs, such as [('*.bias', 'fp32')]"
     if isinstance(rules, Mapping):
@@ -90,7 +90,7 @@ def check_options(what: str, takes: Callable[..., Any], options: Mapping[str, An
     """Check the names of options before they are handed on to ``takes``.
 
     Raises:
-        ConfigError: one that it does not take; the message lists those that it does.
+        ConfigError: ``takes`` has no such option; the message lists those that it has.
     """
     known = [n for n in inspect.signature(takes).parameters if n not in _OF_THE_MODEL]
     strange = [n for n in options if n not in known]
@@ -105,8 +105,8 @@ def trainable(model: NamedParameters) -> dict[str, nn.Parameter]:
     """The trainable parameters of a model by name, all of which can be averaged.
 
     Raises:
-        ConfigError: what came is no model and no named parameters, or a parameter is lazy, without
-            storage, sharded, or of a dtype that is not averaged.
+        ConfigError: ``model`` is neither a model nor named parameters, or a parameter is lazy,
+            without storage, sharded, or of a dtype that is not averaged.
     """
     found = named_parameters(model)
     for name, parameter in found.items():
@@ -138,14 +138,14 @@ def check_dtype(name: str, dtype: torch.dtype, allowed: Iterable[torch.dtype] = 
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``: a part of a sharded or replicated whole."""
+    """Whether a tensor is a ``DTensor``: a part of a sharded or replicated whole."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
 def real_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of its gradient as real numbers; complex ones are pairs of them."""
+    """The shape of a parameter's gradient as real numbers; a complex number is a pair of them."""
     shape = tuple(parameter.shape)
     return (*shape, 2) if parameter.is_complex() else shape
 
@@ -154,10 +154,10 @@ def real_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def check_state(state: object, *needed: str) -> None:
-    """Check that it is what ``state_dict`` returns: whole numbers and finite tensors by name.
+    """Check for what ``state_dict`` returns: whole numbers and finite tensors by name.
 
     Args:
-        state: what came.
+        state: the loaded state.
         needed: keys that must be there.
 
     Raises:

@@ -1,7 +1,7 @@
 """How vectors become bytes between ranks. All that ``distributed`` knows of codecs is in this file.
 
-``CodecCoder`` is the only user of packers, and ``routes_of`` the only place that
-knows which codecs transform gradients before they pack them.
+``CodecCoder`` is the only user of packers. ``routes_of`` is the only function that knows which
+codecs transform gradients before they pack them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Coder(Protocol):
 
     @property
     def grain(self) -> int | None:
-        """Vectors may be joined and packed together where each length is a multiple of this.
+        """Vectors may be joined and packed together if each length is a multiple of this.
 
-        Each of them then has the code that it has alone. ``None``: vectors must not be joined.
+        Joining then changes no vector's code. ``None``: vectors must not be joined.
         """
         ...
 
@@ -56,13 +56,13 @@ class Coder(Protocol):
         ...
 
     def pack(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
-        """``[n]`` -> uint8 ``[nbytes(n)]``; raises ``NonFiniteError`` and leaves the residual."""
+        """``[n]`` -> uint8 ``[nbytes(n)]``; ``NonFiniteError`` leaves the residual unchanged."""
         ...
 
     def mean(self, bodies: Sequence[Tensor], numel: int) -> Tensor:
         """``W`` bodies, uint8 ``[nbytes(numel)]``, -> mean in their order, fp32 ``[numel]``.
 
-        fp64 for fp64. May share memory with a body that is alone.
+        fp64 if the values are fp64. With ``W = 1`` the result may share memory with the body.
         """
         ...
 
@@ -72,7 +72,7 @@ class Coder(Protocol):
 
 
 class RawCoder:
-    """The values' own bytes: lossless on the way in, one rounding to ``dtype`` of the mean."""
+    """The bytes of values in ``dtype``, lossless if it is theirs; the mean is rounded once."""
 
     align = 1
     grain = 1
@@ -125,7 +125,7 @@ class CodecCoder:
         return self.packer.nbytes(numel)
 
     def residual_numel(self, numel: int) -> int:
-        """The packer's; it may be kept in another domain."""
+        """The packer's size; its residual may be kept in another domain, such as rotated values."""
         return self.packer.residual_numel(numel)
 
     def pack(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
@@ -150,7 +150,7 @@ class Route:
     """The stages that one tensor passes on its way to bytes.
 
     Attributes:
-        coder: of the values or of their code; ``None`` sends them in their own dtype.
+        coder: codes the values, or their projection; ``None`` sends them in their own dtype.
         projection: applied before coding and undone after averaging.
     """
 
@@ -178,7 +178,7 @@ def named_codec(codec: object) -> Codec:
     """A codec itself, or the one that ``make_codec`` knows under a name.
 
     Raises:
-        ConfigError: it is neither, or a scheme that is no codec.
+        ConfigError: ``codec`` is neither, or a scheme that is not a codec (low rank, ``"auto"``).
     """
     if isinstance(codec, Codec):
         return codec
@@ -222,9 +222,9 @@ def flat_route(codec: Codec) -> Route:
 def routes_of(codec: Codec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Route]:
     """A route for every named shape.
 
-    A codec of bare vectors serves all alike. A ``Subspace``, alone or as the outer stage of a
-    ``Chain``, must be bound to a table with these names and shapes; a parameter that it has no
-    basis for is sent raw.
+    A codec of bare vectors gives all shapes the same route. A ``Subspace``, alone or as the outer
+    stage of a ``Chain``, must be bound to a table with these names and shapes; a parameter
+    without a basis is sent raw.
 
     Raises:
         ConfigError: the codec cannot serve these tensors.
@@ -250,16 +250,16 @@ def routes_of(codec: Codec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
 
 
 def is_cast(codec: Codec) -> bool:
-    """Whether it sends each value in a floating dtype: its own, or a narrower one."""
+    """Whether a codec sends each value in a floating dtype: its own, or a narrower one."""
     return isinstance(codec, Identity)
 
 
 def wants_feedback(codec: Codec) -> bool:
     """Whether error feedback is on under ``error_feedback="auto"``.
 
-    It needs a contractive codec (one that loses less than everything) and gains nothing where the
-    expectation is right already. Casts lose less than training notices; rotated signs of fewer
-    than one bit a value may lose more than there was.
+    Error feedback needs a contractive codec (one whose error is smaller than its input) and gains
+    nothing with an unbiased one. Casts lose less than training notices. Rotated signs of fewer than
+    one bit per value may have an error larger than their input.
     """
     if is_cast(codec):
         return False

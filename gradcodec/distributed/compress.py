@@ -42,17 +42,18 @@ def compress(
     ``fully_shard`` on ``mesh["shard"]``,      the all-reduce over the replicas, which this adds;
     with ``replicas=mesh["replicate"]``        the sharding dimension stays dense
     ``fully_shard`` on a 2-D mesh (HSDP) or    nothing further: the group of that backend compresses
-    ``replicate()``, over a compressed         already, and is what is returned
+    ``replicate()``, over a compressed         already, and this returns that group
     backend
     ========================================  ===================================================
 
-    Gradients are averaged as the wrapper does it by itself.
+    Gradients are averaged as the wrapper averages them without compression.
 
     Args:
-        model: the wrapped model itself, or what ``torch.compile`` made of it.
+        model: the wrapped model, also after ``torch.compile``.
         codec: a codec or its name, ``"int4"`` by default; ``None`` over a compressed backend.
-        replicas: for HSDP by hand, where the model is sharded on one dimension only.
-        options: of ``CompressState`` for DDP, of ``ShardedState`` otherwise.
+        replicas: for HSDP by hand, where the model is sharded on one dimension only: the mesh or
+            group of the replicas.
+        options: those of ``CompressState`` for DDP, those of ``ShardedState`` otherwise.
 
     Returns:
         A ``Compression``: its counters, its state for checkpoints, and ``close``; also a context
@@ -83,7 +84,7 @@ def compress(
 def _ddp(
     model: DistributedDataParallel, codec: Codec | str, options: dict[str, Any]
 ) -> CompressState:
-    # Compared as well: where one rank refuses, the others must not wait for it.
+    # Ranks compare this check too: if one refuses, the others must not wait for it.
     with must_agree(LinkChannel(control_link(model.process_group)), "compress"):
         _check_ddp(model, options)
     state = CompressState(model, codec=codec, process_group=model.process_group, **options)
@@ -99,7 +100,7 @@ def _check_ddp(model: DistributedDataParallel, options: dict[str, Any]) -> None:
             "parameter in compiled code, which cannot encode; set it to 'ddp_optimizer' before "
             "wrapping"
         )
-    # A copy of a compressed model has nothing in its slot but the note that it was copied.
+    # In a copy of a compressed model only the mark of the copy is in the slot.
     hooks = [pair for pair in model._comm_hooks if not isinstance(pair[1], CopiedState)]
     model._comm_hooks = hooks
     taken = [hook.__qualname__ for hook, _ in hooks]

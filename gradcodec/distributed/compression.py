@@ -12,7 +12,7 @@ from gradcodec.distributed.meter import Traffic
 from gradcodec.errors import TrainingError
 
 State = dict[str, Tensor | int]
-"""What ``state_dict`` returns: flat, of CPU tensors and whole numbers alone."""
+"""What ``state_dict`` returns: a flat dictionary of CPU tensors and whole numbers only."""
 
 Self = TypeVar("Self", bound="Closing")
 
@@ -32,7 +32,7 @@ class Compression(Protocol):
 
     @property
     def step(self) -> int:
-        """Steps so far: backward passes that exchanged gradients; of a group, its all-reduces."""
+        """Steps so far: backward passes that exchanged gradients; for a group, its all-reduces."""
         ...
 
     @property
@@ -60,28 +60,28 @@ class Compression(Protocol):
         ``codecs``
             the codec that is used, by parameter, unit or group.
         ``substituted``
-            codecs by name that were asked for, to those that are used in their place: in a
+            names of codecs that were asked for, mapped to the codecs used instead: in a
             reduce-scatter ``"int4"`` becomes ``"int4-unbiased"`` (see ``plan.scattered_codec``).
         ``nmse``
             relative squared error of the coding, by parameter or unit, where it was measured.
         ``partial``
-            reductions without some parameters of a unit, in which its error feedback waited.
+            reductions that lacked some parameters of a unit, so that its error feedback paused.
         ``auto``
             what ``codec="auto"`` has decided and why, else ``None``.
         """
         ...
 
     def state_dict(self) -> State:
-        """What a resumed run needs to go on to the bit; every rank has its own."""
+        """What a resumed run needs to continue with equal bits; every rank has its own."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
         """Go on where ``state_dict`` was taken. All ranks load, between the same two steps.
 
         Args:
-            state: what ``state_dict`` returned on the rank of this number.
-            strict: ``False`` is for a model that has changed since: what was kept for names that
-                are gone, or that have another shape now, is dropped with a log line, and new names
+            state: what ``state_dict`` returned on the rank with this number.
+            strict: ``False`` is for a model that has changed since. The state of names that are
+                gone, or that have another shape now, is dropped with a log line, and new names
                 start at zero.
 
         Raises:
@@ -118,7 +118,7 @@ class Closing:
     """The part of ``Compression`` that is the same for all: it can be closed, once and for good.
 
     Attributes:
-        closed: whether it was.
+        closed: whether ``close`` was called.
     """
 
     closed = False

@@ -3,10 +3,10 @@
 With a fixed basis, what lies outside of it is never sent, not even with error feedback. Here the
 basis of each matrix is learned while training, by power iteration on gradient plus residual, every
 ``refresh`` steps; in between only coordinates are exchanged. With ``refresh=1`` and
-``code="fp32"`` this is PowerSGD (Vogels et al. 2019, arXiv 1905.13727), but for the 16 bits in
-which power iterations travel: its ``P`` is our basis, its ``Q`` our coordinates. New here are
-coordinates of fewer bits, and bases that live longer than a step, which saves their half of the
-bytes.
+``code="fp32"`` this is PowerSGD (Vogels et al. 2019, arXiv 1905.13727), except that power
+iterations travel in 16 bits: its ``P`` is our basis, its ``Q`` our coordinates. Two things are new
+here: coordinates of fewer bits, and bases that live longer than a step, which saves the half of the
+bytes that bases take.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gradcodec.types import TensorSpec
 class LowRank:
     """Settings of the adaptive low-rank scheme.
 
-    A step sends ``rank`` coordinates per element of a matrix's short side, and every ``refresh``
-    steps two bytes for ``rank`` elements per element of its long side.
+    A step sends ``rank`` coordinates per element of a matrix's short side. Every ``refresh`` steps
+    it also sends ``rank`` values of two bytes per element of the long side.
 
     Attributes:
         rank: columns of a basis; 1 or more.
-        refresh: steps between power iterations. 1 is PowerSGD; what lies outside a basis waits
-            longer where it is larger, which training notices before long.
-        code: codec of the coordinates: ``"fp32"``, ``"int8"``, ``"int4"`` and so on. What it loses
-            is fed back with the rest.
-        other: codec of parameters that are no matrices or too small to gain.
+        refresh: steps between power iterations. 1 is PowerSGD. With more steps, what lies outside
+            the basis waits longer, which training soon notices.
+        code: codec of the coordinates: ``"fp32"``, ``"int8"``, ``"int4"`` and so on. Its loss is
+            part of the error feedback.
+        other: codec of parameters that are not matrices, or are too small to gain.
     """
 
     rank: int = 4
@@ -52,7 +52,7 @@ class LowRank:
                 raise ConfigError(f"lowrank: expected {name} of 1 or more, got {value!r}")
 
     def serves(self, shape: tuple[int, ...]) -> bool:
-        """Whether a parameter is a matrix that basis and coordinates are smaller than."""
+        """Whether a parameter is a matrix larger than its basis and coordinates together."""
         rows, cols = matrix_shape(TensorSpec("", shape))
         return len(shape) > 1 and self.rank * (rows + cols) < rows * cols
 
@@ -68,7 +68,7 @@ class AdaptiveBasis:
                                      E <- M - U z^                       this rank's rest
         3.                           G~ = U (mean over ranks of z^),  Q <- (mean of z^)^T
 
-    ``U`` and ``Q`` are made of exchanged values by the same operations on every rank, hence equal
+    Every rank makes ``U`` and ``Q`` from exchanged values by the same operations, so they are equal
     to the bit on equal hardware. Without error feedback ``E`` stays zero.
     """
 
@@ -93,18 +93,18 @@ class AdaptiveBasis:
         return (matrix.T if self.transposed else matrix).reshape(-1)
 
     def to(self, device: torch.device) -> None:
-        """Move what is kept to the gradient's device."""
+        """Move start vectors, basis and residual to the gradient's device."""
         if self.start.device != device:
             self.start = self.start.to(device)
             self.basis = None if self.basis is None else self.basis.to(device)
             self.error = None if self.error is None else self.error.to(device)
 
     def due(self, step: int) -> bool:
-        """Whether step 1 takes place."""
+        """Whether step 1 takes place in this step."""
         return self.basis is None or step % self.settings.refresh == 0
 
     def with_error(self, values: Tensor, feedback: bool) -> Tensor:
-        """``M``: a new tensor, or the gradient itself without a residual."""
+        """``M``: a new tensor, or without a residual the gradient itself."""
         gradient = self.oriented(values)
         return gradient + self.error if feedback and self.error is not None else gradient
 
@@ -113,10 +113,10 @@ class AdaptiveBasis:
         return (m @ self.start).reshape(-1)
 
     def renew(self, powered: Tensor) -> None:
-        """Take the basis of the averaged ``P``; keeps the old one if a gradient was not finite."""
+        """Make the basis from the averaged ``P``; keep the old one if a gradient was not finite."""
         p = powered.view(self.long, -1).float()
         if bool(torch.isfinite(p).all()):
-            # Columns of very different size would lose their small ones to rounding.
+            # If columns differed much in size, the small ones would be lost to rounding.
             scale = p.norm(dim=0, keepdim=True)
             self.basis = torch.linalg.qr(p / scale.clamp_min(torch.finfo(p.dtype).tiny)).Q
 
@@ -131,19 +131,19 @@ class AdaptiveBasis:
         return self.basis @ z.view(-1, self.short)
 
     def follow(self, mean: Tensor) -> None:
-        """Start the next power iteration where this gradient pointed."""
+        """Start the next power iteration from the mean coordinates of this step."""
         z = mean.view(-1, self.short)
-        # A step without gradient (nothing used this parameter) points nowhere.
+        # In a step without gradient (nothing used this parameter) they are zero.
         if bool(z.any()):
             self.start = z.T.clone()
 
     def state_dict(self, name: str) -> dict[str, Tensor | int]:
-        """``start.NAME``, and ``basis.NAME`` and ``error.NAME`` once they are there."""
+        """``start.NAME``, and ``basis.NAME`` and ``error.NAME`` if they exist yet."""
         kept = {"start": self.start, "basis": self.basis, "error": self.error}
         return {f"{k}.{name}": t.detach().cpu().clone() for k, t in kept.items() if t is not None}
 
     def misfit(self, name: str, state: Mapping[str, Tensor | int]) -> str:
-        """Which shape in a state is not that of this matrix and rank; empty if all are."""
+        """The first shape in a state that does not fit this matrix and rank; empty if all fit."""
         rank = self.settings.rank
         shapes = {
             "start": (self.short, rank),
@@ -160,7 +160,7 @@ class AdaptiveBasis:
         """Inverse of ``state_dict``.
 
         Raises:
-            ConfigError: a shape is not that of this matrix and rank.
+            ConfigError: a shape does not fit this matrix and rank.
         """
         if text := self.misfit(name, state):
             raise ConfigError(text)

@@ -1,4 +1,4 @@
-"""What was moved and how long it took: of one exchange, and of a whole training."""
+"""Bytes moved and seconds taken, by one exchange and by a whole training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes and seconds of this rank; sums with ``+``.
+    """Bytes and seconds of this rank; ``+`` adds two of them.
 
     Attributes:
-        dense: bytes of the tensors that were exchanged, as they lie in memory.
+        dense: bytes of the exchanged tensors in memory, before coding.
         wire: bytes that this rank sent to other ranks, headers included.
-        encode: seconds of encoding, also of the owner's second encoding.
+        encode: seconds of encoding, the owner's encoding of means included.
         exchange: seconds in collectives, waiting for slower ranks included.
         decode: seconds of decoding and averaging.
     """
@@ -70,11 +70,11 @@ def ring_nbytes(dense: int, world: int) -> int:
 
 @dataclass
 class Counters:
-    """Counts of one training: everything that ``Compression.stats`` and log lines are made of.
+    """Counts of one training, for ``Compression.stats`` and log lines.
 
     Attributes:
-        log_every: a log line after so many steps, or ``None``.
-        substituted: names of codecs that were asked for, to those that are used instead.
+        log_every: steps between log lines, or ``None``.
+        substituted: maps names of codecs that were asked for to the codecs used instead.
         traffic: bytes and seconds so far.
     """
 

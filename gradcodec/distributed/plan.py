@@ -1,4 +1,4 @@
-"""Which parameter, or which unit of a sharded model, is coded how: rules, size, the default."""
+"""How each parameter, or unit of a sharded model, is coded: rules, size, the default codec."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Entry:
     """How one parameter travels.
 
     Attributes:
-        route: the stages it passes; of low rank, those of its coordinates.
+        route: the stages it passes; with low rank, those that its coordinates pass.
         feedback: whether what coding loses is kept for the next step.
-        label: for ``stats``.
-        lowrank: its settings, if it is sent in the coordinates of an adaptive basis.
+        label: name of the codec in ``stats``.
+        lowrank: settings of low rank, if it is sent as coordinates in an adaptive basis.
     """
 
     route: Route
@@ -58,7 +58,7 @@ class Entry:
         return self.route.raw and self.lowrank is None
 
     def terms(self, digests: dict[int, str]) -> str:
-        """The text that ranks compare; ``digests`` of bases, which parameters may share."""
+        """The text that ranks compare; ``digests`` caches those of bases, which may be shared."""
         parts = [] if self.lowrank is None else [repr(self.lowrank)]
         if self.route.projection is not None:
             parts.append(_projected(self.route.projection, digests))
@@ -82,7 +82,7 @@ class Plan:
         codec: the default.
         min_numel: parameters with fewer elements are sent raw, unless a rule names them.
         rules: ``(pattern, choice)``; shell patterns over names, the first that matches wins.
-        feedback: ``True`` or ``False``, or ``None`` for what suits each codec.
+        feedback: error feedback: ``True``, ``False``, or ``None`` to decide by codec.
 
     Raises:
         ConfigError: a pattern matches no parameter, or a codec cannot serve what it is given.
@@ -153,7 +153,7 @@ class Plan:
         return {name: entry.label for name, entry in self.entries.items()}
 
     def terms(self, parameters: Mapping[str, Tensor]) -> dict[str, str]:
-        """Every parameter in its place, as ranks compare them: name, dtype, shape, entry."""
+        """What ranks compare of every parameter, in order: name, dtype, shape, entry."""
         digests: dict[int, str] = {}
         return {
             f"parameter {i}": f"{name}: {tensor_text(p)}, {self.entries[name].terms(digests)}"
@@ -174,7 +174,7 @@ def _projected(projection: Projection, digests: dict[int, str]) -> str:
 
 @dataclass(frozen=True)
 class UnitCodec:
-    """What the gradient of a unit is coded with, and whether what that loses is kept."""
+    """The codec of a unit's gradient, and whether its loss is kept for the next step."""
 
     codec: Codec
     feedback: bool
@@ -190,13 +190,13 @@ class UnitPlan:
 
     Args:
         codec: the default.
-        rules: ``(pattern, codec)``; the first whose pattern fits a unit's name, or the names of
-            all its parameters, decides.
+        rules: ``(pattern, codec)``; the first rule decides whose pattern fits the unit's name or
+            the names of all its parameters.
         error_feedback: ``True``, ``False`` or ``"auto"``.
         scattered: whether units are reduce-scattered, not all-reduced.
 
     Attributes:
-        substituted: names that were asked for, to those of the codecs used in their place.
+        substituted: maps names that were asked for to the names of the codecs used instead.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class UnitPlan:
         return UnitCodec(chosen, bool(self.error_feedback) and not is_cast(chosen), label)
 
     def codec_of(self, unit: str, parameters: Sequence[str]) -> UnitCodec:
-        """What the rules, or else the default, give to a unit with these parameters."""
+        """The codec of a unit with these parameters, by the rules or else the default."""
         found = []
         for pattern, choice in self.rules:
             all_fit = parameters and all(fnmatch.fnmatchcase(p, pattern) for p in parameters)
@@ -237,10 +237,10 @@ class UnitPlan:
         return found[0] if found else self.default
 
     def check_used(self, units: Sequence[str]) -> None:
-        """That every rule fits a unit.
+        """Check that every rule fits a unit.
 
         Raises:
-            ConfigError: one does not.
+            ConfigError: a rule fits none.
         """
         if self._unused:
             raise ConfigError(
@@ -259,11 +259,11 @@ class UnitPlan:
 
 
 def scattered_codec(codec: Codec | str) -> Codec | str:
-    """What a name stands for in a reduce-scatter under ``error_feedback="auto"``.
+    """The codec that a name selects in a reduce-scatter under ``error_feedback="auto"``.
 
     Error feedback of a reduce-scatter needs memory for the *unsharded* gradient on each rank, which
-    undoes the sharding. Hence ``"int8"`` and ``"int4"`` stand for ``"int8-unbiased"`` and
-    ``"int4-unbiased"`` there, rotated and rounded at random so that :math:`E[Q(g)] = g`, and no
+    undoes the sharding. Hence ``"int8"`` and ``"int4"`` select ``"int8-unbiased"`` and
+    ``"int4-unbiased"`` there, which rotate and round at random so that :math:`E[Q(g)] = g`, and no
     residual is kept. ``stats()["substituted"]``, the first log line and every later one say so. To
     get the plain codec, pass it as an object (``make_codec("int4")``) or set ``error_feedback``.
     """

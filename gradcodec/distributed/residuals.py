@@ -17,13 +17,13 @@ _FIRST, _SECOND, _WORLD, _RANK = "first.", "second.", "world", "rank"
 class Residuals:
     """Residuals of both shots of an all-reduce by tensor name (Seide et al. 2014).
 
-    The first is what coding this rank's own values lost, the second what coding the means of its
-    own shards lost. They are made when they are first asked for, as zeros. One object belongs to
-    one rank; each name in it belongs to one codec.
+    The first residual is what coding this rank's values lost. The second is what coding the means
+    of its own shards lost. Both start as zeros when they are first asked for. One object belongs to
+    one rank, and each name in it to one codec.
     """
 
     def __init__(self) -> None:
-        # Lists, since residuals of one lane move side by side (``lanes.side_by_side``).
+        # Lists, since ``lanes.side_by_side`` replaces their tensors by views of one vector.
         self._first: dict[str, list[Tensor]] = {}
         self._second: dict[str, list[Tensor]] = {}
         self.world: int | None = None
@@ -42,7 +42,7 @@ class Residuals:
     def of(
         self, name: str, values: Tensor, coder: Coder, rank: int, world: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """First residual of each shard of a tensor, in their order, and the second one; fp32.
+        """The first residual of each shard of a tensor, in order, and its second residual; fp32.
 
         Raises:
             ConfigError: a residual of that name has another length, or these residuals were made
@@ -98,8 +98,8 @@ class Residuals:
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, rank: int, world: int) -> None:
         """Inverse of ``state_dict``.
 
-        Second residuals belong to shards, which are others in a world of another size and at
-        another rank: there they are dropped. The first ones are kept.
+        First residuals are kept. Second residuals belong to owned shards, so they are dropped if
+        the number of ranks or this rank's number has changed.
         """
         same = (int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))) == (world, rank)
         self._first, self._second = {}, {}

@@ -1,8 +1,8 @@
 """Who owns which shard: fixed functions of (numel, world size, name), never of a bucket.
 
-A flat parameter is cut in ``world`` contiguous shards. Shard ``i`` belongs to rank
-``(i + first_owner(name)) % world``, so that small parameters, which fill fewer shards than there
-are ranks, do not all fall to rank 0.
+A flat parameter is cut into ``world`` contiguous shards. Shard ``i`` belongs to rank
+``(i + first_owner(name)) % world``. Small parameters fill fewer shards than there are ranks; this
+spreads them over the ranks instead of giving all to rank 0.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _MASK = (1 << 64) - 1
 def shard_ranges(numel: int, world: int, align: int = ALIGN) -> Ranges:
     """``world`` consecutive ranges ``(start, stop)`` that cover ``range(numel)``.
 
-    They start at multiples of ``align`` and differ by at most one ``align`` (the last that is not
-    empty may be short); with less than ``world * align`` elements some are empty.
+    They start at multiples of ``align``, and their lengths differ by at most ``align`` (the last
+    nonempty one may be shorter). With fewer than ``world * align`` elements some may be empty.
     """
     whole, extra = divmod(-(-numel // align), world)
     stops, at = [], 0
@@ -38,7 +38,7 @@ def first_owner(name: str, world: int) -> int:
 
 
 def derive_seed(*numbers: int) -> int:
-    """63 well-mixed bits of some integers: splitmix64 over each in turn."""
+    """Mix integers to a seed of 63 bits, by splitmix64 over each in turn."""
     state = 0
     for number in numbers:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK

@@ -1,4 +1,4 @@
-"""``codec="auto"``: measure both ways on the real link, then decide once, alike."""
+"""``codec="auto"``: time dense and coded steps on the real link, then decide once for all ranks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 WARM = 2
-"""First steps, whose times do not count: buckets are rebuilt, compilers run, memory is mapped."""
+"""First steps, which are not timed: buckets are rebuilt, compilers run, memory is mapped."""
 
 ROUNDS = 3
-"""Steps that are timed each way, in turns; the fastest of each way counts."""
+"""Dense and coded steps that are timed, in turns; the fastest of each kind counts."""
 
 GAIN = 0.97
 """A compressed step must take at most this share of a dense one; the rest may be noise."""
@@ -20,15 +20,15 @@ GAIN = 0.97
 class Trial:
     """Times whole training steps, dense and coded in turn, and takes the faster way.
 
-    Whole steps are timed because all that matters shows in them: the link, encoding and decoding,
-    and how much of these is hidden behind the backward pass or takes cores from it. Some steps hold
-    other things (a validation, a checkpoint), so the fastest step of each kind is compared. The
+    Whole steps are timed because they include all that matters: the link, encoding and decoding,
+    and how much of these is hidden behind the backward pass or takes cores from it. Some steps also
+    hold other work (a validation, a checkpoint), so the fastest step of each kind is compared. The
     slowest rank's times count, so that all ranks decide the same.
 
     Attributes:
         decision: ``None`` while measuring, then whether to compress.
-        dense: seconds of the fastest dense step, of the slowest rank; 0 if not measured.
-        coded: the same of compressed steps.
+        dense: seconds of the fastest dense step on the slowest rank; 0 if not measured.
+        coded: the same for compressed steps.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def compress(self) -> bool:
-        """How the step that begins now is exchanged."""
+        """Whether the gradients of the current step are compressed."""
         if self.decision is not None:
             return self.decision
         return self._steps >= WARM and (self._steps - WARM) % 2 == 1
@@ -52,7 +52,7 @@ class Trial:
         return self.decision is None
 
     def step_done(self, group: dist.ProcessGroup, device: torch.device) -> bool:
-        """Called after the last bucket of each step, on all ranks; ``True`` if it decided."""
+        """Call it after the last bucket of each step, on all ranks; ``True`` if it decided."""
         if self.decision is not None:
             return False
         now, compressed = time.perf_counter(), self.compress

@@ -3,10 +3,10 @@
     import gradcodec.ops as ops
     packed, scales = ops.encode(gradient.view(-1), bits=4, rotate=True, residual=residual)
 
-``impl`` says who computes: ``"reference"`` (torch, any device), ``"native"`` (C, CPU) or
-``"triton"`` (CUDA). ``None`` takes the one of the tensors' device, which
-``implementation(device)`` names and ``gradcodec info`` prints. Asking for one that is not there is
-a ``ConfigError`` with the reason; there is no silent fallback.
+``impl`` chooses the implementation: ``"reference"`` (torch, any device), ``"native"`` (C, CPU) or
+``"triton"`` (CUDA). ``None`` takes the default of the tensors' device, which
+``implementation(device)`` names and ``gradcodec info`` prints. Asking for one that is not available
+raises ``ConfigError`` with the reason; there is no silent fallback.
 """
 
 from __future__ import annotations

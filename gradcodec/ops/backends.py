@@ -1,4 +1,4 @@
-"""Who computes an op: torch, the C library or Triton kernels; chosen by device, or by name."""
+"""The implementations of an op: torch, the C library, Triton kernels; by device, or by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gradcodec import native
 from gradcodec.errors import ConfigError
 from gradcodec.reference.hadamard import rotation_factors
 
-#: What computes on CPU tensors, once for the process: bytes are equal, speeds are not.
+#: The default on CPU, fixed for the process: both give equal bytes, but not at equal speed.
 CPU = "native" if native.available() else "reference"
 
 
 def implementation(device: torch.device | str) -> str:
-    """The implementation that a device has when none is asked for."""
+    """The implementation that a device uses if none is asked for."""
     kind = torch.device(device).type
     if kind == "cpu":
         return CPU
@@ -31,7 +31,7 @@ def implementation(device: torch.device | str) -> str:
 
 
 def status() -> dict[str, str]:
-    """Every implementation and whether it is there; for ``gradcodec info``."""
+    """Every implementation and whether it is available; for ``gradcodec info``."""
     return {
         "reference": "torch, any device",
         "native": native.status(),
@@ -47,8 +47,8 @@ class KernelLimitError(ConfigError):
 class Op:
     """An op and its implementations.
 
-    The C function is the one of the same name in ``gradcodec.native``, the kernel the one of the
-    same name in ``gradcodec_kernels``. Both write into the outputs that the declaration makes.
+    The C function in ``gradcodec.native`` and the kernel in ``gradcodec_kernels`` have the op's
+    name. Both write into the outputs that the declaration makes.
 
     Attributes:
         name: of the op, its C function and its kernel.
@@ -61,7 +61,7 @@ class Op:
     reference: Callable[..., Any]
 
     def on(self, device: torch.device, impl: str) -> Callable[..., Any]:
-        """The implementation of a name; ``ConfigError`` with the reason if it cannot be had."""
+        """The implementation of this name; ``ConfigError`` with the reason if it is unavailable."""
         if impl == "reference":
             return self.by_reference
         if impl == "native":
@@ -78,18 +78,18 @@ class Op:
         raise ConfigError(f"expected impl of 'reference', 'native', 'triton' or None, got {impl!r}")
 
     def by_reference(self, *args: Any, **settings: Any) -> Any:
-        """The oracle, after the checks of the declaration."""
+        """Call the reference, after the checks of the declaration."""
         self.declaration(*args, **settings)
         return self.reference(*args, **settings)
 
     def by_native(self, *args: Any, **settings: Any) -> Any:
-        """The C function on the declaration's outputs."""
+        """Call the C function, which writes into the declaration's outputs."""
         out = self.declaration(*args, **settings)
         getattr(native, self.name)(*args, **{**self.defaults, **settings}, out=out)
         return out
 
     def by_triton(self, *args: Any, **settings: Any) -> Any:
-        """The kernel: tensors, then outputs, then those settings that it has a parameter for."""
+        """Call the kernel: tensors, then outputs, then the settings that it has parameters for."""
         out = self.declaration(*args, **settings)
         kernel = _kernel(self.name)
         settings = {**self.defaults, **settings}
@@ -111,7 +111,7 @@ class Op:
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
-        """Settings that need not be given; the dispatcher leaves out those that equal them."""
+        """Optional settings and their defaults; the dispatcher omits settings that equal these."""
         parameters = inspect.signature(self.declaration).parameters.values()
         return {
             p.name: p.default

@@ -21,7 +21,7 @@ def check_vector(what: str, tensor: Tensor) -> None:
 
 
 def check_residual(residual: Tensor | None, numel: int, like: Tensor) -> None:
-    """``numel`` contiguous values beside ``like``, which an op may write."""
+    """``numel`` contiguous values on the device of ``like``, which an op may write."""
     if residual is None:
         return
     check_vector("residual", residual)
@@ -55,6 +55,6 @@ def check_payloads(
 
 
 def check_numel(numel: int) -> None:
-    """A number of values, before memory is asked for that is as large as it says."""
+    """A number of values, not negative; called before memory of that size is allocated."""
     if numel < 0:
         raise ConfigError(f"expected a number of values, got {numel}")

@@ -1,17 +1,18 @@
-"""From the one declaration of an op: its schema, its fake, its checks and its implementations.
+"""Makes an op's schema, fake, checks and implementations from its one declaration.
 
-A declaration is a typed function of the op's arguments that raises ``ConfigError`` for what does
-not fit and returns the outputs, empty. Everything else is derived from it and from the oracle:
+A declaration is a typed function of the op's arguments. It raises ``ConfigError`` for arguments
+that do not fit, and returns empty outputs. Everything else is derived from it and from the oracle
+(the reference implementation):
 
 * the schema that ``torch.library`` and ``torch.compile`` see: ops are opaque to the compiler and
   work under ``fullgraph=True``;
-* the fake: the declaration itself, which asks no tensor for its values;
+* the fake: the declaration itself, which reads no tensor's values;
 * the implementations for CPU and CUDA tensors (``gradcodec.ops.backends``);
 * the public function, which takes ``impl=`` as well.
 
 Tensors come first, by position, and are made contiguous. Four names mean the same in every op:
 ``residual`` is updated in place, ``seed`` has 64 bits, ``weights`` has a factor for each payload,
-and ``impl`` is no argument of the op but says who computes it.
+and ``impl`` is not an argument of the op but chooses its implementation.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _Result = TypeVar("_Result")
 def op(
     reference: Callable[..., Any],
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Make an op of a declaration, with ``reference`` as its oracle."""
+    """Make an op from a declaration, with ``reference`` as its oracle."""
 
     def declare(declaration: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         made = Op(declaration.__name__, declaration, reference)
@@ -96,9 +97,9 @@ def _literal(default: Any) -> str:
 
 
 def on_cuda(made: Op) -> Callable[..., Any]:
-    """What the dispatcher calls for CUDA tensors; only then is triton looked for.
+    """What the dispatcher calls for CUDA tensors; Triton is imported only in this call.
 
-    A kernel states its limits before it writes anything; what it refuses, torch computes.
+    A kernel checks its limits before it writes anything; torch computes what it refuses.
     """
 
     def run(*args: Any, **settings: Any) -> Any:
@@ -136,6 +137,6 @@ def _contiguous(value: Any) -> Any:
 
 
 def _int64(seed: int) -> int:
-    """The 64 bits of a seed as the signed number that a schema takes."""
+    """The low 64 bits of a seed as a signed number, which a schema requires."""
     low = seed & 0xFFFFFFFFFFFFFFFF
     return low - (1 << 64) if low >> 63 else low

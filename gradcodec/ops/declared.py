@@ -194,7 +194,7 @@ def sparse_mean(
 
 
 def _blocks_of_signs(numel: int, block: int, kept: int) -> int:
-    """How many blocks of a power of two there are, each with ``kept`` signs."""
+    """Number of blocks; checks that ``block`` is a power of two and ``kept`` is within it."""
     if not 8 <= block <= CHUNK or block & (block - 1) or not 1 <= kept <= block:
         raise ConfigError(
             f"expected a block of a power of two, 8..{CHUNK}, and 1 <= kept <= block, got "

@@ -71,12 +71,12 @@ def decode_mean(
     """Mean, or weighted sum, of ``W`` payloads; equal to the reference's bits unless rotated.
 
     Args:
-        packed: uint8 ``[W, bytes]``. Rows may be apart; multiples of 16 bytes are read fastest.
+        packed: uint8 ``[W, bytes]``. Any row stride; multiples of 16 bytes are read fastest.
         scales: bf16 ``[W, blocks]``.
         out: ``[n]``, fp32, bf16 or fp16, written.
-        bits: as in ``encode``, like the next two.
-        block: values that share a scale.
-        rotation: rotate back, once, after the mean.
+        bits: as in ``encode``.
+        block: values that share a scale, as in ``encode``.
+        rotation: if given, rotate back, once, after the mean; as in ``encode``.
         weights: fp32 ``[W]`` for a weighted sum instead of the mean.
     """
     check_block(block)

@@ -70,10 +70,10 @@ def encode(
 ) -> None:
     """``y = R x + e``, ``code = Q(y / delta)``, ``e <- y - delta (code - zero)``.
 
-    The maths is that of ``gradcodec.reference.encode``. Unrotated, bytes and residual are equal to
-    the reference's, bit by bit; scales too with ``"absmax"``, while those of ``"l1"`` and ``"rms"``
-    are sums in fp32 and may be one bf16 number off. Rotation is by bf16 products, whose sums have
-    no order that could be promised.
+    The maths is that of ``gradcodec.reference.encode``. Without rotation, bytes and residual are
+    equal to the reference's, bit by bit. So are scales with ``"absmax"``; those of ``"l1"`` and
+    ``"rms"`` are sums in fp32 and may be one bf16 number off. Rotation is by bf16 products, whose
+    order of summation is not specified.
 
     Args:
         values: ``[n]``, fp32, bf16 or fp16.
@@ -82,7 +82,7 @@ def encode(
         bits: 1, 2, 4 or 8.
         block: values that share a scale, a power of two from 64 to 4096; 4096 if rotated.
         scale: ``"absmax"``, ``"l1"`` or ``"rms"``.
-        rotation: rotate chunks of 4,096 first.
+        rotation: if given, rotate chunks of 4,096 first.
         stochastic: dither instead of rounding to nearest.
         seed: 64 bits.
         residual: ``[N]``, updated in place.

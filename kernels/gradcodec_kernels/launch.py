@@ -13,15 +13,15 @@ CHUNK = 4096
 """Values of a program."""
 
 MAGIC = 0x4A800000
-"""The bits of 2**22 in fp32. Given as an argument; see ``unpack.level``."""
+"""The bits of 2**22 in fp32, passed to kernels as an argument; see ``unpack.level``."""
 
 Rotation = tuple[Tensor, Tensor]
 """``LEFT = H D_r / 8`` and ``RIGHT = D_c H / 8``, bf16 ``[64, 64]``; kernels transpose them."""
 
-#: Warps of a program: of an op, then of what differs from it by architecture (``80``,
-#: ``"gfx942"``), dtype of the values and bits; ``None`` stands for all. Chosen with
-#: ``benchmarks/kernels/aot_gate.py``; no autotuning, which could choose differently on every rank
-#: and costs seconds on each.
+#: Warps of a program by op, architecture (``80``, ``"gfx942"``), dtype of the values and bits;
+#: ``None`` matches all, and the most specific entry wins. Chosen with
+#: ``benchmarks/kernels/aot_gate.py``. There is no autotuning: it could choose differently on every
+#: rank, and costs seconds on each.
 WARPS: Mapping[tuple[str, int | str | None, torch.dtype | None, int | None], int] = (
     MappingProxyType(
         {
@@ -34,7 +34,7 @@ WARPS: Mapping[tuple[str, int | str | None, torch.dtype | None, int | None], int
             ("topk_encode", None, None, None): 8,
             ("top_rows", None, None, None): 4,
             ("sparse_mean", None, None, None): 4,
-            # A warp of 64: half as many, or words of one bit would not go round.
+            # Warps have 64 lanes here: with 4 there would be more lanes than words of 1-bit codes.
             ("encode", "gfx942", None, None): 2,
             ("decode_mean", "gfx942", None, None): 2,
         }
@@ -60,7 +60,7 @@ def warps(op: str, arch: int | str | None, dtype: torch.dtype, bits: int | None)
 
 @functools.cache
 def architecture(device: torch.device) -> int | str | None:
-    """``90`` for compute capability 9.0, ``"gfx942"``; ``None`` in the interpreter, on the CPU."""
+    """``90`` for compute capability 9.0, or ``"gfx942"``; ``None`` on the CPU (interpreter)."""
     if device.type != "cuda":
         return None
     if torch.version.hip:
@@ -71,7 +71,7 @@ def architecture(device: torch.device) -> int | str | None:
 
 
 def options(op: str, values: Tensor, bits: int | None = None) -> dict[str, int | bool]:
-    """Settings of a launch. Fusing multiplies and adds at will would change bits."""
+    """Settings of a launch, without fusion of multiplies and adds, which would change bits."""
     arch = architecture(values.device)
     return {"num_warps": warps(op, arch, values.dtype, bits), "enable_fp_fusion": False}
 
@@ -79,7 +79,7 @@ def options(op: str, values: Tensor, bits: int | None = None) -> dict[str, int |
 def launches(numel: int, chunk: int = CHUNK) -> Iterator[tuple[tuple[int], int, int, bool]]:
     """Grid, first chunk, values in the last chunk, and whether all chunks are whole.
 
-    The tail is a launch of its own, so that the others need no masks.
+    The tail is a separate launch, so that whole chunks need no masks.
     """
     whole, rest = divmod(numel, chunk)
     if whole:
@@ -89,25 +89,25 @@ def launches(numel: int, chunk: int = CHUNK) -> Iterator[tuple[tuple[int], int, 
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """Low and high 32 bits as signed integers: arguments of one type, whatever the seed."""
+    """Low and high 32 bits as signed integers, so that arguments have one type for all seeds."""
     low, high = ((seed >> shift) & 0xFFFFFFFF for shift in (0, 32))
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
 
 
 def check_block(block: int) -> None:
-    """``ValueError`` for a block that no kernel takes."""
+    """Raise ``ValueError`` for a block that no kernel takes."""
     if not 64 <= block <= CHUNK or block & (block - 1):
         raise ValueError(f"expected a block of a power of two, 64..{CHUNK}, got {block}")
 
 
 def check_kept(kept: int) -> None:
-    """``ValueError`` for signs of a block that do not fill bytes."""
+    """Raise ``ValueError`` if the kept signs of a block do not fill whole bytes."""
     if kept % 8:
         raise ValueError(f"expected a multiple of 8 signs of a block, got {kept}")
 
 
 def payload(packed: Tensor, whole: bool) -> Tensor:
-    """``[W, bytes]`` as int32 words where only whole chunks are read and rows are aligned."""
+    """View ``[W, bytes]`` as int32 words if only whole chunks are read and rows are aligned."""
     if whole and packed.stride(0) % 4 == 0 and packed.data_ptr() % 4 == 0:
         return packed[:, : packed.shape[1] // 4 * 4].view(torch.int32)
     return packed

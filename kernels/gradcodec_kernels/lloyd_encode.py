@@ -1,4 +1,4 @@
-"""Two bits with two fitted magnitudes: fit the levels of every block, class, pack."""
+"""Two bits with two fitted magnitudes: fit the levels of every block, classify, pack."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
@@ -16,9 +16,9 @@ STEPS = tl.constexpr(8)
 
 @triton.jit
 def fitted(size, count):
-    """fp64 levels ``[ROWS, 1]`` of magnitudes, of which ``count`` in a row are no padding.
+    """fp64 levels ``[ROWS, 1]`` of magnitudes; the first ``count`` of each row are not padding.
 
-    Sums are in fp64, as in the reference, whose bits they give but for rare ties.
+    Sums are in fp64, as in the reference, and give its bits except for rare ties.
     """
     wide = size.to(tl.float64)
     total = tl.sum(wide, 1, keep_dims=True)
@@ -74,7 +74,7 @@ def lloyd_encode(
     block: int,
     residual: Tensor | None = None,
 ) -> None:
-    """``gradcodec.reference.two_means.encode``, its bits but for rare ties in fp64 sums.
+    """``gradcodec.reference.two_means.encode``, bit by bit except for rare ties in fp64 sums.
 
     Args:
         values: ``[n]``, fp32, bf16 or fp16.

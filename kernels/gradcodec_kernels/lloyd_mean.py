@@ -1,4 +1,4 @@
-"""Mean of W payloads of two fitted levels, in rank order."""
+"""Mean of W payloads with two fitted levels, in rank order."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
@@ -60,7 +60,7 @@ def lloyd_mean(
     """``gradcodec.reference.two_means.decode_mean``, bit by bit.
 
     Args:
-        packed: uint8 ``[W, bytes]``; rows may be apart.
+        packed: uint8 ``[W, bytes]``; any row stride.
         scales: bf16 ``[W, 2 blocks]``.
         out: fp32 ``[n]``, written.
         block: as in ``lloyd_encode``.

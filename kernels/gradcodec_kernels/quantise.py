@@ -17,7 +17,7 @@ from gradcodec_kernels.tiles import (
 )
 
 LARGEST = tl.constexpr(3e38)
-"""Below the end of the fp32 range, where rounding to bf16 could make an infinity."""
+"""Cap of levels: nearer to the end of the fp32 range, rounding to bf16 could give infinity."""
 HEADROOM = tl.constexpr(1.0 + 2.0**-7)
 """With stochastic rounding nothing may be clipped; see ``gradcodec.reference.grid``."""
 
@@ -33,7 +33,7 @@ def block_sum(y, ROTATE: tl.constexpr):
 
 @triton.jit
 def divided(a, B: tl.constexpr):
-    """``a / B`` rounded once, of a positive constant: a quotient and its correction (Markstein)."""
+    """``a / B`` rounded once, for a constant B > 0: a quotient and its correction (Markstein)."""
     inverse = tl.zeros_like(a) + 1.0 / B
     quotient = a * inverse
     remainder = tl.fma(quotient, tl.zeros_like(a) - B, a)  # exact
@@ -51,7 +51,7 @@ def block_delta(
     STOCHASTIC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """fp32 step of every row before it is rounded to bf16; see ``gradcodec.reference.grid``."""
+    """fp32 step of every row, before rounding to bf16; see ``gradcodec.reference.grid``."""
     TOP: tl.constexpr = 127.0 if BITS == 8 else (7.0 if BITS == 4 else (1.5 if BITS == 2 else 1.0))
     if SCALE == "absmax":
         peak = tl.minimum(block_max(y, ROTATE), LARGEST)
@@ -85,7 +85,7 @@ def block_delta(
 def stored_scales(
     S, delta, chunk, rest, BLOCK: tl.constexpr, ROTATE: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Store steps as bf16; returns them as stored, in fp32."""
+    """Store steps as bf16, and return the rounded steps in fp32."""
     ROWS: tl.constexpr = CHUNK // BLOCK
     rounded = store_cast(delta, tl.bfloat16)
     if ROTATE:
@@ -157,13 +157,13 @@ def codes_of(
             )
         else:
             t = t + (ZERO + 0.5)
-        # Clamped first, the conversion's truncation is a floor. A NaN becomes LOW.
+        # The clamp leaves nothing negative, so that truncation is a floor. A NaN becomes LOW.
         return tl.minimum(tl.maximum(t, LOW), HIGH).to(tl.int32)
 
 
 @triton.jit
 def rest_of(y, codes, step, BITS: tl.constexpr):
-    """``y`` less the values of its codes. The product is exact."""
+    """``y`` minus the values of its codes. The product in it is exact."""
     if BITS == 1:
         return y - tl.where(codes > 0, -step, step)
     else:
@@ -188,7 +188,7 @@ def store_codes(
     COLS: tl.constexpr = SIDE if ROTATE else BLOCK
     PER: tl.constexpr = 8 // BITS
     whole: tl.constexpr = EVEN or ROTATE
-    if not whole:  # what is beyond the end leaves zero bits in the last byte
+    if not whole:  # values beyond the end become zero bits in the last byte
         codes = tl.where(tile_offsets(ROWS, COLS) < rest, codes, 0)
     if PER == 1:
         packed = codes.to(tl.uint8)

@@ -15,7 +15,7 @@ from gradcodec_kernels.tiles import CHUNK, block_max, load_y, store_cast, store_
 
 @triton.jit
 def power_of_two(exponent):
-    """fp32 ``2**exponent``, made of its bits."""
+    """fp32 ``2**exponent``, built from its bits."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -36,7 +36,7 @@ def rotsign_encode_kernel(
     EF: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """A program owns a chunk, ``total`` values of it in whole blocks; see ``rotsign_encode``."""
+    """A program owns a chunk, with ``total`` values in whole blocks; see ``rotsign_encode``."""
     chunk = tl.program_id(0).to(tl.int64) + first
     ROWS: tl.constexpr = CHUNK // BLOCK
     x, offsets = load_y(X, E, X, X, chunk, rest, BLOCK, False, EF, EVEN)
@@ -76,7 +76,7 @@ def rotsign_encode(
     kept: int,
     residual: Tensor | None = None,
 ) -> None:
-    """``gradcodec.reference.rotsign.encode``, its bytes; a scale may be one bf16 number off.
+    """``gradcodec.reference.rotsign.encode``; equal bytes, but a scale may be one bf16 number off.
 
     Args:
         values: ``[n]``, fp32, bf16 or fp16.
@@ -84,7 +84,7 @@ def rotsign_encode(
         packed: uint8 ``[blocks kept / 8]``, written.
         scales: bf16 ``[blocks]``, written.
         block: a power of two from 64 to 4096.
-        kept: a multiple of 8.
+        kept: signs that each block keeps, a multiple of 8.
         residual: ``[n]``, updated in place.
     """
     check_block(block)

@@ -1,4 +1,4 @@
-"""Mean of W payloads of rotated signs: each has random signs of its own and is rotated back."""
+"""Mean of W payloads of rotated signs: each has its own random signs and is rotated back."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rotsign_mean_kernel(
     WEIGHTED: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """A program owns a chunk, ``total`` values of it in whole blocks; see ``rotsign_mean``."""
+    """A program owns a chunk, with ``total`` values in whole blocks; see ``rotsign_mean``."""
     chunk = tl.program_id(0).to(tl.int64) + first
     ROWS: tl.constexpr = CHUNK // BLOCK
     row = tl.arange(0, ROWS)[:, None]
@@ -68,12 +68,12 @@ def rotsign_mean(
     """``gradcodec.reference.rotsign.decode_mean``, bit by bit.
 
     Args:
-        packed: uint8 ``[W, blocks kept / 8]``; rows may be apart.
+        packed: uint8 ``[W, blocks kept / 8]``; any row stride.
         scales: bf16 ``[W, blocks]``.
         signs: int64 ``[W, words]``.
         out: fp32 ``[n]``, written.
-        block: as in ``rotsign_encode``, like the next.
-        kept: a multiple of 8.
+        block: as in ``rotsign_encode``.
+        kept: as in ``rotsign_encode``, a multiple of 8.
         weights: fp32 ``[W]`` for a weighted sum instead of the mean.
     """
     check_block(block)

@@ -13,21 +13,21 @@ from gradcodec_kernels.unpack import load_codes
 
 
 def factors(block: int) -> tuple[float, float]:
-    """``1 / sqrt(block)`` as a power of two and 1 or ``sqrt(1/2)``, as in the reference."""
+    """Two factors of ``1 / sqrt(block)``, as the reference: a power of two, 1 or ``sqrt(1/2)``."""
     power = block.bit_length() - 1
     return 2.0 ** -(power // 2), math.sqrt(0.5) if power % 2 else 1.0
 
 
 @triton.jit
 def flipped(x, D, chunk, total, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """``D x``: the tile with the signs of the bits at ``D``, of which there are ``total``."""
+    """``D x``: flip the tile's signs where bits at ``D`` are set; ``D`` has ``total`` of them."""
     minus = load_codes(D + chunk * (CHUNK // 8), total, 1, BLOCK, ROWS, BLOCK, EVEN) << 31
     return (x.to(tl.int32, bitcast=True) ^ minus).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def butterfly(x, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums and differences of neighbours at a distance, in fp32 and in the reference's order."""
+    """Sums and differences of values ``SPAN`` apart, in fp32 and in the reference's order."""
     pairs = tl.reshape(x, (ROWS * BLOCK // (2 * SPAN), 2, SPAN))
     a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
     return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, BLOCK))
@@ -35,7 +35,7 @@ def butterfly(x, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def butterflies(x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``H x`` of every row without its factor: stages of span 1, 2, 4 .. half a block."""
+    """``H x`` of every row, without the factor: stages of span 1, 2, 4 .. half a block."""
     x = butterfly(x, 1, ROWS, BLOCK)
     x = butterfly(x, 2, ROWS, BLOCK)
     x = butterfly(x, 4, ROWS, BLOCK)
@@ -70,9 +70,9 @@ def values_of(
     KEPT: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``D H y``, fp32: of signs (1 is minus) and a scale for every row, the first ``KEPT`` sent.
+    """``D H y``, fp32, from signs (1 is minus) and a scale for every row; ``KEPT`` signs were sent.
 
-    Scales have the power of two of ``1 / sqrt(BLOCK)``, ``after`` is what is left of it.
+    Scales include the power of two of ``1 / sqrt(BLOCK)``; ``after`` is the other factor.
     """
     y = tl.where(minus == 1, -scale, scale)
     if KEPT < BLOCK:

@@ -33,7 +33,7 @@ def sparse_mean_kernel(
     tl.store(OUT + i, tl.zeros([TILE], tl.float32), mask=i < count)
     k = tl.arange(0, LIST)
     for w in range(W):
-        # Positions differ within a list, not between lists: each waits for the one before.
+        # Positions repeat between lists, though not within one: each list waits for the one before.
         tl.debug_barrier()
         its = chunk * K + k
         value = tl.load(KEPT + w * tl.cast(kept_stride, tl.int64) + its, mask=k < K, other=0.0).to(
@@ -45,17 +45,17 @@ def sparse_mean_kernel(
             )
             & 0xFFFF
         )
-        # What the padding kept lies beyond the end; what is damaged must not be written at all.
+        # Entries of the padding lie beyond the end, and damaged ones may: neither is written.
         mask = (k < K) & (where < count)
         old = tl.load(OUT + where, mask=mask, other=0.0)
         tl.store(OUT + where, old + value * (1.0 / W), mask=mask)
 
 
 def sparse_mean(kept: Tensor, index: Tensor, out: Tensor, *, chunk: int) -> None:
-    """``sum_w kept_w / W`` at its positions, in rank order; zero elsewhere.
+    """``sum_w kept_w / W`` at the lists' positions, in rank order; zero elsewhere.
 
     Args:
-        kept: ``[W, chunks, k]``, lists contiguous, ranks as far apart as they like.
+        kept: ``[W, chunks, k]``; lists are contiguous, ranks have any stride.
         index: int16 ``[W, chunks, k]``, each list without repetitions.
         out: fp32 ``[n]``, written.
         chunk: values of a chunk.

@@ -1,9 +1,9 @@
-"""What all kernels are made of: numbers, tiles in memory, rotation. All ``@triton.jit``.
+"""Parts that all kernels share: numbers, tiles in memory, rotation. All ``@triton.jit``.
 
 A program owns one chunk of 4,096 consecutive values, as a tile ``[ROWS, BLOCK]`` whose rows share a
 scale, or ``[64, 64]`` where it is rotated. Arithmetic is that of ``gradcodec.reference``, operation
-by operation; kernels are launched with ``enable_fp_fusion=False``, and a fused multiply-add is
-written out where the product is exact, so that fusing it changes no bit.
+by operation. Kernels are launched with ``enable_fp_fusion=False``; they use ``tl.fma`` where the
+product is exact, so that fusing changes no bit.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -20,7 +20,7 @@ INTERP = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def store_cast(x, dtype: tl.constexpr):
-    """fp32 to ``dtype``, to nearest even also in the interpreter, whose bf16 cast truncates."""
+    """fp32 to ``dtype``, to nearest even, also in the interpreter, whose bf16 cast truncates."""
     if dtype == tl.bfloat16 and INTERP:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -33,7 +33,7 @@ def store_cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def bdot(a, b):
-    """``a @ b`` of operands rounded to bf16, in fp32. The interpreter cannot multiply bf16."""
+    """``a @ b`` in fp32, with operands rounded to bf16. The interpreter cannot multiply bf16."""
     a16 = store_cast(a.to(tl.float32), tl.bfloat16)
     b16 = store_cast(b.to(tl.float32), tl.bfloat16)
     if INTERP:
@@ -44,7 +44,7 @@ def bdot(a, b):
 
 @triton.jit
 def side_by_side(a, b, c, d):
-    """Four ``[..., n]`` to ``[..., n, 2, 2]``: their elements in turn."""
+    """Join four ``[..., n]`` to ``[..., n, 2, 2]``, with their elements in turn."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
@@ -65,7 +65,7 @@ def load_tile(X, offsets, rest, EVEN: tl.constexpr):
 
 @triton.jit
 def store_tile(X, offsets, tile, rest, EVEN: tl.constexpr):
-    """Store fp32 values as the pointer's dtype, none from ``rest`` on."""
+    """Store fp32 values as the pointer's dtype, only those before ``rest``."""
     rounded = store_cast(tile, X.dtype.element_ty)
     if EVEN:
         tl.store(X + offsets, rounded)
@@ -132,9 +132,9 @@ def load_y(
 def block_max(y, ROTATE: tl.constexpr):
     """Largest magnitude of every row ``[ROWS, 1]``, or of a rotated tile, as a scalar.
 
-    Magnitudes are ordered as their bits are, and a warp finds the largest integer in one
-    instruction. One reduction of the whole tile: a nested one of a product crashes Triton 3.6 on
-    sm_100.
+    Magnitudes have the order of their bits, and a warp finds the largest integer in one
+    instruction. A rotated tile is reduced at once: a nested reduction of a product crashes Triton
+    3.6 on sm_100.
     """
     bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if ROTATE:

@@ -13,7 +13,7 @@ from gradcodec_kernels.tiles import CHUNK, SIDE, load_tile, store_cast, store_ti
 
 @triton.jit
 def largest(y, keys):
-    """Value, position and mask of every row's largest key; there are no two of the same."""
+    """Value, position and mask of every row's largest key; keys of a row are distinct."""
     best = tl.max(keys, 1)
     hit = keys == best[:, None]
     return tl.sum(tl.where(hit, y, 0.0), 1), (best & (SIDE - 1)) ^ (SIDE - 1), hit
@@ -23,7 +23,7 @@ def largest(y, keys):
 def top_rows_kernel(
     X, E, KEPT, INDEX, first, rest, K: tl.constexpr, EF: tl.constexpr, EVEN: tl.constexpr
 ):
-    """A program owns 64 rows of 64; see ``top_rows``."""
+    """A program owns 64 rows of 64 values; see ``top_rows``."""
     chunk = tl.program_id(0).to(tl.int64) + first
     offsets = tile_offsets(SIDE, SIDE)
     y = load_tile(X + chunk * CHUNK, offsets, rest, EVEN)
@@ -61,7 +61,9 @@ def top_rows(
     k: int,
     residual: Tensor | None = None,
 ) -> None:
-    """The ``k`` largest ``|y|`` of every 64 values, largest first; equal within ``2**-17``.
+    """The ``k`` largest ``|y|`` of every 64 values, largest first.
+
+    Magnitudes within ``2**-17`` of each other count as equal; the lower position wins.
 
     Args:
         values: ``[n]``, fp32, bf16 or fp16.

@@ -12,7 +12,7 @@ from gradcodec_kernels.launch import options
 from gradcodec_kernels.tiles import load_tile, store_cast
 
 MAX_CHUNK = 16384
-"""Longest chunk: two counts share an integer, and a program holds it in registers."""
+"""Longest chunk: two counts share an integer, and a program holds the chunk in registers."""
 
 #: Bits of an fp32 magnitude, from the top, that a value of this dtype can set.
 _BITS = {torch.bfloat16: 15, torch.float16: 18}
@@ -41,7 +41,7 @@ def topk_encode_kernel(
         y += load_tile(E + chunk * CHUNK, i, rest, EVEN)
     u = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if TILE > CHUNK:
-        u = tl.where(i < CHUNK, u, -1)  # below every threshold, not even a zero
+        u = tl.where(i < CHUNK, u, -1)  # below every threshold, zero included
     # The K-th largest magnitude: the largest threshold that K values reach.
     threshold = 0
     for b in tl.static_range(NBITS):
@@ -50,7 +50,7 @@ def topk_encode_kernel(
         threshold = tl.where(count >= K, candidate, threshold)
     above = (u > threshold).to(tl.int32)
     equal = (u == threshold).to(tl.int32)
-    # One scan counts both: the low half what is above, the high half what is equal.
+    # One scan counts both: values above in the low half, equal values in the high half.
     scan = tl.cumsum(above + (equal << 16), 0)
     ties = K - tl.sum(above, 0)
     take = (above == 1) | ((equal == 1) & ((scan >> 16) <= ties))

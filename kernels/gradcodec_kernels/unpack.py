@@ -1,4 +1,4 @@
-"""The start of every decoder: words of packed codes to the mean of their values."""
+"""The start of every decoder: from words of packed codes to the mean of their values."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
@@ -9,14 +9,14 @@ import triton.language as tl
 from gradcodec_kernels.tiles import CHUNK, load_scales, side_by_side, tile_offsets
 
 GROUP = tl.constexpr(8)
-"""Ranks that a decoder takes without a loop; of more than two groups, each is one turn of it."""
+"""Ranks in one turn of a decoder's loop; up to two groups of ranks are unrolled, with no loop."""
 
 
 @triton.jit
 def load_words(P, chunk, rest, BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """int32 ``[ROWS, BLOCK * BITS / 32]``: the packed codes of a chunk.
 
-    ``P`` points to words where payloads are aligned to them, else to bytes.
+    ``P`` points to words if payloads are aligned to words, else to bytes.
     """
     ROWS: tl.constexpr = CHUNK // BLOCK
     WORDS: tl.constexpr = BLOCK * BITS // 32
@@ -35,9 +35,9 @@ def load_words(P, chunk, rest, BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: t
 
 @triton.jit
 def spread(words, BITS: tl.constexpr):
-    """Words ``[R, C]`` to ``[R, C, k]`` with four codes (two of 8 bits) in each one's low bits.
+    """Words ``[R, C]`` to ``[R, C, k]``, each with four codes (two of 8 bits) in its low bits.
 
-    They start at bit 1, at bit 2 if they are single bits.
+    The codes start at bit 1, or at bit 2 if a code is one bit.
     """
     UP: tl.constexpr = 2 if BITS == 1 else 1
     x = tl.join(words << UP, words >> (16 - UP))
@@ -50,10 +50,10 @@ def spread(words, BITS: tl.constexpr):
 
 @triton.jit
 def level(x, magic, BITS: tl.constexpr, J: tl.constexpr):
-    """fp32 ``(code - zero) * 2**(BITS * J)`` of code ``J``; of bits ``(2 code - 1) * 2**J``.
+    """fp32 ``(code - zero) * 2**(BITS * J)`` of code ``J``; for 1 bit ``(2 code - 1) * 2**J``.
 
-    The code is put into the mantissa of 2**22, whose bits are ``magic``: one instruction, if the
-    compiler does not know the number; two constants would make it two.
+    The code is put into the mantissa of 2**22, whose bits are ``magic``. That is one instruction if
+    the compiler does not know ``magic``; with two constants it would be two.
     """
     UP: tl.constexpr = 2 if BITS == 1 else 1
     ZERO: tl.constexpr = 128.0 if BITS == 8 else (8.0 if BITS == 4 else (1.5 if BITS == 2 else 1.0))
@@ -198,7 +198,7 @@ def load_codes(
 ):
     """int32 ``[ROWS, COLS]``: codes at ``P``, read by bytes; zero from value ``total`` on.
 
-    Of every row the first ``SENT`` codes are there, which fill whole bytes; the others are zero.
+    The first ``SENT`` codes of every row are stored, in whole bytes; the others are zero.
     """
     PER: tl.constexpr = 8 // BITS
     row = tl.arange(0, ROWS)[:, None]

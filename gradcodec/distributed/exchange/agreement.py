@@ -5,13 +5,12 @@ aborts a process to which more bytes come than it expects, and NCCL hangs. So ra
 first, as *terms*: short texts by name.
 
     1. everyone sends everyone a record of 48 bytes: magic, refusal, length and SHA-256 of its terms
-    2. if records differ, the first rank of each kind of record sends its terms to everyone
-    3. every rank makes the same message of the same texts, and raises it
+    2. if records differ, the first rank with each distinct record sends its terms to everyone
+    3. every rank makes the same error message of the same texts, and raises it
 
-A rank that refuses what it was given takes part with its refusal, so that no other waits for it.
+A rank that refuses its arguments sends its refusal in place of terms; no other rank waits for it.
 Nothing that comes from a rank is interpreted or run: its text is lines of at most ``MAX_TEXT``
-bytes in all. The layout of a record never changes; what may change is ``PROTOCOL``, which is one of
-the terms.
+bytes in all. The layout of a record never changes. Only ``PROTOCOL``, one of the terms, may.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ PROTOCOL = 2
 """Number of the protocol by which ranks exchange gradients; number 1 had no handshake."""
 
 MAX_TEXT = 1 << 24
-"""At most so many bytes of a rank's terms are sent; a model of 100,000 parameters needs fewer."""
+"""Most bytes of a rank's terms that are sent; a model of 100,000 parameters needs fewer."""
 
 _MAX_SPEAKERS = 8
 _MAX_DIFFERENCES = 4
@@ -48,7 +47,7 @@ _CALL, _REFUSED = "call", "refused"
 
 
 class Channel(Protocol):
-    """The ranks that compare, and a way to gather a few bytes of each."""
+    """The ranks that compare, and a way to gather a few bytes from each."""
 
     rank: int
     size: int
@@ -72,7 +71,7 @@ class LinkChannel:
 
 
 class StoreChannel:
-    """A channel over the store that a group is made with, for when the group is not there yet."""
+    """A channel over the store that a group is made from, for use before the group exists."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
@@ -83,7 +82,7 @@ class StoreChannel:
         self._round += 1
         keys = [f"gradcodec/{self._round}/{r}" for r in range(self.size)]
         try:
-            # Stores take text and bytes, but not all of them any bytes.
+            # Hexadecimal, since not every store takes arbitrary bytes.
             self.store.set(keys[self.rank], mine.hex())
             self.store.wait(keys, self.timeout)
             came = [bytes.fromhex(self.store.get(key).decode()) for key in keys]
@@ -96,7 +95,7 @@ class StoreChannel:
 
 
 class Agreed:
-    """Remembers what ranks have agreed on, so that they compare everything once."""
+    """Remembers what ranks have agreed on, so that they compare each thing once."""
 
     def __init__(self) -> None:
         self._known: set[object] = set()
@@ -109,7 +108,7 @@ class Agreed:
     ) -> None:
         """Agree on ``terms()`` over the link, unless that was done for this key.
 
-        As long as ranks agree they come here with equal keys, and so remember the same ones.
+        Ranks that agree call this with equal keys, and so remember the same ones.
         """
         if key not in self._known:
             with must_agree(LinkChannel(link), what) as mine:
@@ -117,23 +116,23 @@ class Agreed:
             self._known.add(key)
 
     def forget(self) -> None:
-        """Compare everything again, because what terms are made of may have changed."""
+        """Compare everything again, because the terms may have changed."""
         self._known.clear()
 
 
 @contextmanager
 def must_agree(channel: Channel | None, what: str) -> Iterator[Terms]:
-    """Compare this rank's terms with those of all others at the end of the block, which fills them.
+    """Compare this rank's terms, which the block fills, with all others' at the end of the block.
 
-    An exception in the block is told to the others. If all ranks raise one, each gets its own; if
-    only some do, all get the same ``AgreementError``.
+    An exception in the block is told to the other ranks. If all ranks raise one, each gets its own;
+    if only some do, all get the same ``AgreementError``.
 
     Args:
         channel: to all ranks; with ``None`` nothing is compared.
         what: what the ranks are about to do, for the message.
 
     Raises:
-        AgreementError: terms differ. The same text at every rank.
+        AgreementError: terms differ; the text is the same at every rank.
         TrainingError: a rank is gone.
     """
     version = f"version {__version__}, exchange protocol {PROTOCOL}"
@@ -141,7 +140,7 @@ def must_agree(channel: Channel | None, what: str) -> Iterator[Terms]:
     try:
         yield terms
     except TrainingError:
-        raise  # of another exchange: there is nobody to talk to
+        raise  # another exchange has failed: the other ranks are not here to compare
     except Exception as err:
         refusal = {_CALL: what, _REFUSED: f"{type(err).__name__}: {err}"}
         if text := _disagreement(channel, refusal):
@@ -204,7 +203,7 @@ def _message(told: Sequence[tuple[str, Terms]], end: str) -> str:
 
 
 def _shown(values: Sequence[str]) -> list[str]:
-    """Values in quotes; of long ones what is about the place where they part."""
+    """Values in quotes; long ones are cut to the text around the first difference."""
     if max(map(len, values)) <= _MAX_SHOWN:
         return [repr(value) for value in values]
     same = 0
@@ -228,7 +227,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _written(terms: Mapping[str, str]) -> bytes:
-    """A line for each term, ``key TAB value``; neither can hold a tab or a line's end."""
+    """A line for each term, ``key TAB value``; tabs and line ends in either are escaped."""
     lines = [f"{_escaped(key)}\t{_escaped(value)}\n" for key, value in terms.items()]
     return "".join(lines).encode("ascii")
 
@@ -238,6 +237,6 @@ def _escaped(text: str) -> str:
 
 
 def _read(text: bytes) -> Terms:
-    """Inverse of ``_written`` for messages; of other bytes, whatever they give."""
+    """Inverse of ``_written`` up to escapes; accepts any bytes, also malformed ones."""
     pairs = (line.partition("\t") for line in text.decode("ascii", "replace").split("\n") if line)
     return {key: value for key, _, value in pairs}

@@ -2,9 +2,9 @@
 
 They are for pseudogradients (DiLoCo, LocalSGD), for sharded training and for everything that has no
 hook. They block; all ranks of the group must call them with equal shapes, codecs and seeds. Each
-call first compares these, in one exchange of 48 bytes: where they differ, or a rank refuses what it
-was given, all raise the same ``AgreementError``. On CUDA they work on the current stream and wait
-for it. In a world of one nothing is exchanged, nor lost.
+call first compares these, in one exchange of 48 bytes. If they differ, or a rank refuses its
+arguments, all ranks raise the same ``AgreementError``. On CUDA they work on the current stream and
+wait for it. With one rank, nothing is exchanged and nothing is lost.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def compressed_all_reduce(
 ) -> Traffic:
     """Replace every tensor by its mean over the ranks of ``group``, in place.
 
-    It is the mean, not the sum, in two shots (see ``two_shot``): shards go to their owners, and the
-    owners' means to everyone, so that all ranks end with equal bits. Each tensor is coded by
-    itself. A learned linear codec (``Subspace``, or a ``Chain`` on one) must be bound to exactly
-    these tensors in this order; its codes are averaged instead of the tensors. Shards with NaN or
-    Inf travel uncompressed.
+    It is the mean, not the sum, in two shots (see ``two_shot``): every shard goes to its owner, and
+    the owner's mean goes to everyone, so that all ranks end with equal bits. Each tensor is coded
+    separately. A learned linear codec (``Subspace``, or a ``Chain`` on one) must be bound to
+    exactly these tensors in this order; its codes are averaged instead of the tensors. Shards with
+    NaN or Inf travel uncompressed.
 
     Args:
         tensors: one or several dense floating tensors of any shape.
@@ -56,7 +56,7 @@ def compressed_all_reduce(
         Bytes and seconds of this rank.
 
     Raises:
-        ConfigError: the codec cannot code these tensors, or the residuals are of another codec.
+        ConfigError: the codec cannot code these tensors, or the residuals belong to another codec.
         UpdateError: a tensor is sparse or not floating.
         AgreementError: ranks called this with different tensors, codecs or seeds, or one of them
             refused.
@@ -79,14 +79,15 @@ def compressed_reduce_scatter(
     """The mean over ranks of this rank's shard of ``input``: the first shot alone.
 
     Args:
-        output: contiguous floating tensor of ``n`` elements; shard ``r`` of the mean at rank ``r``.
+        output: contiguous floating tensor of ``n`` elements; rank ``r`` gets shard ``r`` of
+            the mean.
         input: contiguous, ``W n`` elements of the same dtype, rank-major.
         codec: a fixed-rate codec or its name.
         group: process group; ``None`` is the default group.
         op: ``"mean"``, or ``"sum"``: ``W`` times the mean.
         seed: of stochastic rounding, equal on all ranks; take another one for each call.
-        residual: error feedback, fp32 ``[scatter_residual_numel(codec, n, W)]``, zeros to begin
-            with; it is read and written. It is as large as the unsharded input.
+        residual: error feedback, fp32 ``[scatter_residual_numel(codec, n, W)]``, zeros at first,
+            updated in place. It is as large as the unsharded input.
 
     Raises:
         ConfigError: an unknown ``op``, a codec that needs a tensor table, a wrong residual.
@@ -110,8 +111,8 @@ def compressed_all_gather(
     A rank decodes its own bytes as well, so that all ranks hold equal bits.
 
     Args:
-        outputs: one contiguous tensor of the inputs' elements in rank order, or a tensor per rank;
-            a list may be of uneven sizes.
+        outputs: one contiguous tensor for all inputs in rank order, or a list of one tensor per
+            rank, whose sizes may differ.
         input: floating tensor with as many elements as this rank's tensor or part of ``outputs``.
         codec: a fixed-rate codec or its name.
         group: process group; ``None`` is the default group.
@@ -165,7 +166,7 @@ def scatter_residual_numel(codec: Codec | str, numel: int, world: int) -> int:
     return world * flat_route(named_codec(codec)).coder_for(torch.float32).residual_numel(numel)
 
 
-# -- for callers that know already that ranks agree -------------------------------------------
+# -- for callers that may already know that ranks agree ---------------------------------------
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ def all_reduce(
     residuals: Residuals | None = None,
     agreed: bool = False,
 ) -> Traffic:
-    """``compressed_all_reduce``; ``agreed``: ranks compare nothing."""
+    """``compressed_all_reduce``; with ``agreed``, ranks compare nothing first."""
     control = None if agreed else LinkChannel(control_link(group))
     with must_agree(control, "compressed_all_reduce") as terms:
         given = _listed(tensors)
@@ -232,7 +233,7 @@ def reduce_scatter(
     residual: Tensor | None = None,
     agreed: bool = False,
 ) -> Traffic:
-    """``compressed_reduce_scatter``; ``agreed``: ranks compare nothing."""
+    """``compressed_reduce_scatter``; with ``agreed``, ranks compare nothing first."""
     control = None if agreed else LinkChannel(control_link(group))
     with must_agree(control, "compressed_reduce_scatter") as terms:
         if op not in ("mean", "sum"):

@@ -25,10 +25,10 @@ class Operand:
         seed: of stochastic rounding; equal on all ranks.
         first_owner: rank that owns the first shard.
         first: residuals of the values, fp32 ``[coder.residual_numel(shard)]`` for each shard in
-            order, or ``None``. The list is written to, see ``side_by_side``.
-        second: residual of the mean of the own shard, the only element of its list, or ``None``.
-        note_loss: also keep what the coding lost, in ``lost_first`` ``[n]`` (of the values) and
-            ``lost_second`` ``[n]`` (of the mean of the own shard, zero elsewhere).
+            order, or ``None``. ``side_by_side`` replaces elements of the list.
+        second: a list of one element, the residual of the mean of this rank's shard, or ``None``.
+        note_loss: also keep what the coding lost: of the values in ``lost_first`` ``[n]``, of the
+            mean of this rank's shard in ``lost_second`` ``[n]`` (zero elsewhere).
     """
 
     values: Tensor
@@ -44,7 +44,7 @@ class Operand:
 
     @property
     def shares_lane(self) -> bool:
-        """Whether it may be coded together with others: its codes are the same then."""
+        """Whether it may be coded together with others without a change of its codes."""
         grain = self.coder.grain
         return grain is not None and ALIGN % grain == 0 and self.values.numel() % grain == 0
 
@@ -52,12 +52,12 @@ class Operand:
 class Lane:
     """Operands with one coder, coded by one call for each owner instead of one for each operand.
 
-    That changes no code: operands that share a lane consist of whole blocks (``Coder.grain``). All
-    others have a lane of their own.
+    That changes no code: operands that share a lane consist of whole blocks (``Coder.grain``).
+    Every other operand has its own lane.
 
     Args:
         operands: one, or several that may share a lane.
-        ranges: the shards of each operand, beginning with its first owner's.
+        ranges: the shards of each operand, starting with the shard of its first owner.
     """
 
     def __init__(self, operands: Sequence[Operand], ranges: Sequence[Ranges]) -> None:
@@ -67,7 +67,7 @@ class Lane:
         self.device = first.values.device
 
     def shards(self, owner: int) -> list[tuple[Operand, int, int]]:
-        """Operands and the ranges of them that belong to a rank; empty ones are left out."""
+        """The operands' ranges that belong to a rank, as operand, start, stop; no empty ones."""
         found = []
         for operand, ranges in zip(self.operands, self.ranges, strict=True):
             start, stop = ranges[(owner - operand.first_owner) % len(ranges)]
@@ -76,7 +76,7 @@ class Lane:
         return found
 
     def numel(self, owner: int) -> int:
-        """Values that belong to the rank."""
+        """Number of values that belong to the rank."""
         return sum(stop - start for _, start, stop in self.shards(owner))
 
     def nbytes(self, owner: int) -> int:
@@ -84,12 +84,12 @@ class Lane:
         return self.coder.nbytes(self.numel(owner))
 
     def values(self, owner: int) -> Tensor:
-        """The values that belong to the rank; a view if they are of one operand."""
+        """The values that belong to the rank; a view if only one operand has some."""
         found = [operand.values[start:stop] for operand, start, stop in self.shards(owner)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def write(self, owner: int, mean: Tensor, coder: Coder) -> None:
-        """Put the mean of what belongs to the rank, as ``coder`` decoded it, where it goes."""
+        """Write the mean of the rank's shards, decoded by ``coder``, to the operands' ``out``."""
         shards = self.shards(owner)
         split = torch.split(mean, [stop - start for _, start, stop in shards])
         for (operand, start, stop), some in zip(shards, split, strict=True):
@@ -97,7 +97,7 @@ class Lane:
 
     @cached_property
     def _unused(self) -> list[bool]:
-        """Operands without a gradient."""
+        """Which operands have no gradient."""
         return all_zero([operand.values for operand in self.operands])
 
     @contextmanager
@@ -105,7 +105,8 @@ class Lane:
         """Residual of this rank's values in the owner's shards, for use in the block.
 
         An operand without a gradient (a parameter unused in this step, a rank that has joined)
-        sends zeros, and its residual waits: else a rank that is done would go on training.
+        sends zeros, and its residual is kept for later: else a rank that has no more data would
+        still change the model.
         """
         if self.operands[0].first is None:
             yield None
@@ -121,7 +122,7 @@ class Lane:
 
     @contextmanager
     def second_residual(self, owner: int, mean: Tensor) -> Iterator[Tensor | None]:
-        """Residual of the mean of the own shards, for use in the block; it waits likewise."""
+        """Residual of this rank's mean, for use in the block; kept for later where that is zero."""
         shards = self.shards(owner)
         if self.operands[0].second is None:
             yield None
@@ -133,7 +134,7 @@ class Lane:
             yield whole
 
     def keep_first_loss(self, owner: int, body: Tensor | None) -> None:
-        """Note what coding lost of the values of an owner; nothing if it was refused."""
+        """Note what coding lost of an owner's values; zeros if the coder refused them."""
         for operand in self.operands:
             if operand.lost_first is None:
                 operand.lost_first = torch.zeros_like(operand.values, dtype=torch.float32)
@@ -147,7 +148,7 @@ class Lane:
             torch.sub(operand.values[start:stop], some, out=operand.lost_first[start:stop])
 
     def keep_second_loss(self, owner: int, mean: Tensor, body: Tensor | None) -> None:
-        """Note what coding lost of the mean of the own shards; nothing if it was refused."""
+        """Note what coding lost of this rank's mean; zeros if the coder refused it."""
         for operand in self.operands:
             operand.lost_second = torch.zeros_like(operand.values, dtype=torch.float32)
         if body is None:
@@ -161,7 +162,7 @@ class Lane:
 
 
 def lanes_of(operands: Sequence[Operand], ranges: Sequence[Ranges]) -> list[Lane]:
-    """Every operand in one lane; a function of the operands alone, hence equal on all ranks."""
+    """Group the operands into lanes, by the operands alone and hence equally on all ranks."""
     found: dict[object, list[int]] = {}
     for k, one in enumerate(operands):
         kind = (one.coder.identity, one.values.dtype, one.note_loss, one.first is None)
@@ -170,10 +171,10 @@ def lanes_of(operands: Sequence[Operand], ranges: Sequence[Ranges]) -> list[Lane
 
 
 def side_by_side(lists: Sequence[list[Tensor]], at: Sequence[int]) -> Tensor:
-    """The tensors ``lists[k][at[k]]`` as one vector, of which they are views afterwards.
+    """Join the tensors ``lists[k][at[k]]`` to one vector, and replace each by its view of it.
 
-    Nothing moves as long as the same ones are asked for in the same order: residuals of parameters
-    that share a lane lie side by side from its second step on.
+    Nothing is copied if the same tensors were joined in the same order before: residuals of
+    parameters that share a lane lie side by side from the lane's second step on.
     """
     parts = [those[i] for those, i in zip(lists, at, strict=True)]
     if len(parts) == 1:
@@ -196,7 +197,7 @@ def side_by_side(lists: Sequence[list[Tensor]], at: Sequence[int]) -> Tensor:
 
 @contextmanager
 def held_back(residuals: Sequence[Tensor], unused: Sequence[bool]) -> Iterator[None]:
-    """In the block, residuals of unused operands are zero; after it they are what they were."""
+    """Zero the residuals of unused operands in the block, and restore them after it."""
     kept = [(one, one.clone()) for one, waits in zip(residuals, unused, strict=True) if waits]
     for one, _ in kept:
         one.zero_()
@@ -210,8 +211,8 @@ def held_back(residuals: Sequence[Tensor], unused: Sequence[bool]) -> Iterator[N
 def all_zero(vectors: Sequence[Tensor]) -> list[bool]:
     """Which vectors hold nothing but zeros.
 
-    The first values of all are looked at together, for on a GPU every look waits for the stream;
-    the rest only of vectors that begin with zeros.
+    The first 64 values of all vectors are tested together, since on a GPU every test waits for the
+    stream. Only vectors that begin with zeros are then tested as a whole.
     """
     heads = torch.stack([x[:64].any() for x in vectors]).tolist()
     return [not (head or bool(x.any())) for head, x in zip(heads, vectors, strict=True)]

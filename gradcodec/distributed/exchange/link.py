@@ -1,4 +1,4 @@
-"""Bytes between the ranks of one group: an uneven all-to-all, and nothing else."""
+"""Bytes between the ranks of one group, always by an uneven all-to-all."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from gradcodec.distributed.meter import Meter
 from gradcodec.errors import ConfigError, TrainingError
 
 _TAG = 1 << 30
-"""The tags of our sends and receives start here, so that the caller's own are not taken for ours.
+"""The tags of our sends and receives start here, apart from those of the caller's own messages.
 
-A message's length is added to its tag. Gloo aborts a process that gets more bytes than it expects;
-but a message with another tag is not the one that it waits for, and the wait ends with the group's
-timeout, as an error.
+A message's length is added to its tag. Gloo aborts a process that gets more bytes than it expects.
+A message of another length has another tag, so gloo keeps waiting for the right one until the
+group's timeout, which is an error.
 """
 
 
 class Link:
-    """A group, seen as a thing that swaps bytes. One link is used by one thread.
+    """Swaps bytes between the ranks of a group. One link is used by one thread.
 
     Everything that the package exchanges is an all-to-all of uint8 with uneven splits. On gloo it
     is made of sends and receives, and the receives are posted first. (In gloo's own
-    ``all_to_all_single``, a rank that is sending already tells the other only after its payload
-    that the other may send too. In a quarter of the calls at 100 Mbit/s the two directions of a
-    link then take turns, which takes twice the time.)
+    ``all_to_all_single``, a rank that is already sending permits the other to send only after its
+    own payload. In a quarter of the calls at 100 Mbit/s the two directions of a link therefore take
+    turns, which takes twice the time.)
 
     Args:
         group: the process group; ``None`` is the default group.
-        device: where the tensors are. Bytes travel there if the group has a backend for it that
-            can, else through host memory (gloo under CUDA tensors).
+        device: where the tensors are. Bytes travel from this device if the group has a backend that
+            can send them, else through host memory (gloo with CUDA tensors).
 
     Raises:
         ConfigError: this process is not in the group, or the group cannot carry such tensors.
@@ -50,16 +50,16 @@ class Link:
         """Send ``messages[r]`` to rank ``r`` and return what came from each, uint8 ``[sizes[r]]``.
 
         Args:
-            messages: for each rank, uint8 tensors that are sent one after the other, at least one;
-                all on one device. This rank's message to itself is returned as it is.
-            sizes: what each rank sends here.
+            messages: for each rank, a list of one or more uint8 tensors that are sent one after the
+                other; all on one device. This rank's message to itself is returned as it is.
+            sizes: number of bytes that each rank sends here.
 
         Raises:
             TrainingError: the collective failed: a rank died, or did not come in time.
         """
         if self.size == 1:
             return [torch.cat(messages[0])]
-        # Often the same message goes to everyone: it is made once.
+        # Often one message goes to everyone; it is joined only once.
         whole = {id(m): torch.cat(m) for m in messages}
         own = whole[id(messages[self.rank])]
         came = [0 if r == self.rank else n for r, n in enumerate(sizes)]
@@ -88,7 +88,7 @@ class Link:
         return parts
 
     def _pairwise(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
-        """Every rank with every other at once; the nearest following one first."""
+        """Exchange with all other ranks at once, the next higher rank first."""
         others = [(self.rank + k) % self.size for k in range(1, self.size)]
         works = [
             dist.irecv(received[r], group=self.group, group_src=r, tag=_tag(received[r]))
@@ -110,7 +110,7 @@ def _tag(message: Tensor) -> int:
 
 
 def control_link(group: dist.ProcessGroup | None) -> Link:
-    """A link for a few bytes about what follows, the same whatever tensors a rank was given."""
+    """A link for the handshake; its device does not depend on the tensors a rank was given."""
     place(group)
     backends = backends_of(group)
     device = "cpu" if "cpu" in backends else next(iter(backends))
@@ -148,7 +148,7 @@ def carrier(group: dist.ProcessGroup | None, device: torch.device) -> torch.devi
 
 
 def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Backend by device type, of a group."""
+    """The backends of a group, by device type."""
     # "cpu:gloo,cuda:nccl", or a bare backend name from older groups.
     pairs = [p.split(":") for p in str(dist.get_backend_config(group)).split(",")]
     return {p[0]: p[-1] for p in pairs}

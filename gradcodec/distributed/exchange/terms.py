@@ -1,7 +1,7 @@
 """Codecs, tensors and bases as the texts that ranks compare.
 
-Equal texts stand for equal messages and equal results. What only one rank is concerned with, such
-as how often it logs or measures, is in none of them.
+Equal texts mean equal messages and equal results. Settings that concern one rank only, such as how
+often it logs or measures, are not part of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradcodec.wire import tensor_digest
 
 
 def choice_text(choice: Codec | LowRank | str) -> str:
-    """A codec's name, or its settings and digest, which covers its weights; low rank's settings."""
+    """A codec's name, else its settings and digest (weights included); low rank's settings."""
     if choice == "lowrank":
         choice = LowRank()
     if isinstance(choice, LowRank):
@@ -28,7 +28,7 @@ def choice_text(choice: Codec | LowRank | str) -> str:
 
 
 def rules_text(rules: Iterable[tuple[str, Codec | LowRank | str]]) -> str:
-    """Patterns and what they choose, in their order."""
+    """The patterns with the codecs they choose, in order."""
     return ", ".join(f"{pattern!r}: {choice_text(choice)}" for pattern, choice in rules)
 
 

@@ -3,17 +3,16 @@
     1. every rank codes each shard and sends it to the shard's owner
     2. the owner decodes the W codes, adds them in rank order in fp32 and divides by W
     3. the owner codes the mean and sends it to everyone
-    4. every rank decodes the same bytes, the owner its own as well
+    4. every rank, the owner included, decodes the same bytes
 
-so that all replicas hold equal bits. A reduce-scatter is steps 1 and 2, an all-gather is steps 3
-and 4. Each shot is one swap of messages, whatever the number of tensors: tensors of one coder share
-a lane and are coded by one call, where that changes no code (``lanes``).
+All replicas then hold equal bits. A reduce-scatter is steps 1 and 2, an all-gather is steps 3 and
+4. Each shot is one swap of messages, whatever the number of tensors. Where it changes no code,
+tensors with one coder share a lane and are coded by one call (``lanes``).
 
 A message is ``tag (4) | flags | bodies``, one body for each lane, each rounded up to 8 bytes. The
 tag is a checksum of what the sender believes is exchanged, and in which shot. A flag marks a body
-that the coder refused to make, because of NaN or Inf. If any rank has set any flag (all ranks see
-all flags), one more swap sends the flagged values as they are, in fp32; their residuals stay as
-they were.
+that the coder refused to make, because of NaN or Inf. All ranks see all flags. If any is set, one
+more swap sends the flagged values as they are, in fp32; their residuals stay unchanged.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ _Bodies = dict[_Place, Tensor | None]
 """What this rank has coded; ``None`` where the coder refused the values."""
 
 _Came = list[list[tuple[Coder, Tensor]]]
-"""For each rank, for each lane: the bytes that came, and what decodes them."""
+"""For each rank, for each lane: the coder that decodes the bytes, and the bytes that came."""
 
 
 def two_shot_mean(operands: list[Operand], link: Link, *, context: int = 0) -> None:
     """Average every operand over the ranks of the link, into its ``out``.
 
-    All ranks call this with operands of equal lengths and coders in equal order. A world of one
-    exchanges nothing and loses nothing.
+    All ranks call this with operands of equal lengths and coders in equal order. With one rank,
+    nothing is exchanged and nothing is lost.
 
     Args:
         operands: what to average.
-        link: with whom.
+        link: to all ranks.
         context: a number that must be equal on all ranks, for example the step; it is compared.
 
     Raises:
@@ -68,9 +67,9 @@ def two_shot_mean(operands: list[Operand], link: Link, *, context: int = 0) -> N
     # 1. Code every shard, and send it to its owner.
     coded = _code_shards(lanes, link)
     came = _swap(coded, lanes, link, _tag(operands, context, 1), _to_owners, _values_of(lanes))
-    # 2. As an owner: the mean of what came, in rank order.
+    # 2. As an owner, average what came, in rank order.
     means = _means_of(came, lanes, link)
-    # 3. Code the own means, and send them to everyone.
+    # 3. Code the means of own shards, and send them to everyone.
     coded = _code_means(means, lanes, link)
     came = _swap(coded, lanes, link, _tag(operands, context, 2), _from_owners, _means_by(means))
     # 4. Decode everyone's means.
@@ -88,7 +87,7 @@ def mean_of_own_shard(operand: Operand, ranges: Ranges, link: Link, *, context: 
 def gather_shards(
     operand: Operand, ranges: Ranges, own: Tensor, link: Link, *, context: int
 ) -> None:
-    """Steps 3 and 4: every rank's ``own`` values in its shard of the operand's ``out``."""
+    """Steps 3 and 4: write every rank's ``own`` values to its shard of the operand's ``out``."""
     lanes, means = lanes_of([operand], [ranges]), [own]
     coded = _code_means(means, lanes, link)
     came = _swap(coded, lanes, link, _tag([operand], context, 2), _from_owners, _means_by(means))
@@ -117,7 +116,7 @@ def _code_shards(lanes: list[Lane], link: Link) -> _Bodies:
 
 
 def _means_of(came: _Came, lanes: list[Lane], link: Link) -> list[Tensor]:
-    """Step 2: the mean of the own shards of every lane, fp32."""
+    """Step 2: the mean of this rank's shards, for every lane, fp32."""
     with link.meter.phase("decode"):
         return [_mean(lane, [row[k] for row in came], link) for k, lane in enumerate(lanes)]
 
@@ -135,7 +134,7 @@ def _mean(lane: Lane, came: list[tuple[Coder, Tensor]], link: Link) -> Tensor:
 
 
 def _code_means(means: list[Tensor], lanes: list[Lane], link: Link) -> _Bodies:
-    """Step 3: the own means, one for each lane."""
+    """Step 3: code this rank's means, one for each lane."""
     coded: _Bodies = {}
     with link.meter.phase("encode"):
         for k, (lane, mean) in enumerate(zip(lanes, means, strict=True)):
@@ -151,7 +150,7 @@ def _code_means(means: list[Tensor], lanes: list[Lane], link: Link) -> _Bodies:
 
 
 def _write(came: _Came, lanes: list[Lane], link: Link) -> None:
-    """Step 4: everyone's means into ``out``."""
+    """Step 4: decode everyone's means into ``out``."""
     with link.meter.phase("decode"):
         for owner, row in enumerate(came):
             for lane, (coder, body) in zip(lanes, row, strict=True):
@@ -160,7 +159,7 @@ def _write(came: _Came, lanes: list[Lane], link: Link) -> None:
 
 
 def _packed(x: Tensor, lane: Lane, seed: int, residual: Tensor | None) -> Tensor | None:
-    """The body, or ``None`` where the coder refuses NaN and Inf."""
+    """The body, or ``None`` if the coder refuses NaN or Inf in it."""
     try:
         return lane.coder.pack(x, seed, residual)
     except NonFiniteError:
@@ -213,13 +212,13 @@ def _swap(
         lanes: of all operands.
         link: to all ranks.
         tag: of this exchange.
-        owner_in: ``(source, to)`` to the owner of the shards in that message.
-        values: by lane and owner, what was refused.
+        owner_in: maps a message's ``(source, to)`` to the owner of the shards in it.
+        values: maps lane and owner to their values, for bodies that were refused.
     """
     me, ranks = link.rank, range(link.size)
 
     def places(source: int) -> list[_Place]:
-        """What the flags of a rank are about."""
+        """The lanes and owners of a rank's flags, in order."""
         owners = sorted({owner_in(source, to) for to in ranks})
         return [(k, owner) for k in range(len(lanes)) for owner in owners]
 
@@ -261,7 +260,7 @@ def _swap_refused(
     owner_in: Callable[[int, int], int],
     values: Callable[[int, int], Tensor],
 ) -> None:
-    """Replace what stands in ``rows`` for refused bodies by their values, which all ranks send."""
+    """Swap the values of refused bodies, and put them in place of the placeholders in ``rows``."""
     me, ranks = link.rank, range(link.size)
 
     def refused(source: int, to: int) -> list[_Place]:
@@ -284,17 +283,17 @@ def _swap_refused(
 
 
 def padded(nbytes: int) -> int:
-    """Rounded up to 8, so that every body can be viewed as any dtype."""
+    """Round up to a multiple of 8, so that every body can be viewed as any dtype."""
     return -(-nbytes // 8) * 8
 
 
 def message_nbytes(flags: int, sizes: Sequence[int]) -> int:
-    """Size of a message with so many flags and bodies of these sizes."""
+    """Size of a message with ``flags`` flags and bodies of these sizes."""
     return padded(4 + -(-flags // 8)) + sum(padded(n) for n in sizes)
 
 
 def message(tag: int, flags: Sequence[bool], bodies: Sequence[Tensor]) -> list[Tensor]:
-    """``tag | flags | bodies`` as uint8 tensors, padding in between."""
+    """``tag | flags | bodies`` as uint8 tensors, with padding after each."""
     bits = sum(1 << i for i, flag in enumerate(flags) if flag)
     head = tag.to_bytes(4, "little") + bits.to_bytes(-(-len(flags) // 8), "little")
     head = head.ljust(padded(len(head)), b"\0")
@@ -314,7 +313,7 @@ def opened(
     """Flags and bodies of a message.
 
     Raises:
-        MalformedBodyError: another length or tag: the sender exchanges something else.
+        MalformedBodyError: wrong length or tag: the sender exchanges something else.
     """
     expected = message_nbytes(flags, sizes)
     if received.numel() != expected:

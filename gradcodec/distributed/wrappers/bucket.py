@@ -1,4 +1,4 @@
-"""One bucket of gradients becomes its mean over all ranks, parameter by parameter."""
+"""Averages a bucket of gradients over all ranks, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from gradcodec.transforms.subspace.transform import Projection
 _log = logging.getLogger(__name__)
 
 _POWER = RawCoder(torch.bfloat16)
-"""Codes power iterations. What rounds them changes which basis is taken, not what is lost."""
+"""Codes power iterations. Rounding them changes which basis is chosen, not what is lost."""
 
 _RESIDUALS = ("first", "second")
 _OF_A_BASIS = ("start", "basis", "error")
 _COUNTS = ("step", "seed", "auto", "world", "rank")
 
 
-# -- whose gradient lies where --------------------------------------------------------------------
+# -- where each gradient lies in a bucket ---------------------------------------------------------
 
 
 @dataclass
@@ -49,10 +49,10 @@ class Slot:
 
 
 class ParameterNames:
-    """Names of the parameters in a bucket, which DDP knows as objects only.
+    """Names of the parameters in a bucket; DDP itself knows only the objects.
 
     Args:
-        parameters: of the model, by name.
+        parameters: those of the model, by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -60,10 +60,10 @@ class ParameterNames:
         self._parameters = list(parameters.values())  # an id is only good while its object lives
 
     def names(self, bucket: Any) -> tuple[str, ...]:
-        """Of all parameters in a ``GradBucket``.
+        """Names of all parameters in a ``GradBucket``.
 
         Raises:
-            ConfigError: one of them is not of the model.
+            ConfigError: one of them does not belong to the model.
         """
         found = []
         for parameter in bucket.parameters():
@@ -77,13 +77,13 @@ class ParameterNames:
         return tuple(found)
 
     def slots(self, bucket: Any) -> list[Slot]:
-        """Where their gradients are in a dense bucket, as real numbers."""
+        """Where the gradients of a dense bucket's parameters are, as real numbers."""
         buffer, slots = bucket.buffer(), []
         base, parameters = buffer.storage_offset(), bucket.parameters()
         for name, parameter, view in zip(
             self.names(bucket), parameters, bucket.gradients(), strict=True
         ):
-            # DDP lays complex gradients out as pairs of real numbers, and still counts pairs.
+            # DDP stores complex gradients as pairs of real numbers, but its offsets count pairs.
             width = 2 if parameter.is_complex() else 1
             at, numel = width * (view.storage_offset() - base), width * view.numel()
             flat = buffer[at : at + numel]
@@ -98,7 +98,7 @@ class ParameterNames:
 
 @dataclass
 class _Sent:
-    """What is exchanged for a slot, and what its mean becomes."""
+    """What is exchanged for a slot, and what turns its mean into the mean gradient."""
 
     slot: Slot
     operand: Operand
@@ -110,14 +110,14 @@ class _Sent:
 
 @dataclass
 class BucketReducer:
-    """Averages buckets as planned; holds what must survive from step to step.
+    """Averages buckets as planned; holds the state that is kept from step to step.
 
     Attributes:
         plan: an entry for every parameter.
-        seed: of stochastic rounding and of first bases.
+        seed: of stochastic rounding and of the first start vectors.
         residuals: error feedback of coded parameters.
         adaptive: bases and residuals of low-rank parameters.
-        nmse: last measured loss of each coded parameter, see ``reduce``.
+        nmse: relative squared error of each coded parameter when last measured, see ``reduce``.
     """
 
     plan: Plan
@@ -138,13 +138,13 @@ class BucketReducer:
 
             1. low-rank parameters that are due renew their bases: one exchange of power iterations
             2. all gradients, or their codes, are averaged: one two-shot exchange
-            3. where a code's mean is not finite, the gradients themselves are averaged
+            3. where the mean of codes is not finite, the gradients themselves are averaged
 
         Args:
             slots: the bucket's gradients, equal names and order on all ranks.
             link: to all ranks.
             step: equal on all ranks.
-            measure: note in ``nmse`` what coding loses of each gradient.
+            measure: note in ``nmse`` what coding loses of each of this rank's gradients.
         """
         matrices = self._renew_bases(slots, link, step)
         sent = [self._prepare(slot, link, step, matrices.get(slot.name)) for slot in slots]
@@ -176,8 +176,8 @@ class BucketReducer:
     ) -> dict[str, tuple[Tensor, bool]]:
         """``M`` of every low-rank parameter, with new bases where they are due.
 
-        Each comes with whether it has a gradient: one that is all zeros takes no part in feedback,
-        for its parameter is unused in this step, or its rank has joined.
+        Each comes with whether it has a gradient. A gradient of zeros takes no part in error
+        feedback: its parameter is unused in this step, or its rank has joined.
         """
         found, due = {}, []
         meter = link.meter
@@ -212,7 +212,7 @@ class BucketReducer:
         if matrix is not None:
             adaptive, (m, active) = self.adaptive[slot.name], matrix
             with link.meter.phase("encode"):
-                # No basis yet and no finite power iteration: NaN says so to everyone.
+                # If no finite power iteration has made a basis yet, NaN tells everyone so.
                 code = (
                     torch.full((adaptive.short * adaptive.settings.rank,), torch.nan)
                     if adaptive.basis is None
@@ -234,10 +234,10 @@ class BucketReducer:
         return _Sent(slot, operand, projection)
 
     def _take(self, sent: _Sent, world: int) -> bool:
-        """Write the mean gradient; ``False`` if the mean of the codes is not finite."""
+        """Write the mean gradient; return ``False`` if the mean of the codes is not finite."""
         operand, slot, adaptive = sent.operand, sent.slot, sent.adaptive
         if sent.projection is None and adaptive is None:
-            return True  # The exchange wrote it, and sent what is not finite as it was.
+            return True  # The exchange wrote it already, values that are not finite included.
         if not bool(torch.isfinite(operand.out).all()):
             return False
         if sent.projection is not None:
@@ -251,7 +251,7 @@ class BucketReducer:
         return True
 
     def _keep_rest(self, sent: _Sent, adaptive: AdaptiveBasis, world: int) -> None:
-        """``E <- M - U z^``, and what the owner's second coding lost of a mean of ``world``."""
+        """``E <- M - U z^``, plus what the owner's coding lost of the mean, times ``world``."""
         operand, m = sent.operand, sent.matrix
         assert m is not None
         if sent.active:
@@ -266,7 +266,7 @@ class BucketReducer:
     def _measure(self, slots: list[Slot], matrices: dict[str, tuple[Tensor, bool]]) -> None:
         """Squared error of coding this rank's gradient, without feedback, over its square.
 
-        Of low-rank parameters: what lies outside the basis, of gradient and residual together.
+        For low-rank parameters: the part of gradient plus residual that is outside the basis.
         """
         for slot in slots:
             route, (matrix, _) = (
@@ -313,10 +313,10 @@ class BucketReducer:
         return out
 
     def known(self, state: Mapping[str, Tensor | int], strict: bool) -> dict[str, Tensor | int]:
-        """The state without what belongs to other parameters, whatever the number of ranks.
+        """The state without keys of other parameters; independent of the number of ranks.
 
         Raises:
-            ConfigError: if ``strict``, names the first key that does.
+            ConfigError: if ``strict`` and there is such a key; names the first.
         """
         kept = {}
         for key, value in state.items():
@@ -336,11 +336,11 @@ class BucketReducer:
     def load_state_dict(
         self, state: Mapping[str, Tensor | int], *, rank: int, world: int, strict: bool
     ) -> None:
-        """Inverse of ``state_dict``, at this rank of a world of this size.
+        """Inverse of ``state_dict``, for this rank and number of ranks.
 
         Raises:
-            ConfigError: a residual or a basis has another length or shape. If not ``strict``, it is
-                dropped with a log line.
+            ConfigError: if ``strict``, a residual or a basis has another length or shape. If not
+                ``strict``, all that is kept for its parameter is dropped with a log line.
         """
         fitting = dict(state)
         for name in self.plan.entries:
@@ -356,7 +356,7 @@ class BucketReducer:
             adaptive.load_state_dict(name, fitting)
 
     def _misfit(self, name: str, state: Mapping[str, Tensor | int], rank: int, world: int) -> str:
-        """Why the memory of a parameter has another size than it has here; empty if it has not."""
+        """Why a parameter's state does not fit its shape and codec here; empty if it fits."""
         if name in self.adaptive:
             return self.adaptive[name].misfit(name, state)
         coder, projection = (
@@ -372,7 +372,7 @@ class BucketReducer:
             for start, stop in shard_ranges(numel, world, coder.align)
         ]
         expected = {"first": sum(sizes)}
-        if (state.get("rank"), state.get("world")) == (rank, world):  # elsewhere it is dropped
+        if (state.get("rank"), state.get("world")) == (rank, world):  # else it is dropped
             expected["second"] = sizes[(rank - first_owner(name, world)) % world]
         found = (
             misfit(f"{kind}.{name}", state[f"{kind}.{name}"], size)

@@ -49,35 +49,35 @@ class CompressState(Closing):
         state = CompressState(model, codec="int4")
         ddp.register_comm_hook(state, compress_hook)
 
-    Every parameter is coded by itself, and its name decides which ranks own its shards. Results
+    Every parameter is coded separately, and its name decides which ranks own its shards. Results
     therefore do not depend on buckets, and residuals belong to names. All ranks construct it
     together, with equal arguments (``log_every`` and ``nmse_every`` may differ), and get gradients
-    with equal bits. Where something differs that must not, all of them raise the same
+    with equal bits. If other arguments or the models differ, all ranks raise the same
     ``AgreementError``: when the state is made, or in the first step if there was no process group
-    before. They compare again whenever a bucket comes that was not there before, which finds models
-    that go different ways.
+    yet. Ranks compare again whenever DDP hands over a new bucket, which finds models whose
+    buckets differ.
 
     Args:
         model: the model (plain, compiled or in ``DistributedDataParallel``), or named parameters.
         codec: a codec, a name of ``make_codec``, ``LowRank(...)``, ``"lowrank"``, or ``"auto"``
-            (also ``"auto:int8"`` and so on; plain ``"auto"`` tries ``"int4"``), which measures a
-            few steps and does not compress where that would lose time. ``"fp32"`` leaves gradients
+            (also ``"auto:int8"`` and so on; plain ``"auto"`` tries ``"int4"``), which times a few
+            steps and does not compress if that would lose time. ``"fp32"`` leaves gradients
             to the group's own all-reduce, as DDP without a hook does.
         process_group: the group of the data-parallel ranks; by default that of ``model`` if it is
             wrapped, else the default group. Exchanges run on a new group of the same ranks.
-        error_feedback: ``True``, ``False``, or ``"auto"``: where it helps (see
+        error_feedback: ``True``, ``False``, or ``"auto"``: on for codecs that need it (see
             ``coding.wants_feedback``).
         start_step: steps before this one are averaged exactly, as warm-up.
         min_numel: smaller parameters are sent raw, in the same messages.
         rules: ``(pattern, codec)`` by parameter name, the first match wins:
             ``[("*.bias", "fp32"), ("*embed*", "int8")]``.
         seed: of stochastic rounding and first bases; equal on all ranks.
-        log_every: log a line every so many steps, at level INFO.
-        nmse_every: measure what coding loses of each gradient every so many steps, for ``stats``.
+        log_every: steps between log lines, at level INFO.
+        nmse_every: steps between measurements of what coding loses of each gradient, for ``stats``.
 
     Raises:
-        ConfigError: a setting is wrong, a rule matches nothing, or the model is in FSDP, for which
-            ``compress(model)`` is the call.
+        ConfigError: a setting is wrong, a rule matches nothing, or the model is in FSDP; for FSDP
+            call ``compress(model)``.
         AgreementError: ranks came with different models or settings.
 
     What to know:
@@ -86,8 +86,9 @@ class CompressState(Closing):
       *averaged* gradient plus the new one, and error feedback adds its residual each time.
     - Under a ``GradScaler`` residuals are in scaled units: a change of the scale shifts what is
       fed back in the next step by that factor, once.
-    - A parameter whose gradient is all zeros on a rank (unused, a rank that has joined) gets no
-      residual added there. Gradients with NaN or Inf travel as they are; residuals stay finite.
+    - If a parameter's gradient is all zeros on a rank (it is unused, or the rank has joined), no
+      residual is added to it there. Gradients with NaN or Inf travel as they are; residuals stay
+      finite.
     - Sparse gradients are averaged uncompressed.
     - Error feedback takes 4 bytes per parameter and rank.
     - A copy of the model (``copy.deepcopy``, ``AveragedModel``) is not compressed. That is right
@@ -148,7 +149,7 @@ class CompressState(Closing):
         self.reducer = BucketReducer(plan, seed)
         self.counters = Counters(log_every)
         self._names = ParameterNames(parameters)
-        # Nothing is coded anywhere, ``codec="fp32"``: then DDP's own all-reduce is the fastest way.
+        # If nothing is coded (``codec="fp32"``), DDP's own all-reduce is the fastest way.
         self._exact = plan.exact and self.auto is None
         self._step = 0
         self._world = self._rank = 0
@@ -165,9 +166,9 @@ class CompressState(Closing):
     def submit(self, bucket: Any) -> Future[Tensor]:
         """Enqueue a bucket; its future holds the bucket's buffer with the mean in it.
 
-        With the last one, wait for all: DDP does that next in any case, but of an error in a future
-        it keeps the message alone, in a ``RuntimeError``, where one that is raised here reaches the
-        caller of ``backward()`` as it is.
+        After the last bucket it waits for all of them, which DDP would do next in any case. An
+        error that is raised here reaches the caller of ``backward()`` as it is; of an error in a
+        future, DDP keeps only the message, in a ``RuntimeError``.
         """
         self._start()
         if self.closed:
@@ -212,7 +213,7 @@ class CompressState(Closing):
     def _way(self, step: int) -> tuple[bool, bool]:
         """Whether a step's gradients are coded, and whether they go through a dense all-reduce.
 
-        If neither, as before ``start_step``, they are averaged exactly, by our own two shots.
+        If neither (before ``start_step``), they are averaged exactly, by our own two shots.
         """
         started = step >= self.start_step
         coded = started and (self.auto is None or self.auto.compress)
@@ -224,9 +225,9 @@ class CompressState(Closing):
             future = Future()
             worker.submit(work, future)
             return future
-        # The gradients are ready where autograd's stream is now. A future that knows its device
-        # records an event on the stream that is current where it is completed, which is the
-        # worker's, and DDP's wait for the future makes its own stream wait for that event.
+        # The gradients are ready at the current point of autograd's stream. A future that knows its
+        # device records an event when it is completed, on the current stream of the thread that
+        # completes it: here the worker's. DDP's wait for the future makes DDP's stream wait for it.
         device = buffer.device
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -259,7 +260,7 @@ class CompressState(Closing):
     def _agree(
         self, key: object, names: Sequence[str], buffer: Tensor, step: int, coded: bool
     ) -> None:
-        """Before a bucket that was not there before: DDP's first, rebuilt and resumed ones."""
+        """Compare ranks before a bucket that is new: DDP's first, rebuilt and resumed ones."""
         if key in self._agreed:
             return
         link = control_link(self._own_group)
@@ -311,7 +312,7 @@ class CompressState(Closing):
     # -- life -------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Make group and thread: at once, or at the first bucket if there is no group yet."""
+        """Make group and thread; if there is no process group yet, do so at the first bucket."""
         if self._world:
             return
         rank, world = place(self.process_group)
@@ -332,7 +333,7 @@ class CompressState(Closing):
             self._pending = None
 
     def _channel(self) -> LinkChannel | None:
-        """To the other ranks, by the group they share already; ``None`` before there is one."""
+        """A channel over the ranks' process group; ``None`` if there is none yet."""
         self._early = not dist.is_initialized()
         return None if self._early else LinkChannel(control_link(self.process_group))
 
@@ -366,7 +367,7 @@ class CompressState(Closing):
         )
 
     def state_dict(self) -> State:
-        """What a resumed run needs to go on to the bit: a flat dict of CPU tensors and ints.
+        """What a resumed run needs to go on with equal bits: a flat dict of CPU tensors and ints.
 
         Every rank has its own. Keys: ``step``, ``seed``, ``world``, ``rank``, ``auto`` (-1 no
         decision, 0, 1), ``first.NAME`` and ``second.NAME`` (residuals), ``start.NAME``,
@@ -383,17 +384,16 @@ class CompressState(Closing):
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
         """Go on where ``state_dict`` was taken; buckets may be others.
 
-        All ranks load, between the same two steps. In the next one they compare what they have
-        loaded but for residuals, which belong to each rank, and raise ``AgreementError`` where it
-        differs.
+        All ranks load, between the same two steps. In the next step they compare what they have
+        loaded, except residuals, which differ by rank, and raise ``AgreementError`` if it differs.
 
         With another number of ranks, residuals of the first shot and of low-rank parameters are
-        kept and those of owned shards dropped: training goes on, not to the bit.
+        kept, and those of owned shards are dropped: training goes on, but not with equal bits.
 
         Args:
             state: what ``state_dict`` returned.
-            strict: ``False`` after the model has changed: what was kept for parameters that are
-                gone, or have another shape, is dropped with a log line; new ones start at zero.
+            strict: ``False`` after the model has changed: the state of parameters that are gone, or
+                have another shape, is dropped with a log line; new ones start at zero.
 
         Raises:
             ConfigError: keys are missing or, if ``strict``, belong to parameters that are not here.
@@ -416,8 +416,8 @@ class CompressState(Closing):
             self.auto.decision = bool(decision)
 
     def __deepcopy__(self, memo: object) -> CopiedState:
-        # A copy of a DDP model has a reducer of its own, without a hook. What lies here of the
-        # original (a thread, a group, residuals of this rank) is of no use to it.
+        # A copy of a DDP model has its own reducer, without a hook. What this state holds (a
+        # thread, a group, residuals of this rank) is of no use to it.
         return CopiedState()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -425,4 +425,4 @@ class CompressState(Closing):
 
 
 class CopiedState:
-    """Stands in a copy of a compressed DDP model where the original has its ``CompressState``."""
+    """Takes the place of the ``CompressState`` in a copy of a compressed DDP model."""

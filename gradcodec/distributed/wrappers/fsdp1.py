@@ -1,9 +1,9 @@
 """FSDP1 (``FullyShardedDataParallel``): what its communication hook does.
 
 FSDP1 calls ``hook(state, grad, output)`` for sharded units and ``hook(state, grad)`` under
-``NO_SHARD``, with bare tensors. So that a call tells whose gradient it is, every FSDP module gets a
-state of its own before the first forward. The attributes this needs are private to torch; they are
-all touched in this file.
+``NO_SHARD``, with bare tensors. Every FSDP module gets its own state before the first forward, so
+that a call tells which unit the gradient belongs to. The attributes this needs are private to
+torch; only this file uses them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_fsdp1(model: object) -> bool:
 
 
 class UnitState:
-    """What the hook of one FSDP module is given as its state."""
+    """The state that FSDP1 passes to the hook of one FSDP module."""
 
     def __init__(self, owner: ShardedState, unit: Unit, group: dist.ProcessGroup) -> None:
         self.owner, self.unit, self.group = owner, unit, group
@@ -48,7 +48,7 @@ def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
         options: those of ``ShardedState``.
 
     Raises:
-        ConfigError: a hook is there already, a hybrid strategy, or a setting of ``ShardedState``.
+        ConfigError: a hook is registered already, a strategy is hybrid, or a setting is wrong.
         AgreementError: ranks came with different settings or units, or one of them refused.
     """
     units = dict(_fsdp_modules(model))
@@ -78,7 +78,7 @@ def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
         model.register_comm_hook(state, reduce_unit)  # type: ignore[operator]
     except AssertionError as err:
         raise ConfigError(f"FSDP1 refuses a communication hook: {err}") from err
-    # Registration hands one state to all modules; each gets one of its own, which names its unit.
+    # Registration gives all modules one state; replace it by one per module, which names its unit.
     for name, module in units.items():
         of_unit = UnitState(state, state.units[name], _private(module, "process_group"))
         module._comm_hook_state = of_unit  # type: ignore[assignment]
@@ -89,7 +89,7 @@ def reduce_unit(state: UnitState, grad: Tensor, output: Tensor | None = None) ->
     """The hook of FSDP1: average a unit's gradient over the ranks. It blocks.
 
     Args:
-        state: of the unit.
+        state: names the unit.
         grad: flat gradient ``[W n]``, padded; under ``NO_SHARD`` any shape, averaged in place.
         output: ``[n]``, this rank's shard of the mean; ``None`` under ``NO_SHARD``.
     """

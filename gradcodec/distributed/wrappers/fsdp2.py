@@ -1,7 +1,7 @@
 """FSDP2 (``fully_shard``) and HSDP: a reduce-scatter, or a replica all-reduce, per FSDP module.
 
 FSDP2 has setters for both, one per module and not recursive. What else is needed (which parameters
-a module manages, over which groups) is private to torch; all of it is touched in this file.
+a module manages, over which groups) is private to torch; only this file uses it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Managed:
 
     @property
     def parameters(self) -> list[str]:
-        """Full names of the parameters that it manages."""
+        """Full names of the parameters that the module manages."""
         prefix = "" if self.name == ROOT else self.name + "."
         owners = {id(m): plain_name(n) for n, m in self.module.named_modules()}
         names = []
@@ -48,7 +48,7 @@ class Managed:
 
     @property
     def replicated(self) -> bool:
-        """Whether torch itself all-reduces it: HSDP, or ``replicate()``."""
+        """Whether torch itself all-reduces its gradients: HSDP, or ``replicate()``."""
         return self.group.mesh_info.replicate_mesh_dim is not None
 
     @property
@@ -64,15 +64,15 @@ class Managed:
 
     @property
     def shards(self) -> dist.ProcessGroup:
-        """The group of its reduce-scatter, where it is sharded."""
+        """The group of its reduce-scatter, if it is sharded."""
         found: dist.ProcessGroup = self.group.mesh_info.shard_process_group
         return found
 
     def shard_numel(self) -> int:
         """Elements of this rank's shard of all trainable parameters, padding included.
 
-        A reduce-scatter whose output is shorter lacks parameters that got no gradient; no smaller
-        set of them has as many elements.
+        If a reduce-scatter's output is shorter, it lacks parameters that got no gradient; only all
+        parameters together have this many elements.
         """
         return sum(
             p.padded_sharded_param_size.numel()
@@ -82,13 +82,13 @@ class Managed:
 
     @property
     def divide_factor(self) -> float | None:
-        """What ``set_gradient_divide_factor`` was given."""
+        """The factor given to ``set_gradient_divide_factor``, or ``None``."""
         factor: float | None = self.group.gradient_divide_factor
         return factor
 
 
 def is_fsdp2(model: nn.Module) -> bool:
-    """Whether some module in it is managed by ``fully_shard`` or ``replicate``."""
+    """Whether ``fully_shard`` or ``replicate`` manages some module of the model."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(m, FSDPModule) for m in model.modules())
@@ -163,7 +163,7 @@ class CompressedReduceScatter:
         """Sum or average ``input_tensor`` ``[W n]`` into ``output_tensor`` ``[n]``.
 
         Raises:
-            ConfigError: another reduction: FSDP2 wants a custom divide factor as part of it.
+            ConfigError: another reduction, which FSDP2 asks for to apply a custom divide factor.
         """
         if op == dist.ReduceOp.SUM:
             kind = "sum"
@@ -190,7 +190,7 @@ class CompressedReplicaReduce:
         self.state, self.unit, self.of, self.replicas = state, unit, of, replicas
 
     def __call__(self, reduce_output: Tensor) -> None:
-        """Average ``[n]`` in place, or sum where a divide factor stands for the average."""
+        """Average ``[n]`` in place, or sum if a divide factor replaces the average."""
         whole = reduce_output.numel() == self.of.shard_numel()
         op = "mean" if self.of.divide_factor is None else "sum"
         self.state.all_reduce(self.unit, reduce_output, self.replicas, op=op, whole=whole)
@@ -199,7 +199,7 @@ class CompressedReplicaReduce:
 def compress_sharded(units: list[Managed], **options: Any) -> ShardedState:
     """Compress the reduce-scatters of a model on a 1-D mesh.
 
-    Pins FSDP2's reduction to SUM, which leaves all scaling to FSDP2.
+    Sets FSDP2's reduction to SUM, so that FSDP2 does all scaling.
 
     Raises:
         ConfigError: a module has a custom reduce-scatter already, or a setting is wrong.
@@ -257,7 +257,7 @@ def _with_units(units: list[Managed], **options: Any) -> ShardedState:
 
 
 def _check_equal_start(model: nn.Module, replicas: dist.ProcessGroup) -> None:
-    """All replicas must hold the same shards: nothing ever makes them equal afterwards."""
+    """Check that all replicas hold the same shards: nothing makes them equal afterwards."""
     total = torch.zeros(2, dtype=torch.float64)
     for i, p in enumerate(model.parameters()):
         local = p.detach()

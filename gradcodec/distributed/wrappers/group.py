@@ -4,7 +4,7 @@ It is for wrappers in which torch calls ``dist.all_reduce`` with no hook in betw
 ``replicate()``, the replica dimension of HSDP, and DDP without a hook.
 """
 
-# What torch's stubs say of the constructor, of `name` and of `allreduce` is of the C++ class.
+# Torch's stubs describe the constructor, `name` and `allreduce` of the C++ class.
 # mypy: disable-error-code="call-arg,method-assign,assignment,return-value,override,call-overload"
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def register_compressed_backend(
 
     ``dist.new_group(backend=name)``, ``init_device_mesh(..., backend_override={...: name})``
     and ``DistributedDataParallel(process_group=...)`` can then use it. Sums and averages of one
-    dense tensor of at least ``min_numel`` fp32, bf16 or fp16 elements go through ``codec``, all
-    else goes to gloo as it is. All ranks end with equal bits.
+    dense tensor of at least ``min_numel`` fp32, bf16 or fp16 elements go through ``codec``;
+    everything else goes to gloo unchanged. All ranks end with equal bits.
 
-    **Lossy for everyone who uses the group**: reduce gradients over it, and neither metrics nor
-    any other large floating tensors. Tensors come without names, so there is no error feedback:
-    take an unbiased codec, ``"int4-unbiased"`` or ``"int8-unbiased"``.
+    **Lossy for everyone who uses the group**: reduce only gradients over it, no metrics or other
+    large floating tensors. Tensors come without names, so there is no error feedback: use an
+    unbiased codec, ``"int4-unbiased"`` or ``"int8-unbiased"``.
 
     Args:
-        name: of the backend, a lower-case identifier that no other backend has.
+        name: the backend's name, a lower-case identifier that no other backend has.
         codec: a fixed-rate codec or its name.
         min_numel: all-reduces of fewer elements are not compressed.
         seed: of stochastic rounding; equal on all ranks.
@@ -96,9 +96,9 @@ def register_compressed_backend(
 class CompressedGroup(Closing, dist.ProcessGroup):
     """Gloo with one method replaced; torch makes it from a backend's name. It is a ``Compression``.
 
-    The same gloo backend carries the compressed bytes: ranks issue collectives of one group in
-    equal order, so they cannot be mixed up. A compressed all-reduce is done when the call returns,
-    also with ``async_op=True``.
+    The same gloo backend carries the compressed bytes. They cannot be mixed up with other messages,
+    since all ranks issue a group's collectives in equal order. A compressed all-reduce is done when
+    the call returns, also with ``async_op=True``.
 
     Raises:
         AgreementError: ranks registered the backend with different settings.
@@ -133,11 +133,11 @@ class CompressedGroup(Closing, dist.ProcessGroup):
         """Sum or average in place.
 
         Returns:
-            Work that is done already where the tensor was compressed.
+            The work; if the tensor was compressed, it is done already.
 
         Raises:
-            ConfigError: PREMUL_SUM of a large tensor: gloo has none and its factor cannot be read.
-            AgreementError: ranks came with other tensors, or another count of steps.
+            ConfigError: PREMUL_SUM of a large tensor: gloo lacks it and its factor cannot be read.
+            AgreementError: ranks came with different tensors or step counts.
         """
         options = dist.AllreduceOptions() if options is None else options
         if not self._compresses(tensors):
@@ -148,13 +148,13 @@ class CompressedGroup(Closing, dist.ProcessGroup):
                 f"{self.name}: PREMUL_SUM has a factor that cannot be read; with FSDP2 call "
                 "set_force_sum_reduction_for_comms(True)"
             )
-        # Not `in`: that asks the enum member, which equals no ReduceOp object.
+        # Not `in`: that calls `==` of the enum member, which equals no ReduceOp object.
         summed = op == dist.ReduceOp.SUM
         if not summed and op != dist.ReduceOp.AVG:
             return self._plain.allreduce(tensors, options)
         if self.closed:
             raise closed_error()
-        # Values are replaced in place under autograd's eyes.
+        # Detached, so that autograd does not record the changes in place.
         values = tensor.detach()
         self._agree(values, "sum" if summed else "mean")
         self.counters.traffic += all_reduce(
@@ -170,7 +170,7 @@ class CompressedGroup(Closing, dist.ProcessGroup):
         return _Done(tensors)
 
     def _agree(self, values: Tensor, op: str) -> None:
-        """Before an all-reduce of another length or kind than there was."""
+        """Compare ranks before an all-reduce of a new length or kind."""
         key = (values.numel(), values.dtype, op)
         if key in self._agreed:
             return
@@ -213,14 +213,14 @@ class CompressedGroup(Closing, dist.ProcessGroup):
         )
 
     def state_dict(self) -> State:
-        """Number of reductions so far: what the dither depends on. There are no residuals."""
+        """Number of reductions so far, which seeds the dither. There are no residuals."""
         return {"steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
         """Inverse of ``state_dict``, on all ranks. ``strict`` changes nothing: no names are kept.
 
         Raises:
-            ConfigError: there is no number of steps in it.
+            ConfigError: ``state`` has no number of steps.
         """
         check_state(state, "steps")
         check_count("steps", int(state["steps"]))
@@ -237,9 +237,9 @@ def _passed_on(name: str) -> Callable[..., Any]:
     return method
 
 
-# Methods that torch calls by way of Python in a Python group. Left to the base class, they would
-# run with Python's lock held; gloo's threads need it under a lock of their own, and sometimes
-# neither gets on.
+# Methods that torch calls through Python in a Python group. Those of the base class would run with
+# the GIL held. Gloo's threads need the GIL while they hold a lock of gloo, so that sometimes both
+# wait forever.
 for _name in (
     "all_gather_single_coalesced",
     "all_to_all_single",

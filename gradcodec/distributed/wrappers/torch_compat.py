@@ -1,4 +1,4 @@
-"""Process groups: what torch offers no public name for."""
+"""Process groups: what torch has no public name for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
 def sister_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """A new group of the same ranks, backends and timeout; all members must call this.
 
-    Only they: for a part of the world no other process has to take part.
+    If the group is a part of the world, the other processes need not take part.
     """
     ranks = dist.get_process_group_ranks(group or dist.distributed_c10d._get_default_group())
     whole = len(ranks) == dist.get_world_size()

@@ -1,7 +1,7 @@
 """``ShardedState``: the compressed gradients of a model in FSDP1, FSDP2 or HSDP.
 
 A *unit* is what a wrapper reduces at once: the gradients of one FSDP module as a flat vector. It
-is identified by the name of that module, never by a length or an order of calls, for its length
+is identified by the name of that module, never by a length or the order of calls: the length
 changes with the parameters that got gradients.
 """
 
@@ -47,11 +47,11 @@ class Unit:
 
     Attributes:
         name: of the module, ``"(root)"`` for the model itself.
-        coding: what its gradient is coded with.
+        coding: the codec of its gradient.
         steps: reductions so far.
         scatter: residual of reduce-scatters, fp32; as large as the unsharded unit.
         reduce: residuals of all-reduces.
-        partial: reductions of which some parameters were missing, in which residuals waited.
+        partial: reductions that lacked some parameters; residuals were not used in them.
         nmse: relative squared error of the coding, measured now and then on this rank's gradient.
     """
 
@@ -74,20 +74,20 @@ class ShardedState(Closing):
 
     A reduce-scatter under ``error_feedback="auto"`` uses unbiased codecs in place of ``"int8"`` and
     ``"int4"``, and keeps no residual; ``plan.scattered_codec`` says why. Other codecs that need
-    error feedback get it, and a log line says what it costs. An all-reduce (HSDP's replicas,
-    ``NO_SHARD``) keeps residuals of what it reduces, which is a shard under HSDP, and does so under
-    ``"auto"`` for every codec that is not unbiased.
+    error feedback get it, and a log line states its memory. An all-reduce (HSDP's replicas,
+    ``NO_SHARD``) keeps residuals of the size of what it reduces, which under HSDP is a shard; under
+    ``"auto"`` it does so for every codec that needs it (``coding.wants_feedback``).
 
     Args:
         codec: a fixed-rate codec or its name.
         scattered: whether units are reduce-scattered, not all-reduced.
         error_feedback: ``True``, ``False`` or ``"auto"``.
-        start_step: the first reductions of each unit that are sent dense.
+        start_step: number of first reductions of each unit that are sent dense.
         min_numel: units with fewer elements are sent dense.
-        rules: ``(pattern, codec)`` pairs; the first whose pattern (``fnmatch``) fits a unit's name
-            or the names of all its parameters decides.
+        rules: ``(pattern, codec)`` pairs; the first rule decides whose pattern (``fnmatch``) fits
+            the unit's name or the names of all its parameters.
         seed: of stochastic rounding; equal on all ranks.
-        log_every: a log line after so many steps, or ``None``.
+        log_every: steps between log lines, or ``None``.
 
     Raises:
         ConfigError: an unknown codec, one that needs a tensor table, or a value out of range.
@@ -126,7 +126,7 @@ class ShardedState(Closing):
         """Make the unit of a module.
 
         Args:
-            name: of the module.
+            name: name of the module.
             parameters: full names of the parameters in the unit; rules are matched with them too.
         """
         unit = self.units[name] = Unit(name, self.plan.codec_of(name, parameters))
@@ -170,8 +170,8 @@ class ShardedState(Closing):
             input: ``[W n]``, rank-major, of the same dtype.
             group: the sharding ranks.
             op: ``"mean"`` or ``"sum"``.
-            whole: whether all of the unit's trainable parameters are in it. Where not, the
-                residual, whose elements are those of the whole unit, waits.
+            whole: whether ``input`` holds all of the unit's trainable parameters. If not, the
+                residual, which belongs to the whole unit, is not used.
         """
         codec = self._codec_now(unit, input.numel())
         residual = None
@@ -230,7 +230,7 @@ class ShardedState(Closing):
     def _agree(
         self, unit: Unit, values: Tensor, group: dist.ProcessGroup, op: str, codec: Codec
     ) -> Traffic:
-        """Before a reduction of another unit, length or kind than there was; what it moved."""
+        """Compare ranks before a reduction of a new unit, length or kind; returns the traffic."""
         key = (unit.name, id(group), op, codec.digest, values.numel(), values.dtype)
         if key in self._agreed:
             return Traffic()
@@ -271,7 +271,7 @@ class ShardedState(Closing):
         return kept
 
     def _measure(self, unit: Unit, values: Tensor, codec: Codec) -> None:
-        """Code a sample once more, for ``stats``: 2^18 values every 64 reductions."""
+        """Measure ``nmse`` for ``stats`` on a sample: 2^18 values every 64 reductions."""
         if codec is DENSE or (unit.nmse is not None and unit.steps % _MEASURE_EVERY):
             return
         sample = values.detach().reshape(-1)[:_MEASURED].float()
@@ -297,7 +297,7 @@ class ShardedState(Closing):
 
     @property
     def step(self) -> int:
-        """Steps so far, of the busiest unit."""
+        """Steps so far of the unit that has most."""
         return max((u.steps for u in self.units.values()), default=0)
 
     @property
@@ -338,10 +338,10 @@ class ShardedState(Closing):
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
         """Inverse of ``state_dict``; call it after ``compress``, before the first backward.
 
-        All ranks load, and compare in the next reductions what they have loaded but for residuals.
-        Residuals of another rank or world size, which belong to other parts of the model, are
-        dropped with a warning: one step's rounding is lost. So is a residual whose unit has another
-        length now, in the unit's next reduction.
+        All ranks load. In the next reductions they compare what they have loaded, except residuals.
+        Residuals of another rank or world size belong to other parts of the model and are dropped
+        with a warning: one step's rounding is lost. A residual whose unit has another length now is
+        also dropped, in the unit's next reduction.
 
         Args:
             state: what ``state_dict`` returned.
@@ -376,7 +376,7 @@ class ShardedState(Closing):
             unit.reduce = Residuals()
             inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if same and inner:
-                # Of the reducing group, which under HSDP is not the whole world.
+                # Rank and size of the reducing group, which under HSDP is not the whole world.
                 within = {key: int(inner[key]) for key in (_RANK, _WORLD)}
                 unit.reduce.load_state_dict(inner, **within)
 
@@ -384,11 +384,11 @@ class ShardedState(Closing):
 def agreed_state(
     make: Callable[[], ShardedState], groups: Sequence[dist.ProcessGroup]
 ) -> ShardedState:
-    """A state with its units, compared with those of the ranks that it will reduce with.
+    """Make a state with its units, and compare it with those of the ranks it will reduce with.
 
     Args:
-        make: makes the state; a refusal of one rank is told to all.
-        groups: of the units; each is asked once, in their order.
+        make: makes the state; an error that it raises on one rank is told to all.
+        groups: the groups of the units; ranks of each compare once, in this order.
 
     Raises:
         AgreementError: ranks came with different settings or units.

@@ -2,7 +2,7 @@
 
 On gloo, collectives that are issued from callbacks of futures run on whatever thread is free. Their
 order then differs between ranks, and they abort or hang (pytorch#48478). Here the hook only
-enqueues; this thread alone issues collectives, on a group of its own.
+enqueues; this thread alone issues collectives, on its own group.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Worker:
     """A daemon thread with a first-in-first-out queue.
 
     It ends at ``stop``, when the interpreter exits, and within a second of
-    ``destroy_process_group``. It holds no reference to the state that it works for, so that a state
-    that nobody uses any more can be collected.
+    ``destroy_process_group``. It holds no reference to its ``CompressState``, so that a state that
+    nobody uses any more can be collected.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,10 @@ class Worker:
         self._jobs.put((job, future))
 
     def check(self) -> None:
-        """Raise what went wrong, if something did: the error itself, once.
+        """Raise the error of a failed job, if one failed: the error itself the first time.
 
         Raises:
-            TrainingError: it was raised before; what was exchanged since cannot be trusted.
+            TrainingError: the error was raised before; later exchanges cannot be trusted.
         """
         if self.failure is None:
             return
@@ -76,8 +76,8 @@ class Worker:
     def stop(self, timeout: float = 5.0) -> None:
         """End the thread after the jobs that are queued; gives up waiting after ``timeout``.
 
-        A thread that waits for a dead rank is left to its group's timeout; being a daemon it does
-        not keep the process.
+        A thread that waits for a dead rank ends at its group's timeout. As a daemon it does not
+        keep the process alive.
         """
         self._jobs.put(None)
         if self._thread is not threading.current_thread():
@@ -99,10 +99,10 @@ class Worker:
                 if self.failure is not None:
                     raise self.failure
                 result = job()
-            # Whatever it is, the thread that waits for the future has to hear of it.
+            # The thread that waits for the future must get every error, whatever it is.
             except BaseException as err:
                 if self.failure is None:
-                    # With the traceback, which no future keeps.
+                    # Logged with its traceback, which a future does not keep.
                     logger.exception("gradcodec: an exchange of gradients failed")
                     self.failure = err
                 future.set_exception(err)  # type: ignore[arg-type]
