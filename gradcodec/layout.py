@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradcodec.errors import NonFiniteError, UpdateError
+from gradcodec.errors import MalformedBodyError, NonFiniteError, UpdateError
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 
 
@@ -81,3 +81,11 @@ def check_finite(vector: Tensor, what: str) -> None:
         raise NonFiniteError(
             f"{what}: expected finite values, {bad} of {vector.numel()} are NaN or Inf"
         )
+
+
+def check_unpacked(vector: Tensor, what: str) -> None:
+    """Raise ``MalformedBodyError`` if a body was unpacked to NaN or Inf."""
+    try:
+        check_finite(vector, what)
+    except NonFiniteError as err:
+        raise MalformedBodyError(f"no encoder makes this body: {err}") from err

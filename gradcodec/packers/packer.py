@@ -25,6 +25,8 @@ class Packer(ABC):
     """The family, as error messages name it."""
     finite: ClassVar[bool] = False
     """Whether ``pack`` refuses NaN and Inf; what is unpacked must then be finite as well."""
+    unpacks_finite: ClassVar[bool] = False
+    """Whether ``unpack`` itself refuses bodies of NaN or Inf, without a pass over all values."""
 
     @abstractmethod
     def nbytes(self, numel: int) -> int:

@@ -75,6 +75,7 @@ class TopKPacker(Packer):
 
     kind = "topk"
     finite: ClassVar[bool] = True
+    unpacks_finite: ClassVar[bool] = True
 
     def __init__(self, config: TopKConfig) -> None:
         self.config = config
@@ -157,4 +158,6 @@ class TopKPacker(Packer):
         self._check_length(body.numel(), numel)
         positions = self._positions(numel)
         cut = self._values.nbytes(positions.count)
-        return self._values.unpack(body[:cut], positions.count), positions.read(body[cut:])
+        values = self._values.unpack(body[:cut], positions.count)
+        layout.check_unpacked(values, "topk")
+        return values, positions.read(body[cut:])
