@@ -89,3 +89,10 @@ def check_unpacked(vector: Tensor, what: str) -> None:
         check_finite(vector, what)
     except NonFiniteError as err:
         raise MalformedBodyError(f"no encoder makes this body: {err}") from err
+
+
+def within_fp32(values: Tensor, factor: float) -> bool:
+    """Whether ``factor`` times the largest of these magnitudes is an fp32 number."""
+    if not values.numel():
+        return True
+    return float(values.float().abs().max()) * factor <= torch.finfo(torch.float32).max

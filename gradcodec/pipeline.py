@@ -79,8 +79,9 @@ class Pipeline:
             MalformedBodyError: the body cannot come from ``pack_code``.
         """
         self.check_body(body, spec)
-        z = self.packer.unpack(wire.raw_tensor(body, torch.uint8), self.transform.code_numel(spec))
-        return z if self.packer.unpacks_finite else self._sound(z)
+        packed, numel = wire.raw_tensor(body, torch.uint8), self.transform.code_numel(spec)
+        z = self.packer.unpack(packed, numel)
+        return z if self.packer.surely_finite(packed, numel) else self._sound(z)
 
     def mean(
         self, bodies: Sequence[bytes], shares: Sequence[float], spec: UpdateSpec

@@ -163,6 +163,12 @@ class BlockQuantPacker(Packer):
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         return self.mean(body[None], numel)
 
+    def surely_finite(self, body: Tensor, numel: int) -> bool:
+        """By the largest scale. No level exceeds ``2^bits`` scales, no sum of a rotation 4096."""
+        scales = body[: self._scale_nbytes(numel)].clone().view(torch.bfloat16)
+        terms = ops.CHUNK if self.config.rotate else 1
+        return layout.within_fp32(scales, terms * 2.0**self.config.bits)
+
     @torch.no_grad()
     def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
         """As ``Packer.mean``, without a dense vector for each body."""

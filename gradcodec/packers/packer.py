@@ -25,8 +25,6 @@ class Packer(ABC):
     """The family, as error messages name it."""
     finite: ClassVar[bool] = False
     """Whether ``pack`` refuses NaN and Inf; what is unpacked must then be finite as well."""
-    unpacks_finite: ClassVar[bool] = False
-    """Whether ``unpack`` itself refuses bodies of NaN or Inf, without a pass over all values."""
 
     @abstractmethod
     def nbytes(self, numel: int) -> int:
@@ -80,6 +78,13 @@ class Packer(ABC):
         """
         self._check_length(body.numel(), numel)
         return self._unpacked(body, numel)
+
+    def surely_finite(self, body: Tensor, numel: int) -> bool:
+        """Whether a body that ``unpack`` took holds finite values only, by its scales alone.
+
+        This saves a pass over the values. ``False`` if only the values can tell.
+        """
+        return False
 
     @torch.no_grad()
     def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:

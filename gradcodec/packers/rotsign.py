@@ -91,6 +91,12 @@ class RotatedSignPacker(Packer):
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         return self.mean(body[None], numel)
 
+    def surely_finite(self, body: Tensor, numel: int) -> bool:
+        """By the largest scale: no sum of a rotation exceeds ``block`` scales."""
+        cut = _SEED_BYTES + 2 * self._blocks(numel)
+        scales = body[_SEED_BYTES:cut].clone().view(torch.bfloat16)
+        return layout.within_fp32(scales, self.config.block)
+
     @torch.no_grad()
     def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
         """As ``Packer.mean``, without a dense vector for each body."""

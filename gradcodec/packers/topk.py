@@ -75,7 +75,6 @@ class TopKPacker(Packer):
 
     kind = "topk"
     finite: ClassVar[bool] = True
-    unpacks_finite: ClassVar[bool] = True
 
     def __init__(self, config: TopKConfig) -> None:
         self.config = config
@@ -125,6 +124,10 @@ class TopKPacker(Packer):
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         values, at = self._lists(body, numel)
         return torch.zeros(numel, device=body.device).index_copy_(0, at, values)
+
+    def surely_finite(self, body: Tensor, numel: int) -> bool:
+        """``unpack`` has checked the values that are kept."""
+        return True
 
     @torch.no_grad()
     def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
