@@ -136,7 +136,16 @@ def _param_groups(model: nn.Module) -> Iterator[tuple[str, Any, Sequence[Any]]]:
             # fully_shard([a, b]) makes one unit of two modules.
             if id(state) not in seen:
                 seen.add(id(state))
-                yield plain_name(name) or ROOT, module, state._fsdp_param_groups
+                yield plain_name(name) or ROOT, module, _groups_of(state)
+
+
+def _groups_of(state: Any) -> Sequence[Any]:
+    """The parameter groups of a module; up to torch 2.11 it has at most one."""
+    if hasattr(state, "_fsdp_param_groups"):
+        found: Sequence[Any] = state._fsdp_param_groups
+        return found
+    one = state._fsdp_param_group
+    return [] if one is None else [one]
 
 
 class CompressedReduceScatter:
