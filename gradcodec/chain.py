@@ -121,4 +121,6 @@ class Chain(Codec):
         return cls(outer, codec_class(settings.inner.kind).from_config(settings.inner))
 
     def _remade(self, **changes: Any) -> Chain:
-        return Chain(self.outer._remade(**changes), self.inner)
+        made = Chain(self.outer._remade(**changes), self.inner)
+        made._place(self.pipeline.device)
+        return made

@@ -214,8 +214,13 @@ class Codec(ABC):
         return self._remade(spec=spec, base=base)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same codec with its weights on ``device``."""
-        return self._remade(weights={n: t.to(device) for n, t in self.weights.items()})
+        """The same codec with its weights on ``device``, where it also decodes.
+
+        Updates are encoded on the device that they are on. Kernels compute on CUDA devices.
+        """
+        moved = self._remade(weights={n: t.to(device) for n, t in self.weights.items()})
+        moved._place(torch.device(device))
+        return moved
 
     @classmethod
     def from_config(cls, config: CodecConfig | Mapping[str, Any], **parts: Any) -> Codec:
@@ -229,7 +234,12 @@ class Codec(ABC):
     def _remade(self, **changes: Any) -> Self:
         parts: dict[str, Any] = {"spec": self.spec, "base": self.base, "weights": self.weights}
         digests = {"weight_digests": self._given_digests}
-        return type(self)(self.config, **{**parts, **digests, **changes})
+        made = type(self)(self.config, **{**parts, **digests, **changes})
+        made._place(self.pipeline.device)
+        return made
+
+    def _place(self, device: torch.device) -> None:
+        self.pipeline.device = device
 
     def _known_spec(self, spec: UpdateSpec | None) -> UpdateSpec:
         if spec is None:

@@ -286,7 +286,14 @@ class PerTensor(Codec):
             parts = [p._remade(weights=changes["weights"]) if p.weights else p for p in parts]
         if spec is None or len(spec) != len(self.config.part_of):
             raise ConfigError("per_tensor: the parts belong to another tensor table")
-        return PerTensor(parts, self.config.part_of, spec, base)
+        made = PerTensor(parts, self.config.part_of, spec, base)
+        made._place(self.pipeline.device)
+        return made
+
+    def _place(self, device: torch.device) -> None:
+        super()._place(device)
+        for part in self.parts:
+            part._place(device)
 
 
 def _tables(spec: UpdateSpec, part_of: Sequence[int], count: int) -> list[UpdateSpec]:

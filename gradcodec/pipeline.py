@@ -9,7 +9,7 @@ one by one, so that the error can name the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Pipeline:
         self.kind = kind
         self.transform = transform
         self.packer = packer
+        #: Where bodies are decoded; values are encoded where they are.
+        self.device = torch.device("cpu")
 
     def nbytes(self, spec: UpdateSpec | None = None) -> int:
         """The exact size of a body for updates of this table."""
@@ -79,7 +81,7 @@ class Pipeline:
             MalformedBodyError: the body cannot come from ``pack_code``.
         """
         self.check_body(body, spec)
-        packed, numel = wire.raw_tensor(body, torch.uint8), self.transform.code_numel(spec)
+        packed, numel = self._packed(body), self.transform.code_numel(spec)
         z = self.packer.unpack(packed, numel)
         return z if self.packer.surely_finite(packed, numel) else self._sound(z)
 
@@ -97,9 +99,12 @@ class Pipeline:
             return self._mean_of_updates(bodies, shares, spec)
         for body in bodies:
             self.check_body(body, spec)
-        rows = torch.stack([wire.raw_tensor(body, torch.uint8) for body in bodies])
+        rows = torch.stack([self._packed(body) for body in bodies])
         z = self.packer.mean(rows, self.transform.code_numel(spec), shares)
         return self.transform.from_code(self._sound(z), spec)
+
+    def _packed(self, body: bytes) -> Tensor:
+        return wire.raw_tensor(body, torch.uint8).to(self.device)
 
     def check_body(self, body: bytes, spec: UpdateSpec) -> None:
         """Raise ``MalformedBodyError`` for a wrong length, or a table that no encoder takes."""
@@ -155,20 +160,35 @@ class TensorPipeline(Pipeline):
 
     def encode(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
         """The tensors' bytes, in table order."""
-        return b"".join(wire.raw_bytes(update[t.name].to(self._sent(t.dtype))) for t in spec)
+        sent = [update[t.name].to(self._sent(t.dtype)) for t in spec]
+        if all(t.is_cuda for t in sent) and len({t.device for t in sent}) == 1:
+            # Joined there, so that one copy leaves the device and not one for each tensor.
+            flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in sent]
+            return wire.raw_bytes(torch.cat(flat))
+        return b"".join(wire.raw_bytes(t) for t in sent)
 
     def decode(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
         """Each tensor from its own bytes."""
         self._check_length(body, spec)
+        slices = self._slices(body)
         out, at = {}, 0
         for t in spec:
             sent = self._sent(t.dtype)
-            raw = memoryview(body)[at : at + t.numel * sent.itemsize]
             # A bool byte other than 0 and 1 would be undefined in torch.
             read = torch.uint8 if sent is torch.bool else sent
-            out[t.name] = wire.raw_tensor(raw, read).to(t.dtype).reshape(t.shape)
-            at += len(raw)
+            end = at + t.numel * sent.itemsize
+            out[t.name] = slices(at, end, read).to(t.dtype).reshape(t.shape)
+            at = end
         return out
+
+    def _slices(self, body: bytes) -> Callable[[int, int, torch.dtype], Tensor]:
+        """Reads ``body[start:stop]`` as new values of a dtype, on the device."""
+        if self.device.type == "cpu":
+            view = memoryview(body)
+            return lambda start, stop, dtype: wire.raw_tensor(view[start:stop], dtype)
+        # There the body goes as a whole, in one copy. A view may begin at any byte: cloned.
+        whole = self._packed(body)
+        return lambda start, stop, dtype: whole[start:stop].clone().view(dtype)
 
     def pack_code(self, z: Tensor, seed: int) -> bytes:
         """The body of ``from_code(z)``."""

@@ -72,6 +72,24 @@ def test_blockquant_in_segments_equals_the_whole(bits: int, blocks: int) -> None
 
 @pytest.mark.gpu
 @BY_NAME
+def test_a_codec_on_the_gpu_decodes_there(case: Case) -> None:
+    update = conformance.model()
+    codec = case.make(UpdateSpec.of(update))
+    payload, there = codec.encoder.encode(update), codec.to("cuda")
+    for decoded in (
+        there.decoder.decode(payload),
+        there.decoder.decode_mean([payload, payload], [1.0, 3.0]),
+        there.bind(UpdateSpec.of(update), codec.base).decoder.decode(
+            codec.bind(UpdateSpec.of(update), codec.base).encoder.encode(update)
+        ),
+    ):
+        assert {t.device.type for t in decoded.values()} == {"cuda"}
+        on_host = {n: t.cpu() for n, t in decoded.items()}
+        assert conformance.distance(codec.decoder.decode(payload), on_host) < 0.1
+
+
+@pytest.mark.gpu
+@BY_NAME
 def test_an_update_on_the_gpu_travels_as_well(case: Case) -> None:
     update = conformance.model()
     there = {n: t.cuda() for n, t in update.items()}
