@@ -20,6 +20,7 @@ from gradcodec_kernels.lloyd_encode import lloyd_encode
 from gradcodec_kernels.lloyd_mean import lloyd_mean
 from gradcodec_kernels.rotsign_encode import rotsign_encode
 from gradcodec_kernels.rotsign_mean import rotsign_mean
+from gradcodec_kernels.sign_words import sign_words
 from gradcodec_kernels.sparse_mean import sparse_mean
 from gradcodec_kernels.top_rows import top_rows
 from gradcodec_kernels.topk_encode import topk_encode
@@ -203,6 +204,11 @@ def _sparse(numel: int, device: torch.device) -> Timed:
     return lambda: sparse_mean(kept, index, out, chunk=CHUNK), _bytes(kept, index, out)
 
 
+def _words(numel: int, device: torch.device) -> Timed:
+    out = torch.empty(numel // 64, dtype=torch.int64, device=device)
+    return lambda: sign_words(out, state=1, increment=3), _bytes(out)
+
+
 _ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
 
 #: By the names of ``aot_gate.VARIANTS``.
@@ -226,6 +232,7 @@ KERNELS: Mapping[str, Make] = {
     "rotsign_encode 256 of 256": _signs(256, ef=False),
     "rotsign_encode 64 of 256, EF": _signs(64, ef=True),
     "rotsign_mean of 8": _mean_of_signs,
+    "sign_words": _words,
     "topk_encode 64 of 4096, EF, fp32": _topk("fp32", ef=True),
     "topk_encode 64 of 4096, bf16": _topk("bf16", ef=False),
     "top_rows 1 of 64, EF": _rows(1),

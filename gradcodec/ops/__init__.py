@@ -24,9 +24,10 @@ from gradcodec.ops.declared import (
     top_rows,
     topk_encode,
 )
+from gradcodec.ops.words import random_sign_words
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.reference.encode import padded_numel
-from gradcodec.reference.hadamard import CHUNK, random_sign_words, sign_words
+from gradcodec.reference.hadamard import CHUNK, sign_words
 
 __all__ = [
     "CHUNK",

@@ -35,7 +35,7 @@ def status() -> dict[str, str]:
     return {
         "reference": "torch, any device",
         "native": native.status(),
-        "triton": _why_no_triton() or "installed, for CUDA tensors",
+        "triton": why_no_triton() or "installed, for CUDA tensors",
     }
 
 
@@ -71,7 +71,7 @@ class Op:
                 )
             return self.by_native
         if impl == "triton":
-            missing = _why_no_triton()
+            missing = why_no_triton()
             if missing:
                 raise ConfigError(f"impl='triton': {missing}")
             return self.by_triton
@@ -91,18 +91,18 @@ class Op:
     def by_triton(self, *args: Any, **settings: Any) -> Any:
         """Call the kernel: tensors, then outputs, then the settings that it has parameters for."""
         out = self.declaration(*args, **settings)
-        kernel = _kernel(self.name)
+        run = kernel(self.name)
         settings = {**self.defaults, **settings}
         device = args[0].device
         if "rotate" in settings:
             settings["rotation"] = _rotation(device) if settings["rotate"] else None
-        wanted = inspect.signature(kernel).parameters
+        wanted = _parameters(self.name)
         tensors = [a for a in args if isinstance(a, Tensor)]
         outputs = out if isinstance(out, tuple) else (out,)
         # Triton launches on the current device, whatever device its arguments are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             try:
-                kernel(*tensors, *outputs, **{k: v for k, v in settings.items() if k in wanted})
+                run(*tensors, *outputs, **{k: v for k, v in settings.items() if k in wanted})
             except ValueError as limit:
                 raise KernelLimitError(
                     f"{self.name} on a GPU: {limit}; impl='reference' takes it"
@@ -120,17 +120,25 @@ class Op:
         }
 
 
-def _why_no_triton() -> str:
+def why_no_triton() -> str:
+    """Why kernels cannot be launched here; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "not installed: pip install 'gradcodec[gpu]'"
     return ""
 
 
 @functools.cache
-def _kernel(name: str) -> Callable[..., None]:
-    module = importlib.import_module(f"gradcodec_kernels.{name}")
-    kernel: Callable[..., None] = getattr(module, name)
-    return kernel
+def kernel(name: str) -> Callable[..., None]:
+    """The launcher of a kernel; imports Triton."""
+    launcher: Callable[..., None] = getattr(
+        importlib.import_module(f"gradcodec_kernels.{name}"), name
+    )
+    return launcher
+
+
+@functools.cache
+def _parameters(name: str) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel(name)).parameters)
 
 
 @functools.cache

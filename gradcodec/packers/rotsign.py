@@ -79,7 +79,7 @@ class RotatedSignPacker(Packer):
         layout.check_finite(values, "rotsign")
         seed &= 0xFFFFFFFF
         block, kept = self.config.block, self.config.kept
-        signs = ops.random_sign_words(self._blocks(values.numel()) * block, seed).to(values.device)
+        signs = ops.random_sign_words(self._blocks(values.numel()) * block, seed, values.device)
         packed, scales = ops.rotsign_encode(
             values, signs, block=block, kept=kept, residual=residual
         )
@@ -108,11 +108,11 @@ class RotatedSignPacker(Packer):
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("rotsign: expected finite, non-negative scales")
         seeds = [int.from_bytes(bytes(row), "little") for row in bodies[:, :_SEED_BYTES].tolist()]
-        words = [ops.random_sign_words(blocks * block, seed) for seed in seeds]
+        words = [ops.random_sign_words(blocks * block, seed, bodies.device) for seed in seeds]
         return ops.rotsign_mean(
             bodies[:, cut:],
             scales.view(len(bodies), -1),
-            torch.stack(words).to(bodies.device),
+            torch.stack(words) if len(words) > 1 else words[0][None],
             numel,
             block=block,
             kept=kept,
