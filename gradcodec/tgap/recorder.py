@@ -177,8 +177,9 @@ class GradientRecorder:
         for name, part in parts.items():
             whole = self.parts[name].whole(part)
             if whole is not None:
-                # A gathered tensor goes to the host, to make room for the next.
-                found[name] = whole if whole is part else whole.cpu()
+                # To the host at once: a gathered tensor makes room for the next, and what is done
+                # with it there need not wait for the device again.
+                found[name] = whole.cpu()
         return found
 
     @torch.no_grad()

@@ -63,12 +63,15 @@ class Link:
         whole = {id(m): torch.cat(m) for m in messages}
         own = whole[id(messages[self.rank])]
         came = [0 if r == self.rank else n for r, n in enumerate(sizes)]
+        staged = self.device.type == "cpu" and own.is_cuda
         sent = [
-            (own[:0] if r == self.rank else whole[id(m)]).to(self.device)
+            own[:0].to(self.device)
+            if r == self.rank
+            else (_pinned(whole[id(m)]) if staged else whole[id(m)].to(self.device))
             for r, m in enumerate(messages)
         ]
         gone = [len(part) for part in sent]
-        received = torch.empty(sum(came), dtype=torch.uint8, device=self.device)
+        received = torch.empty(sum(came), dtype=torch.uint8, device=self.device, pin_memory=staged)
         try:
             with self.meter.phase("exchange"):
                 if self._gloo:
@@ -103,6 +106,12 @@ class Link:
         for work in works:
             assert work is not None
             work.wait()
+
+
+def _pinned(message: Tensor) -> Tensor:
+    """A copy of a CUDA tensor in page-locked host memory, which copies several times faster."""
+    there = torch.empty(len(message), dtype=torch.uint8, pin_memory=True)
+    return there.copy_(message)
 
 
 def _tag(message: Tensor) -> int:
