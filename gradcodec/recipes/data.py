@@ -6,6 +6,8 @@ reads or changes global random state.
 
 import importlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +80,7 @@ class Choice:
 def load_examples(source: str, *, limit: int | None = None) -> list[Example]:
     """Read examples in the order of the source.
 
-    Rows may look like those of Dolly, Alpaca, MMLU or C-Eval, or have plain ``prompt`` and
+    Rows may look like those of Dolly, Alpaca, MMLU, C-Eval or GSM8K, or have plain ``prompt`` and
     ``answer`` columns (``label`` optional). Columns beyond the expected ones are not read.
 
     Args:
@@ -395,6 +397,55 @@ def _ceval(row: Row) -> Example:
     return _lettered(row, [row[letter] for letter in "ABCD"], str(row["answer"]).strip().upper())
 
 
+def _gsm8k(row: Row) -> Example:
+    question = str(row["question"])
+    # Calculator marks, as in "<<48/2=24>>", are notes to a tool that is not there.
+    answer = re.sub(r"<<[^>]*>>", "", str(row["answer"]))
+    return Example(f"Question: {question}\nAnswer:", f" {answer}", _topic(question))
+
+
+def _topic(question: str) -> str:
+    """What a word problem is about, by the words that it has most of; GSM8K has no labels."""
+    words = Counter(re.findall(r"[a-z]+", question.lower()))
+    counts = {topic: sum(words[w] for w in its) for topic, its in _TOPICS.items()}
+    best = max(counts, key=lambda topic: counts[topic])
+    return best if counts[best] else "other"
+
+
+_TOPICS: dict[str, tuple[str, ...]] = {
+    "money": (
+        "cost",
+        "costs",
+        "price",
+        "dollars",
+        "pay",
+        "paid",
+        "sells",
+        "sold",
+        "buys",
+        "bought",
+    ),
+    "time": (
+        "hours",
+        "hour",
+        "minutes",
+        "minute",
+        "days",
+        "day",
+        "week",
+        "weeks",
+        "month",
+        "months",
+    ),
+    "distance": ("miles", "mile", "feet", "meters", "kilometers", "speed", "inches", "distance"),
+    "food": ("apples", "cookies", "eggs", "pizza", "cake", "cups", "fruit", "candy", "eat", "food"),
+    "people": ("people", "children", "students", "friends", "boys", "girls", "class", "school"),
+    "age": ("old", "older", "age", "years", "year", "younger", "twice"),
+    "animals": ("dogs", "cats", "chickens", "cows", "animals", "birds", "fish", "horses", "dog"),
+    "things": ("books", "pages", "cars", "toys", "trees", "flowers", "balls", "boxes", "cards"),
+}
+
+
 def _plain(row: Row) -> Example:
     label = row.get("label")
     return Example(
@@ -408,6 +459,7 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "Alpaca": (("instruction", "output"), _alpaca),
     "MMLU": (("question", "choices", "answer"), _mmlu),
     "C-Eval": (("question", "A", "B", "C", "D", "answer"), _ceval),
+    "GSM8K": (("question", "answer"), _gsm8k),
     "plain": (("prompt", "answer"), _plain),
 }
 

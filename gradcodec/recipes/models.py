@@ -4,6 +4,7 @@
 them.
 """
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,8 +41,9 @@ def load_base(
 
     Args:
         name: ``"embedded"`` for the model shipped with the package; ``"embedded-untrained"`` for
-            the same architecture with weights drawn from a fixed seed; otherwise a folder or a
-            Hugging Face model id.
+            the same architecture with weights drawn from a fixed seed; otherwise a folder, a
+            Hugging Face model id, or a GGUF file (or a folder with one), whose weights are
+            dequantised.
         dtype: Floating-point type of the weights in memory.
         device: Where the weights go.
         revision: Branch, tag or commit of a Hugging Face model; pin it for repeatable runs.
@@ -60,8 +62,13 @@ def load_base(
         ) from error
     library: Any = transformers  # annotated only in part
     embedded = name in ("embedded", "embedded-untrained")
-    place = str(EMBEDDED_FOLDER) if embedded else name
-    options: dict[str, Any] = {"local_files_only": True} if embedded else {"revision": revision}
+    gguf = None if embedded else _gguf_file(Path(name))
+    place = str(EMBEDDED_FOLDER) if embedded else name if gguf is None else str(gguf.parent)
+    options: dict[str, Any] = {"revision": revision}
+    if embedded:
+        options = {"local_files_only": True}
+    elif gguf is not None:
+        options = {"local_files_only": True, "gguf_file": gguf.name}
     try:
         tokenizer: Any = library.AutoTokenizer.from_pretrained(place, **options)
         # Loading draws random numbers as well, for weights that a checkpoint lacks.
@@ -70,14 +77,29 @@ def load_base(
                 config = library.AutoConfig.from_pretrained(place, **options)
                 model = library.AutoModelForCausalLM.from_config(config, dtype=dtype)
             else:
-                model = library.AutoModelForCausalLM.from_pretrained(
-                    place, dtype=dtype, use_safetensors=True, **options
-                )
+                if gguf is None:
+                    options["use_safetensors"] = True  # a pickle is never read
+                model = library.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
     except Exception as error:  # missing, unreachable, damaged, torn: each raises another class
+        if gguf is not None and importlib.util.find_spec("gguf") is None:
+            raise ConfigError("reading a GGUF file needs: pip install gguf") from error
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(nn.Module, model).to(device).train(), tokenizer
+
+
+def _gguf_file(place: Path) -> Path | None:
+    """The GGUF file that this is, or the only one in this folder if it has no other weights."""
+    if place.suffix == ".gguf" and place.is_file():
+        return place
+    found = sorted(place.glob("*.gguf")) if place.is_dir() else []
+    if not found or any(place.glob("*.safetensors")):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ConfigError(f"expected one GGUF file in {place}, got {names}: name the file")
+    return found[0]
 
 
 def add_lora(

@@ -174,6 +174,23 @@ PRESETS: dict[str, Settings] = {
         local=LocalTraining(lr=3.5e-4, batch=8, micro_batch=4, steps=0, epochs=2),
     ),
 }
+#: A small LLaMA on questions, which runs on a CPU.
+_SMOLLM2 = Settings(
+    model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    dataset="openai/gsm8k:main",
+    limit=2000,
+    targets=("q_proj", "v_proj"),
+    max_length=160,
+    clients=20,
+    fraction=0.2,
+    rounds=10,
+    held_out=128,
+    local=LocalTraining(lr=4e-3, batch=4, micro_batch=4, steps=6),
+)
+PRESETS["smollm2-gsm8k"] = _SMOLLM2
+PRESETS["smollm2-mmlu"] = dataclasses.replace(
+    _SMOLLM2, dataset="cais/mmlu:all:test", limit=None, held_out=256
+)
 PRESETS["quick"] = Settings(
     rounds=3,
     tgap_rounds=2,

@@ -58,6 +58,14 @@ ROWS: dict[str, tuple[dict[str, Any], Example]] = {
         {"question": "Q?", "A": "x", "B": "y", "C": "z", "D": "w", "answer": "C"},
         Example("Q?\nA. x\nB. y\nC. z\nD. w\nAnswer:", " C", UNLABELLED, (" A", " B", " C", " D")),
     ),
+    "gsm8k": (
+        {"question": "How many apples cost $4?", "answer": "4/2 = <<4/2=2>>2\n#### 2"},
+        Example("Question: How many apples cost $4?\nAnswer:", " 4/2 = 2\n#### 2", "money"),
+    ),
+    "gsm8k, no known topic": (
+        {"question": "How much is 1 + 1?", "answer": "#### 2"},
+        Example("Question: How much is 1 + 1?\nAnswer:", " #### 2", "other"),
+    ),
     "plain": ({"prompt": "P", "answer": " A", "label": 3}, Example("P", " A", "3")),
 }
 

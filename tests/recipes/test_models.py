@@ -1,7 +1,10 @@
 """Laws of base models and adapters."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from recipes import gguf_llama
 from torch import nn
 
 from gradcodec.errors import ConfigError
@@ -62,6 +65,31 @@ def test_untrained_weights_are_the_same_each_time_and_not_the_shipped_ones() -> 
 def test_an_unknown_folder_raises(tmp_path: object) -> None:
     with pytest.raises(ConfigError, match="cannot load the model"):
         load_base(f"{tmp_path}/nothing-here")
+
+
+@pytest.mark.parametrize("by", ["file", "folder"])
+def test_a_gguf_file_is_the_model_that_it_was_written_from(by: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    expected = gguf_llama.tiny_llama()
+    gguf_llama.write(tmp_path / "tiny.gguf", expected)
+    model, tokenizer = load_base(str(tmp_path / "tiny.gguf" if by == "file" else tmp_path))
+    assert torch.equal(logits(model), logits(expected))
+    assert tokenizer.decode(tokenizer("ab c")["input_ids"]) == "ab c"
+    assert tokenizer.pad_token_id is not None
+
+
+def test_of_two_gguf_files_one_must_be_named(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"a\.gguf, b\.gguf: name the file"):
+        load_base(str(tmp_path))
+
+
+def test_a_damaged_gguf_file_raises(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
+    with pytest.raises(ConfigError, match="cannot load the model"):
+        load_base(str(tmp_path / "x.gguf"))
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:

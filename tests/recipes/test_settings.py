@@ -110,7 +110,7 @@ def test_the_papers_presets_are_the_papers() -> None:
     rows = {
         n: (p.clients, p.per_round, p.rounds, p.local.batch, p.lora_r, p.dirichlet, p.d1)
         for n, p in PRESETS.items()
-        if n != "quick"
+        if n != "quick" and not n.startswith("smollm2")
     }
     assert rows == {
         "dolly": (100, 5, 20, 32, 8, 0.5, 0.3),
