@@ -27,6 +27,7 @@ class Options:
         rounds: fewer or more than the case's own.
         workers: processes.
         again: run what is finished once more.
+        model, data: where the case ``llama`` finds its model and its data; the Hub by default.
     """
 
     out: Path
@@ -36,6 +37,8 @@ class Options:
     rounds: int | None = None
     workers: int = 2
     again: bool = False
+    model: Path | None = None
+    data: Path | None = None
 
 
 class Choosable(Protocol):
@@ -124,6 +127,12 @@ _ALL = (
         "benchmarks.federated.case:page",
     ),
     Case(
+        "llama",
+        "the same on a real pretrained LLaMA: SmolLM2-135M on GSM8K and MMLU",
+        "benchmarks.llama.case:main",
+        "benchmarks.llama.case:page",
+    ),
+    Case(
         "generalise",
         "codecs fitted on other data, other adapters, nothing; other LoRA ranks",
         "benchmarks.federated.generalise:main",
@@ -180,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemes", type=_names, help="such as fp32,topk")
     parser.add_argument("--rounds", type=int, help="for trials; other rounds are other runs")
     parser.add_argument("--workers", type=int, default=2, help="processes, a thread each (2)")
+    parser.add_argument("--model", type=Path, help="llama: a folder or a GGUF file (the Hub's)")
+    parser.add_argument("--data", type=Path, help="llama: folder of *.jsonl files (the Hub's)")
     parser.add_argument("--again", action="store_true", help="also run what is finished")
     parser.add_argument(
         "--out",
@@ -198,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=args.rounds,
         workers=args.workers,
         again=args.again,
+        model=args.model,
+        data=args.data,
     )
     failed = [line for name in args.cases for line in CASES[name].load()(options)]
     if failed:

@@ -47,12 +47,15 @@ def untrained(uplink: str, downlink: str | None = None) -> Make:
     return lambda world: Coded(world.initial, make_codec(uplink), make_codec(downlink or uplink))
 
 
-def signal(ratio: float, bits: int, down_bits: int = 2) -> Make:
-    """Training in the code space of a subspace that TGAP fitted on what clients agreed on."""
-    config = SubspaceConfig(ratio=ratio, allocation="tempered", side="long")
+def signal(ratio: float, bits: int, down_bits: int = 2, **storage: str) -> Make:
+    """Training in the code space of a subspace that TGAP fitted on what clients agreed on.
+
+    ``storage``: of ``SubspaceConfig``, how bases are shared and stored.
+    """
+    config = SubspaceConfig(ratio=ratio, allocation="tempered", side="long", **storage)
 
     def make(world: World) -> Method:
-        name = f"signal-{ratio:g}"
+        name = "-".join((f"signal-{ratio:g}", *storage.values()))
         transform, nbytes = fitted.kept(world, name, lambda: fitted.signal(world, config))
         quantiser = RotatedSign() if bits == 1 else BlockQuant(BlockQuantConfig(bits))
         down = Chain(transform, BlockQuant(BlockQuantConfig(down_bits)))

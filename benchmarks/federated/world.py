@@ -46,12 +46,13 @@ class World:
         initial: adapter values that every participant derives from the seed, by name, on the CPU.
         d1, d2: each client's examples, by client number.
         held: held-out examples.
+        tokenizer: the base model's.
     """
 
     def __init__(self, settings: Settings, compute: torch.dtype = torch.bfloat16) -> None:
         self.settings = s = settings
         self.device = models.resolve_device(s.device)
-        base, tokenizer = models.load_base(s.model, device=self.device, revision=s.revision)
+        base, self.tokenizer = models.load_base(s.model, device=self.device, revision=s.revision)
         self.net = CohortLlama(base, scale=s.lora_alpha / s.lora_r, compute=compute)
         models.add_lora(base, r=s.lora_r, alpha=s.lora_alpha, targets=s.targets, seed=s.seed)
         self.initial: State = {
@@ -59,8 +60,8 @@ class World:
         }
         examples = data.load_examples(s.dataset, limit=s.limit)
         kept, held = data.held_out(examples, s.held_out, s.seed)
-        encoded = [data.encode_example(tokenizer, e, s.max_length) for e in kept]
-        self.held = [data.encode_example(tokenizer, e, s.max_length) for e in held]
+        encoded = [data.encode_example(self.tokenizer, e, s.max_length) for e in kept]
+        self.held = [data.encode_example(self.tokenizer, e, s.max_length) for e in held]
         parts = data.dirichlet_partition(
             [e.label for e in kept], s.clients, s.dirichlet, s.seed, s.min_client
         )
