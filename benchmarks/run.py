@@ -158,6 +158,7 @@ _ALL = (
         "kernels",
         "Triton kernels: GB/s against copy on a GPU, else what their binaries cost",
         "benchmarks.kernels.case:main",
+        "benchmarks.kernels.case:page",
     ),
     Case(
         "ddp",

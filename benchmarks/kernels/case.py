@@ -2,23 +2,24 @@
 
     python -m benchmarks.run kernels [--quick] [--schemes encode,topk]
 
-1. The kernels' own tests, on the device (``-m gpu``). Unless they are green no speed is quoted.
+1. The kernels' own tests, on the device (``-m gpu``). A kernel whose tests are not green is not
+   timed.
 2. The bandwidth of a device-to-device copy, bytes read and written.
 3. Every kernel at 2**28 values (2**22 with ``--quick``, which fit a cache) of random data, and
    beside them what torch, bitsandbytes, torchao and torchft do, where they are installed. ``of
    copy`` is the bytes that must move, over the time, over the bandwidth of 2.
-4. The roofline: instructions per byte from ``aot_gate``, for the device's architecture.
 
-Without a CUDA device nothing is timed: rows say ``"measured": false``, and table and plot are what
-``aot_gate`` computes for an H200 from compiled binaries.
+Without a CUDA device nothing is timed: rows say ``"measured": false``, and hold what ``aot_gate``
+computes from compiled binaries. The page (``benchmarks.kernels.page``) is made of both.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from typing import Any
 import torch
 
 from benchmarks import report, rows
+from benchmarks.kernels import page as pages
 from benchmarks.run import ROOT, Options
 from gradcodec.errors import ConfigError
 
 CASE = "kernels"
 NUMEL, QUICK = 1 << 28, 1 << 22
-#: What plot and table are computed for where there is no device.
+#: What is computed where there is no device.
 TARGET = "sm_90"
 
 
@@ -50,11 +52,13 @@ def main(options: Options) -> list[str]:
         raise ConfigError(f"no kernel has any of {options.schemes} in its name")
     if not torch.cuda.is_available():
         return _computed(options, names)
-    failed = _tests()
-    if failed:
-        print(failed)
-        return [f"{CASE}: the kernels' tests are not green on this device, so nothing was timed"]
-    return _measured(options, names)
+    red = _red(options.workers, options.out)
+    bad = [
+        f"{CASE}: tests/kernels/on_device/{file} is not green, its kernel is not timed"
+        for file in red
+    ]
+    green = [name for name in names if f"test_{_op(name)}.py" not in red]
+    return bad + _measured(options, green)
 
 
 def triton_version() -> str:
@@ -92,29 +96,42 @@ def _computed(options: Options, names: Sequence[str]) -> list[str]:
         )
         rows.append(options.out / f"{CASE}.jsonl", table[-1])
     print(aot_gate.table({TARGET: {name: found[name] for name in names}}))
-    lines = {
-        row["scheme"]: (
-            row["instructions"] / row["moved_bytes"],
-            min(row["roof_memory_gel_s"], row["roof_issue_gel_s"]) * row["moved_bytes"],
-        )
-        for row in table
-        if row["roof_issue_gel_s"] is not None
-    }
-    bandwidth, issue = aot_gate.BANDWIDTH / 1e9, aot_gate.ISSUE / 1e9
-    title = "computed for an H200, nothing measured"
-    _plot(lines, bandwidth, issue, title, False, options.out / f"{CASE}.png")
     return bad
 
 
 # -- with one ------------------------------------------------------------------------------------
 
 
-def _tests() -> str:
-    """Output of the kernels' tests on the device if they are not green, else nothing."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/on_device"]
+def _op(name: str) -> str:
+    """The kernel that a case times: the first word of its name."""
+    return name.replace(",", " ").split()[0]
+
+
+def _red(workers: int, out: Path) -> list[str]:
+    """The files of the kernels' tests that are not green on the device.
+
+    Raises:
+        ConfigError: the tests did not run at all.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfE", "--tb=short"]
+    if workers > 1 and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(workers)]
+    command += ["-p", "no:cacheprovider", "tests/kernels/on_device"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
-    return "" if done.returncode == 0 else done.stdout[-5000:] + done.stderr[-2000:]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "kernel-tests.log").write_text(done.stdout + done.stderr)
+    lines = done.stdout.strip().splitlines()
+    print("\n".join(lines[-30:]), flush=True)
+    red = {
+        Path(line.split()[1].partition("::")[0]).name
+        for line in lines
+        if line.startswith(("FAILED ", "ERROR "))
+    }
+    if done.returncode not in (0, 1) or (done.returncode and not red):
+        raise ConfigError(
+            f"the kernels' tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return sorted(red)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -178,79 +195,13 @@ def _measured(options: Options, names: Sequence[str]) -> list[str]:
             }
         )
         rows.append(options.out / f"{CASE}.jsonl", table[-1])
-    print(_speeds(table))
-    _roofline(options, table, bandwidth, device)
+    print(report.aligned(pages.speeds(table)))
+    made = page(options.out / f"{CASE}.jsonl")
+    if made is not None:
+        made.write(options.out / f"{CASE}.jsonl")
     return bad
 
 
-def _speeds(table: Sequence[rows.Row]) -> str:
-    lines = [
-        "| kernel | ms | bytes per value | 1e9 values/s | GB/s | of copy |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['scheme']} | {row['ms']:.3f} | {row['moved_bytes']:.2f} | {row['gel_s']:.0f} "
-        f"| {row['gb_s']:.0f} | {row['of_copy']:.1%} |"
-        for row in table
-    ]
-    return "\n".join(lines)
-
-
-def _roofline(
-    options: Options, table: Sequence[rows.Row], bandwidth: float, device: torch.device
-) -> None:
-    """Where the device's own binaries stand, if its architecture is one that the gate reads."""
-    from benchmarks.kernels import aot_gate
-    from gradcodec_kernels.launch import architecture
-
-    arch = architecture(device)
-    target = str(arch) if isinstance(arch, str) else f"sm_{arch}"
-    names = {row["scheme"] for row in table}
-    names = {name for name, v in aot_gate.VARIANTS.items() if v.straight and name in names}
-    found = aot_gate.survey([target], names, options.workers)[target]
-    lines = {
-        row["scheme"]: (found[row["scheme"]]["instructions"] / row["moved_bytes"], row["gb_s"])
-        for row in table
-        if row["scheme"] in names and "error" not in found.get(row["scheme"], {"error": ""})
-    }
-    properties = torch.cuda.get_device_properties(device)
-    clock = getattr(properties, "clock_rate", 1.75e6) * 1e3
-    issue = properties.multi_processor_count * 128 * clock / 1e9
-    title = f"{properties.name}, measured"
-    _plot(lines, bandwidth / 1e9, issue, title, True, options.out / f"{CASE}.png")
-
-
-# -- the plot ------------------------------------------------------------------------------------
-
-
-def _plot(
-    points: Mapping[str, tuple[float, float]],
-    bandwidth: float,
-    issue: float,
-    title: str,
-    measured: bool,
-    path: Path,
-) -> None:
-    """GB/s against instructions per byte, under the two roofs; hollow if nothing was measured."""
-    figure, axes = report.figure(figsize=(9, 5.5))
-    knee = issue / bandwidth
-    xs = [1, knee, 128]
-    axes.plot(xs, [min(bandwidth, issue / x) for x in xs], color="black", linewidth=1)
-    groups = sorted({name.partition(" ")[0].rstrip(",") for name in points})
-    for i, group in enumerate(groups):
-        mine = [p for name, p in points.items() if name.startswith(group)]
-        colour = f"C{i}"
-        axes.scatter(
-            [x for x, _ in mine],
-            [y for _, y in mine],
-            label=group,
-            edgecolors=colour,
-            facecolors=colour if measured else "none",
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("instructions per byte that must move")
-    axes.set_ylabel("GB/s" if measured else "GB/s at most")
-    axes.set_title(title)
-    axes.legend(frameon=False, fontsize=8)
-    report.save(figure, path)
+def page(path: Path) -> report.Page | None:
+    """The page of this case's rows."""
+    return pages.page(path)
