@@ -130,7 +130,6 @@ _ALL = (
         "llama",
         "the same on a real pretrained LLaMA: SmolLM2-135M on GSM8K and MMLU",
         "benchmarks.llama.case:main",
-        "benchmarks.llama.case:page",
     ),
     Case(
         "generalise",

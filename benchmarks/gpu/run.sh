@@ -10,8 +10,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 device=cuda
+times=1
 if [ "${1:-}" = --dry-run ]; then
     device=cpu
+    times=4
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     shift
 fi
@@ -26,7 +28,7 @@ summary=()
 failed=0
 
 step() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 begin=$SECONDS code
+    local name=$1 limit=$(($2 * times)) begin=$SECONDS code
     shift 2
     [[ " ${steps[*]} " = *" $name "* ]] || return 0
     echo "--- $name: at most $limit s"
