@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,24 +59,44 @@ def measure(scheme: Scheme, seed: int, rounds: int, layers: int) -> dict[str, An
 
     Raises:
         RuntimeError: the job failed; the text ends with what it printed last.
+        TimeoutExpired: it took too long.
     """
     size = ["--rounds", str(rounds), "--layers", str(layers), "--seed", str(seed)]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.nvflare.job", scheme.name, f"{folder}/run"]
-        done = subprocess.run(
-            [*command, *size],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        raise RuntimeError("\n".join([*lines[-5:], *done.stderr.splitlines()[-5:]]))
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+        line, _ = run_module(["benchmarks.nvflare.job", scheme.name, f"{folder}/run", *size])
+    return line
+
+
+def run_module(command: list[str]) -> tuple[dict[str, Any], str]:
+    """Run a module that runs a job, in a new process; returns its last line and its log.
+
+    Raises:
+        RuntimeError, TimeoutExpired: as ``measure``; no process of the job is left then.
+    """
+    paths = (ROOT, ROOT / "kernels", ROOT / "tests")
+    job = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "OMP_NUM_THREADS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # the simulator starts processes of its own
+    )
+    try:
+        out, log = job.communicate(timeout=TIMEOUT)
+    except BaseException:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        raise
+    lines = out.splitlines()
+    if job.returncode or not lines:
+        raise RuntimeError("\n".join([*lines[-5:], *log.splitlines()[-5:]]))
+    return json.loads(lines[-1]), out + log
 
 
 def _version(package: str) -> str | None:

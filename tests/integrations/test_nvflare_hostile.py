@@ -18,7 +18,7 @@ from integrations.nvflare_toy import context, through, update
 from nvflare.apis.dxo import DXO, MetaKey
 
 from gradcodec.integrations.nvflare import DecodeUpdate, EncodeUpdate
-from gradcodec.integrations.nvflare.coding import MAX_TABLE_BYTES
+from gradcodec.integrations.nvflare.tables import MAX_TABLE_BYTES
 from gradcodec.registry import make_codec
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload, spec_to_bytes
@@ -42,6 +42,13 @@ def huge() -> dict[str, np.ndarray]:
     table = zlib.compress(spec_to_bytes(spec))
     payload = Payload(codec.config.kind, codec.digest, bytes(5))
     return {"table": as_bytes(table), "coded": as_bytes(payload.to_bytes())}
+
+
+def zeros_only(dxo: DXO) -> None:
+    """A table of 2^40 values that are all left out."""
+    table = huge()["table"]
+    dxo.data.clear()
+    dxo.data.update(table=table, still=as_bytes(b"\x80"))
 
 
 def bomb() -> np.ndarray:
@@ -69,6 +76,14 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "a table of 2^40 values": (
         "MalformedBodyError",
         lambda d: (d.data.pop("kept"), d.data.update(huge())),
+    ),
+    "zeros of 2^40 values": ("LimitError", lambda d: zeros_only(d)),
+    "too many bits": ("MalformedBodyError", lambda d: d.data.update(still=as_bytes(b"\x80\0"))),
+    "a bit behind the last": ("MalformedBodyError", lambda d: d.data.update(still=as_bytes(b"\1"))),
+    "no bit set": ("MalformedBodyError", lambda d: d.data.update(still=as_bytes(b"\0"))),
+    "a still tensor that came": (
+        "MalformedBodyError",
+        lambda d: d.data.update(still=as_bytes(b"\x80")),
     ),
     "no note": ("MalformedBodyError", lambda d: d.meta.pop("gradcodec")),
     "a note of another kind": ("MalformedBodyError", lambda d: d.meta.update(gradcodec=[1])),
@@ -102,7 +117,9 @@ def test_numpy_has_no_bfloat16(caplog: pytest.LogCaptureFixture) -> None:
     assert "MalformedBodyError: numpy has no such dtype" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["a table that inflates", "a table of 2^40 values"])
+@pytest.mark.parametrize(
+    "what", ["a table that inflates", "a table of 2^40 values", "zeros of 2^40 values"]
+)
 def test_what_is_claimed_is_not_allocated(what: str) -> None:
     dxo = encoded()
     DAMAGES[what][1](dxo)

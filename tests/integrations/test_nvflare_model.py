@@ -141,6 +141,13 @@ def test_an_unchanged_model_costs_its_version() -> None:
     assert equal(got, state)
 
 
+def test_a_zero_that_changes_its_sign_is_no_change() -> None:
+    encode, site, state = EncodeModel("int4"), Site(), {"w": torch.zeros(5)}
+    site.ask(encode, state)
+    got, _ = site.ask(encode, {"w": -torch.zeros(5)})
+    assert torch.equal(got["w"], torch.zeros(5))
+
+
 def test_a_trained_codec_moves_models(tmp_path: Any) -> None:
     parameter = torch.nn.Linear(32, 64, bias=False)
     recorder = gc.GradientRecorder(parameter, gc.SubspaceConfig(ratio=2))

@@ -1,22 +1,17 @@
 """Jobs in NVFLARE's simulator: a server and two sites, each its own process, real messages."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nvflare", reason="pip install 'gradcodec[nvflare]'")
 
-from benchmarks.nvflare.case import measure
+from benchmarks.nvflare.case import measure, run_module
 from benchmarks.nvflare.schemes import SCHEMES
 from benchmarks.nvflare.work import Adapters
 from gradcodec.integrations.nvflare.coding import Coding
 from gradcodec.registry import make_codec
 
-ROOT = Path(__file__).parents[2]
 ROUNDS, LAYERS, SITES = 3, 2, 2
 
 #: Requests, headers and heartbeats of NVFLARE, a reply or task; measured: 4 kB.
@@ -47,19 +42,11 @@ def test_nvflares_statistics_count_our_bytes_and_the_loss_stays() -> None:
 
 
 def test_a_damaged_reply_costs_that_reply_and_the_job_goes_on(tmp_path: Path) -> None:
-    paths = (ROOT, ROOT / "kernels", ROOT / "tests" / "integrations")
-    done = subprocess.run(
-        [sys.executable, "-m", "nvflare_damaged", str(tmp_path / "run")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "dropped the reply of site-1: ChecksumError" in done.stderr + done.stdout
+    line, printed = run_module(["integrations.nvflare_damaged", str(tmp_path / "run")])
+    assert "dropped the reply of site-1: ChecksumError" in printed
     log = (tmp_path / "run" / "job" / "server" / "log.txt").read_text()
     assert log.count("dropped the reply of") == 1
     assert "Empty result from client site-1" in log
-    losses = json.loads(done.stdout.splitlines()[-1])["losses"]
+    losses = line["losses"]
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]

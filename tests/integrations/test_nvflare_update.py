@@ -100,6 +100,37 @@ def test_a_rule_gives_tensors_another_codec() -> None:
     assert error(got, sent, "body") > 0.1
 
 
+def test_frozen_tensors_cost_a_bit_and_arrive_as_zeros() -> None:
+    trained = {"lora": torch.randn(64, 32), "bn.running_var": torch.rand(4)}
+    frozen = {f"base.{i}": torch.zeros(1000, 1000) for i in range(3)}
+    frozen["steps"] = torch.zeros(2, dtype=torch.int64)
+    got, alone = (
+        through(update(**values), EncodeUpdate("int4"))
+        for values in ({**frozen, **trained}, trained)
+    )
+    assert bytes(got.data["coded"]) == bytes(alone.data["coded"])
+    assert got.data["still"].nbytes == 1
+    back = through(got, DecodeUpdate("int4")).data
+    assert list(back) == [*frozen, *trained]
+    assert all(torch.equal(back[name], zeros) for name, zeros in frozen.items())
+
+
+def test_a_tensor_that_has_moved_once_keeps_its_residual_when_it_rests() -> None:
+    encode, decode = EncodeUpdate("sign"), DecodeUpdate("sign")
+    sent = torch.randn(16, 16)
+    got = torch.zeros(16, 16)
+    for tensor in (sent, *[torch.zeros(16, 16)] * 20):
+        got += through(update(w=tensor, other=torch.ones(3)), encode, decode).data["w"]
+    assert float((got - sent).norm() / sent.norm()) < 0.2
+
+
+def test_an_update_of_zeros_arrives() -> None:
+    got = through(update(w=np.zeros((3, 4), np.float32)), EncodeUpdate("int4"))
+    assert set(got.data) == {"table", "still"}
+    back = through(got, DecodeUpdate("int4")).data["w"]
+    assert np.array_equal(back, np.zeros((3, 4)))
+
+
 # -- the codec ---------------------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
 """NVFLARE: filters that encode updates on their way up and models on their way down.
 
 ``compress`` adds them to a recipe. ``update`` has the filters of results, ``model`` those of
-tasks. ``carrier`` puts bytes into a DXO and takes them out again. What makes the bytes knows
-nothing of NVFLARE: ``coding``, ``feedback``, and ``copies`` of the model that increments apply to.
-The page is docs/nvflare.md.
+tasks. ``carrier`` puts bytes into a DXO and takes them out again. Four modules know nothing of
+NVFLARE: ``coding``, ``tables`` and ``feedback`` make the bytes, ``copies`` has the copies of the
+model that increments apply to. The page is docs/nvflare.md.
 """
 
 from gradcodec.integrations.nvflare.model import DecodeModel, EncodeModel

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import fnmatch
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from gradcodec.codec import Codec, codec_class
+from gradcodec.codec import Codec
 from gradcodec.codecs import Identity
-from gradcodec.encodable import shown
 from gradcodec.errors import (
     CodecMismatchError,
     ConfigError,
-    LimitError,
     MalformedBodyError,
-    MalformedSpecError,
     UpdateError,
 )
 from gradcodec.federated.tensors import BUFFERS, Rules, rule_for, with_rules
+from gradcodec.integrations.nvflare import tables
 from gradcodec.integrations.nvflare.feedback import Feedback, contracts
-from gradcodec.registry import UNTRAINED, make_codec
 from gradcodec.types import TensorSpec, Update, UpdateSpec
-from gradcodec.wire import Payload, spec_from_bytes, spec_to_bytes
+from gradcodec.wire import Payload
 
-TABLE, CODED, KEPT = "table", "coded", "kept"
-
-MAX_TABLE_BYTES = 16 << 20
-"""Most bytes of a tensor table after inflating: about 10^5 tensors."""
+CODED, KEPT = "coded", "kept"
 
 _PLANS = 8
 """Tables whose plans are remembered; the sites of a job usually share one."""
@@ -41,43 +34,31 @@ Parts = Mapping[str, bytes]
 """The bytes of one encoded set of tensors, by what they are: a table, coded and kept tensors."""
 
 
-def codec_of(choice: str | Mapping[str, Any]) -> Codec:
-    """The codec of a name, a config, or a folder or Hub id.
-
-    Raises:
-        ConfigError: it is neither text nor the ``to_dict()`` of a codec's config.
-        HubError: the folder or repository cannot be read.
-    """
-    if isinstance(choice, Mapping):
-        return codec_class(choice.get("kind", "")).from_config(choice)
-    if not isinstance(choice, str):
-        raise ConfigError(
-            f"expected a codec's name, config, folder or Hub id, got {shown(choice)}; of a codec "
-            "without weights pass codec.config, save others with codec.save_pretrained(folder)"
-        )
-    return make_codec(choice) if choice in UNTRAINED else Codec.from_pretrained(choice)
-
-
 @dataclass(frozen=True)
 class Plan:
     """How the tensors of one table travel.
 
     Attributes:
         spec: the table.
+        still: positions in it of tensors of zeros, which do not travel.
         codec: of the tensors that are coded, bound to them; ``None`` if there are none.
         kept: of those that travel bit for bit, likewise.
         known: whether the table need not travel, because the codec is bound to it.
     """
 
     spec: UpdateSpec
+    still: frozenset[int]
     codec: Codec | None
     kept: Codec | None
     known: bool
 
     @cached_property
-    def table(self) -> bytes:
-        """The deflated table."""
-        return zlib.compress(spec_to_bytes(self.spec), 9)
+    def described(self) -> dict[str, bytes]:
+        """The parts that say which tensors they are: the deflated table, a bit for each tensor."""
+        return {
+            **({} if self.known else tables.table_parts(self.spec)),
+            **(tables.still_parts(self.still, len(self.spec)) if self.still else {}),
+        }
 
 
 class Coding:
@@ -86,6 +67,7 @@ class Coding:
         floating tensors                     --codec, or a rule's-->  "coded"
         integers, BatchNorm's statistics     --bit for bit-->         "kept"
         names, shapes, dtypes of all         --deflate-->             "table"
+        which of them are zeros and left out  --a bit each-->         "still"
 
     The table does not travel if the codec is bound to it, as trained ones are.
 
@@ -96,7 +78,7 @@ class Coding:
 
     def __init__(self, codec: Codec, rules: Rules = ()) -> None:
         self.codec, self.rules = codec, rules
-        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[bytes, frozenset[int]], Plan] = OrderedDict()
 
     @property
     def contracts(self) -> bool:
@@ -104,22 +86,24 @@ class Coding:
         named = (rule_for(pattern, self.rules) for pattern, _ in self.rules)
         return all(contracts(c) for c in (self.codec, *named) if c is not None)
 
-    def plan(self, spec: UpdateSpec) -> Plan:
-        """How tensors of this table travel.
+    def plan(self, spec: UpdateSpec, still: frozenset[int] = frozenset()) -> Plan:
+        """How tensors of this table travel, if those in ``still`` are zeros.
 
         Raises:
             ConfigError, UpdateError: the codec or a rule does not fit them.
         """
-        plan = self._plans.get(spec.digest)
+        key = spec.digest, still
+        plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[spec.digest] = self._made(spec)
+            plan = self._plans[key] = self._made(spec, still)
             if len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
         return plan
 
-    def _made(self, spec: UpdateSpec) -> Plan:
-        coded = UpdateSpec(tuple(t for t in spec if not self._keeps(t)))
-        kept = UpdateSpec(tuple(t for t in spec if self._keeps(t)))
+    def _made(self, spec: UpdateSpec, still: frozenset[int]) -> Plan:
+        travel = [t for i, t in enumerate(spec) if i not in still]
+        coded = UpdateSpec(tuple(t for t in travel if not self._keeps(t)))
+        kept = UpdateSpec(tuple(t for t in travel if self._keeps(t)))
         codec: Codec | None = None
         if len(coded):
             codec = with_rules(self.codec, coded, self.rules)
@@ -128,7 +112,7 @@ class Coding:
             else:
                 _check_same(codec.spec, coded)
         known = self.codec.spec is not None and spec == self.codec.spec
-        return Plan(spec, codec, Identity().bind(kept) if len(kept) else None, known)
+        return Plan(spec, still, codec, Identity().bind(kept) if len(kept) else None, known)
 
     def _keeps(self, t: TensorSpec) -> bool:
         """Whether a tensor travels bit for bit; a lossy codec would ruin counters and variances."""
@@ -144,16 +128,30 @@ class Coding:
         return True
 
     def encode(
-        self, tensors: Update, *, seed: int = 0, feedback: Feedback | None = None
+        self,
+        tensors: Update,
+        *,
+        seed: int = 0,
+        feedback: Feedback | None = None,
+        still: Collection[str] = (),
     ) -> dict[str, bytes]:
         """The parts of named tensors.
+
+        Args:
+            tensors: by name.
+            seed: for codecs that round stochastically.
+            feedback: adds what earlier calls lost.
+            still: names of tensors of zeros. They are left out, unless the codec is bound to its
+                tensors and needs them.
 
         Raises:
             NonFiniteError: NaN or Inf in a tensor that is coded with loss.
             ConfigError, UpdateError: these tensors do not fit the codec.
         """
-        plan = self.plan(UpdateSpec.of(tensors))
-        out = {} if plan.known else {TABLE: plan.table}
+        left = () if self.codec.spec is not None else still
+        out_of = frozenset(i for i, name in enumerate(tensors) if name in left)
+        plan = self.plan(UpdateSpec.of(tensors), out_of)
+        out = dict(plan.described)
         if plan.codec is not None:
             mine = _some(tensors, plan.codec)
             if feedback is not None and feedback.serves(plan.codec):
@@ -172,14 +170,23 @@ class Coding:
         """
         coded, kept = self.decode_halves(parts)
         found = {**coded, **kept}
-        return {t.name: found[t.name] for t in self._plan_of(parts).spec}
+        plan = self._plan_of(parts)
+        if plan.still:
+            tables.check_zeros(plan.spec, sum(map(len, parts.values())))
+        return {
+            t.name: torch.zeros(t.shape, dtype=t.dtype) if i in plan.still else found[t.name]
+            for i, t in enumerate(plan.spec)
+        }
 
     def decode_halves(self, parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The tensors that were coded, and those that came bit for bit; raises as ``decode``."""
+        """The tensors that were coded, and those that came bit for bit; raises as ``decode``.
+
+        Those that were left out are in neither.
+        """
         plan = self._plan_of(parts)
         codecs = {CODED: plan.codec, KEPT: plan.kept}
         expected = [key for key, codec in codecs.items() if codec is not None]
-        if sorted(set(parts) - {TABLE}) != sorted(expected):
+        if sorted(set(parts) - {tables.TABLE, tables.STILL}) != sorted(expected):
             raise MalformedBodyError(f"expected parts {expected}, got {sorted(parts)}")
         coded, kept = (
             {} if codec is None else codec.decoder.decode(Payload.from_bytes(parts[key]))
@@ -188,39 +195,17 @@ class Coding:
         return coded, kept
 
     def _plan_of(self, parts: Parts) -> Plan:
-        table = parts.get(TABLE)
-        if table is not None:
-            spec = spec_from_bytes(inflate(table))
-        elif self.codec.spec is not None:
-            spec = self.codec.spec
-        else:
+        came = tables.spec_of(parts)
+        spec = self.codec.spec if came is None else came
+        if spec is None:
             raise CodecMismatchError(
                 f"expected a tensor table, got parts {sorted(parts)}: the sender's codec is bound "
                 f"to its tensors, this one is not: {self.codec}"
             )
         try:
-            return self.plan(spec)
+            return self.plan(spec, tables.still_of(parts, len(spec)))
         except (ConfigError, UpdateError) as err:
             raise CodecMismatchError(f"tensors that this codec does not code: {err}") from err
-
-
-def inflate(table: bytes) -> bytes:
-    """A deflated table's bytes; no more than ``MAX_TABLE_BYTES`` are made of any input.
-
-    Raises:
-        LimitError: there would be more.
-        MalformedSpecError: it is not one whole deflated string.
-    """
-    stream = zlib.decompressobj()
-    try:
-        plain = stream.decompress(table, MAX_TABLE_BYTES)
-    except zlib.error as err:
-        raise MalformedSpecError(f"expected a deflated tensor table: {err}") from err
-    if not stream.eof and len(plain) >= MAX_TABLE_BYTES:
-        raise LimitError(f"expected a tensor table of at most {MAX_TABLE_BYTES} bytes")
-    if not stream.eof or stream.unused_data:
-        raise MalformedSpecError("expected one whole deflated tensor table")
-    return plain
 
 
 def _some(tensors: Update, codec: Codec) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ from typing import Any
 from nvflare.apis.dxo_filter import DXOFilter
 from nvflare.apis.fl_context import FLContext
 
+from gradcodec.codec import Codec, codec_class
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
-from gradcodec.integrations.nvflare.coding import Coding, codec_of
+from gradcodec.integrations.nvflare.coding import Coding
+from gradcodec.registry import UNTRAINED, make_codec
 from gradcodec.settings import CodecConfig
 from gradcodec.types import Update, UpdateSpec
 
@@ -44,7 +46,7 @@ class CodecFilter(DXOFilter):
     @cached_property
     def coding(self) -> Coding:
         """The codec; it is loaded when the first message comes."""
-        return Coding(codec_of(self.codec), tuple((pattern, name) for pattern, name in self.rules))
+        return Coding(_codec(self.codec), tuple((pattern, name) for pattern, name in self.rules))
 
     def log_sizes(
         self, fl_ctx: FLContext, what: str, tensors: Update, parts: Mapping[str, bytes]
@@ -53,6 +55,12 @@ class CodecFilter(DXOFilter):
         dense, sent = UpdateSpec.of(tensors).nbytes, sum(map(len, parts.values()))
         ratio = f" ({dense / sent:.1f}x)" if sent else ""
         self.log_info(fl_ctx, f"{what}: {dense} bytes as {sent}{ratio}")
+
+
+def _codec(choice: str | dict[str, Any]) -> Codec:
+    if isinstance(choice, dict):
+        return codec_class(choice["kind"]).from_config(choice)
+    return make_codec(choice) if choice in UNTRAINED else Codec.from_pretrained(choice)
 
 
 def _plain(codec: object) -> str | dict[str, Any]:

@@ -27,7 +27,8 @@ class EncodeUpdate(CodecFilter):
         recipe.add_client_output_filter(EncodeUpdate("int4"), tasks=["train"])
 
     The filter of a site lives as long as its job. So error feedback is kept here, from round to
-    round. An update with NaN or Inf costs its site this round: it is replaced by an empty one,
+    round. Tensors that have not changed in any round yet, such as frozen ones, take a bit each.
+    An update with NaN or Inf costs its site this round: it is replaced by an empty one,
     which NVFLARE's aggregators skip, and a log line names the tensor.
 
     Args:
@@ -54,6 +55,7 @@ class EncodeUpdate(CodecFilter):
         self.error_feedback = error_feedback
         self._feedback = None if error_feedback is False else Feedback(bool(error_feedback))
         self._count = 0
+        self._moved: set[str] = set()
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         """The encoded update, as a new DXO."""
@@ -65,9 +67,12 @@ class EncodeUpdate(CodecFilter):
             )
         tensors, kind = carrier.tensors_of(dxo)
         self._count += 1
+        # Not those that are zeros this time only: the residual is of the tensors that travel.
+        self._moved |= {name for name, t in tensors.items() if bool(t.any())}
+        still = set(tensors) - self._moved
         seed = zlib.crc32(f"{fl_ctx.get_identity_name()}/{self._count}".encode())
         try:
-            parts = self.coding.encode(tensors, seed=seed, feedback=self._feedback)
+            parts = self.coding.encode(tensors, seed=seed, feedback=self._feedback, still=still)
         except NonFiniteError as err:
             self.log_error(fl_ctx, f"no update of this round is sent: {err}")
             return carrier.plain(dxo, {}, kind)
