@@ -158,6 +158,17 @@ def test_a_trained_codec_sends_no_table() -> None:
     assert list(through(coded, DecodeUpdate(BUNDLED)).data) == list(sent.data)
 
 
+def test_a_trained_codec_leaves_out_frozen_tensors_that_it_was_not_made_for() -> None:
+    spec = gc.Codec.from_pretrained(BUNDLED).spec
+    frozen = {"base": torch.zeros(300, 300)}
+    sent = update(**frozen, **{t.name: torch.randn(t.shape) * 1e-3 for t in spec})
+    coded = through(sent, EncodeUpdate(BUNDLED))
+    assert sum(part.nbytes for part in coded.data.values()) < spec.nbytes / 200
+    back = through(coded, DecodeUpdate(BUNDLED)).data
+    assert list(back) == list(sent.data)
+    assert torch.equal(back["base"], frozen["base"])
+
+
 def test_a_trained_codec_names_tensors_that_it_was_not_made_for() -> None:
     with pytest.raises(UpdateError, match=r"not expected: w: float32\[3\]; missing: model"):
         through(update(w=torch.randn(3)), EncodeUpdate(BUNDLED))

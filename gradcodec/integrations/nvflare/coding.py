@@ -64,10 +64,10 @@ class Plan:
 class Coding:
     """A codec and rules, which both ends have, and the bytes that they make of named tensors.
 
-        floating tensors                     --codec, or a rule's-->  "coded"
-        integers, BatchNorm's statistics     --bit for bit-->         "kept"
-        names, shapes, dtypes of all         --deflate-->             "table"
-        which of them are zeros and left out  --a bit each-->         "still"
+        floating tensors                      --codec, or a rule's-->  "coded"
+        integers, BatchNorm's statistics      --bit for bit-->         "kept"
+        names, shapes, dtypes of all          --deflate-->             "table"
+        which of them are zeros and left out  --a bit each-->          "still"
 
     The table does not travel if the codec is bound to it, as trained ones are.
 
@@ -141,16 +141,15 @@ class Coding:
             tensors: by name.
             seed: for codecs that round stochastically.
             feedback: adds what earlier calls lost.
-            still: names of tensors of zeros. They are left out, unless the codec is bound to its
-                tensors and needs them.
+            still: names of tensors of zeros; those that the codec is not bound to are left out.
 
         Raises:
             NonFiniteError: NaN or Inf in a tensor that is coded with loss.
             ConfigError, UpdateError: these tensors do not fit the codec.
         """
-        left = () if self.codec.spec is not None else still
-        out_of = frozenset(i for i, name in enumerate(tensors) if name in left)
-        plan = self.plan(UpdateSpec.of(tensors), out_of)
+        needed = {t.name for t in self.codec.spec or ()}
+        left = {i for i, name in enumerate(tensors) if name in still and name not in needed}
+        plan = self.plan(UpdateSpec.of(tensors), frozenset(left))
         out = dict(plan.described)
         if plan.codec is not None:
             mine = _some(tensors, plan.codec)
@@ -168,9 +167,9 @@ class Coding:
         Raises:
             WireError: a part is missing, damaged, of another codec, or there are others.
         """
-        coded, kept = self.decode_halves(parts)
-        found = {**coded, **kept}
         plan = self._plan_of(parts)
+        coded, kept = _halves(plan, parts)
+        found = {**coded, **kept}
         if plan.still:
             tables.check_zeros(plan.spec, sum(map(len, parts.values())))
         return {
@@ -183,16 +182,7 @@ class Coding:
 
         Those that were left out are in neither.
         """
-        plan = self._plan_of(parts)
-        codecs = {CODED: plan.codec, KEPT: plan.kept}
-        expected = [key for key, codec in codecs.items() if codec is not None]
-        if sorted(set(parts) - {tables.TABLE, tables.STILL}) != sorted(expected):
-            raise MalformedBodyError(f"expected parts {expected}, got {sorted(parts)}")
-        coded, kept = (
-            {} if codec is None else codec.decoder.decode(Payload.from_bytes(parts[key]))
-            for key, codec in codecs.items()
-        )
-        return coded, kept
+        return _halves(self._plan_of(parts), parts)
 
     def _plan_of(self, parts: Parts) -> Plan:
         came = tables.spec_of(parts)
@@ -206,6 +196,18 @@ class Coding:
             return self.plan(spec, tables.still_of(parts, len(spec)))
         except (ConfigError, UpdateError) as err:
             raise CodecMismatchError(f"tensors that this codec does not code: {err}") from err
+
+
+def _halves(plan: Plan, parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    codecs = {CODED: plan.codec, KEPT: plan.kept}
+    expected = [key for key, codec in codecs.items() if codec is not None]
+    if sorted(set(parts) - {tables.TABLE, tables.STILL}) != sorted(expected):
+        raise MalformedBodyError(f"expected parts {expected}, got {sorted(parts)}")
+    coded, kept = (
+        {} if codec is None else codec.decoder.decode(Payload.from_bytes(parts[key]))
+        for key, codec in codecs.items()
+    )
+    return coded, kept
 
 
 def _some(tensors: Update, codec: Codec) -> dict[str, Tensor]:
