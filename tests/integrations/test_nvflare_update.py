@@ -278,6 +278,31 @@ def test_partly_encrypted_data_is_refused() -> None:
         through(dxo, EncodeUpdate("int4"))
 
 
+def encryptor() -> Any:
+    """NVFLARE's filter for homomorphic encryption, with keys."""
+    ts = pytest.importorskip("tenseal", reason="pip install 'nvflare[he]'")
+    from nvflare.app_opt.he.model_encryptor import HEModelEncryptor
+
+    keys = ts.context(ts.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 40, 60])
+    keys.global_scale = 2**40
+    made = HEModelEncryptor()
+    made.tenseal_context, made.encrypt_layers = keys, [True]
+    return made
+
+
+def test_encrypted_updates_are_refused() -> None:
+    at = context(peer=context("server"))
+    with pytest.raises(ConfigError, match="processed by 'CKKS'"):
+        through(update(w=np.ones(8)), encryptor(), EncodeUpdate("int4"), at=at)
+
+
+def test_what_was_encrypted_after_encoding_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    at = context(peer=context("site-3"))
+    filters = EncodeUpdate("int4"), encryptor(), DecodeUpdate("int4")
+    assert through(update(w=np.ones(8, np.float32)), *filters, at=at).data == {}
+    assert "dropped the reply of site-3: ConfigError: " in caplog.text
+
+
 def test_nvflares_quantiser_before_ours_is_refused() -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'gradcodec[bench]'")
     from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
