@@ -169,6 +169,18 @@ def test_a_trained_codec_moves_models(tmp_path: Any) -> None:
     assert nbytes < whole_nbytes(state) / 8
 
 
+def test_a_codec_that_is_bound_to_bf16_moves_bf16_models(tmp_path: Any) -> None:
+    state = {"w": torch.randn(64, 32).bfloat16(), "still": torch.ones(8).bfloat16()}
+    gc.make_codec("int4").bind(gc.UpdateSpec.of(state)).save_pretrained(tmp_path / "codec")
+    encode, site = EncodeModel(str(tmp_path / "codec")), Site(str(tmp_path / "codec"))
+    site.ask(encode, state)
+    after = {**state, "w": state["w"] + 0.5}
+    got, nbytes = site.ask(encode, after)
+    assert got["w"].dtype is torch.bfloat16
+    assert distance(got, after) < 0.2 * distance(state, after)
+    assert nbytes < whole_nbytes(state) / 3
+
+
 # -- who holds what ----------------------------------------------------------------------------
 
 
