@@ -170,6 +170,12 @@ _ALL = (
         "two ranks swapping bytes over shaped links: gloo's all-to-all and ours",
         "benchmarks.links.swap:main",
     ),
+    Case(
+        "nvflare",
+        "NVFLARE's simulator with our filters and with its own quantisers: bytes and losses",
+        "benchmarks.nvflare.case:main",
+        "benchmarks.nvflare.page:page",
+    ),
 )
 
 CASES = {case.name: case for case in _ALL}

@@ -101,8 +101,16 @@ def test_every_module_of_the_wheel_imports(wheel: Path, installed: Path, tmp_pat
     modules = sorted(
         n.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for n in names
     )
-    lines = ["import importlib, pathlib, sys"]
-    lines += [f"importlib.import_module({m!r})" for m in modules]
+    lines = [
+        "import importlib, pathlib, sys",
+        "def load(name):",
+        "    try:",
+        "        importlib.import_module(name)",
+        "    except ModuleNotFoundError as err:  # an adapter may lack its framework, nothing else",
+        "        if not name.startswith('gradcodec.integrations.') or 'gradcodec' in err.name:",
+        "            raise",
+    ]
+    lines += [f"load({m!r})" for m in modules]
     lines += [
         "for name, module in list(sys.modules.items()):",
         "    if name.split('.')[0] in ('gradcodec', 'gradcodec_kernels'):",

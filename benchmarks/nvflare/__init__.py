@@ -1,0 +1,1 @@
+"""NVFLARE's simulator with our filters, and with its own quantisers: bytes and losses."""
