@@ -67,11 +67,6 @@ def cosine(x: Tensor | Update, y: Tensor | Update) -> float:
     return float(a @ b) / norms if norms else 0.0
 
 
-def bits_per_element(nbytes: int, numel: int) -> float:
-    """Sent bits for each element of the update."""
-    return 8 * nbytes / numel
-
-
 def matrix_entropy(matrix: Tensor) -> float:
     """Von Neumann entropy (nats) of ``M M^T`` scaled to trace one; ``M`` is ``[rows, features]``.
 

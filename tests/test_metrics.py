@@ -115,10 +115,6 @@ def test_an_empty_update_is_reconstructed_perfectly(metric, expected: float) -> 
     assert metric(torch.empty(0), torch.empty(0)) == expected
 
 
-def test_bits_per_element() -> None:
-    assert metrics.bits_per_element(nbytes=17, numel=34) == 4
-
-
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_the_entropy_of_orthonormal_rows_is_log_rows(rows: int) -> None:
     q = torch.linalg.qr(torch.randn(8, rows, dtype=torch.float64))[0].T

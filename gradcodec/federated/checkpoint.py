@@ -69,8 +69,7 @@ def load(
 
     Raises:
         ConfigError: the file and the previous one are damaged, or it is not a checkpoint of this
-            federation. Nothing has changed then, unless a part of ``beside`` raised: the server is
-            loaded before these.
+            federation. Nothing has changed then, in the parts of ``beside`` neither.
     """
     tensors, meta = files.load_tensors(path, ANEW)
     try:
@@ -82,14 +81,27 @@ def load(
             raise ConfigError(
                 f"its round {finished} has clients {meta['next']}, here they are {sample}"
             )
-        federation.server.load_state_dict(unprefixed("server", tensors))
-        for name, part in (beside or {}).items():
-            part.load_state_dict(unprefixed(name, tensors))
+        parts: dict[str, Kept] = {"server": federation.server, **(beside or {})}
+        _load_all([(part, unprefixed(name, tensors)) for name, part in parts.items()])
     except (AttributeError, KeyError, TypeError, ValueError) as err:
         text = str(err) if isinstance(err, ConfigError) else repr(err)
         raise ConfigError(f"{path} is not a checkpoint of this federation: {text}; {ANEW}") from err
     federation.finished, federation.versions, federation.clients = finished, versions, {}
     return reports
+
+
+def _load_all(states: Sequence[tuple[Kept, Mapping[str, Tensor]]]) -> None:
+    """Load every state; if one is refused, put back those that were loaded before it."""
+    before: list[tuple[Kept, dict[str, Tensor]]] = []
+    try:
+        for part, state in states:
+            was = part.state_dict()
+            part.load_state_dict(state)
+            before.append((part, was))
+    except Exception:
+        for part, was in before:
+            part.load_state_dict(was)
+        raise
 
 
 def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
-from gradcodec.federated.envelope import CODEC, FIXED, KINDS, Broadcast, Part, Reply
+from gradcodec.federated.envelope import CODEC, FIXED, Broadcast, Part, Reply
 from gradcodec.federated.participants import ClientId, client_id, example_count
 from gradcodec.federated.replica import Replica
-from gradcodec.federated.schedule import AutoConfig, FitSubspace, Fixed, Schedule
+from gradcodec.federated.schedule import Fixed, Schedule
 from gradcodec.federated.switch import Switch
 from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split, tensors_of
 from gradcodec.parameters import plain_names, unwrap_optimizer
@@ -214,22 +214,6 @@ class Client:
         who = self.number
         name = who.encode() if isinstance(who, str) else struct.pack("<Q", who)
         return zlib.crc32(name + struct.pack("<Q", self.version))
-
-
-class AutoClient(Client):
-    """One participant of a ``subspace:auto`` federation; see ``Client`` for its use.
-
-    ``config.mode`` says after each ``receive`` how this round is trained: ``"post"``, with any
-    optimiser, or ``"latent"``, through a ``LatentOptimizer`` with ``codec``.
-
-    Args:
-        number: this client's id.
-        initial: the initial state, which every participant builds locally.
-        config: as the server's; only ``first`` and ``first_down`` matter here.
-    """
-
-    def __init__(self, number: ClientId, initial: State, config: AutoConfig | None = None) -> None:
-        self._start(number, initial, FitSubspace(config or AutoConfig()), KINDS)
 
 
 def _split(parts: Sequence[Part]) -> list[list[Part]]:

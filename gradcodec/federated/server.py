@@ -19,23 +19,21 @@ from gradcodec.errors import (
     TrainingError,
     UnexpectedReplyError,
 )
-from gradcodec.federated.client import AutoClient, Client
+from gradcodec.federated import restore
+from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
-from gradcodec.federated.envelope import INCREMENT, VALUES, Broadcast, Part, Reply
-from gradcodec.federated.history import History, as_bytes, as_tensor, recorded
+from gradcodec.federated.envelope import VALUES, Broadcast, Part, Reply
+from gradcodec.federated.history import History
 from gradcodec.federated.participants import ClientId, client_id, in_order
 from gradcodec.federated.replica import WAY_BACK, Replica
 from gradcodec.federated.rounds import Round, Values
-from gradcodec.federated.schedule import AutoConfig, FitSubspace, Fixed, Schedule, Stage
+from gradcodec.federated.schedule import Fixed, Schedule, Stage
 from gradcodec.federated.switch import Switch
 from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split
-from gradcodec.registry import make_codec
 from gradcodec.types import Update
 from gradcodec.wire import Payload
 
 logger = logging.getLogger("gradcodec.federated")
-
-STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -406,16 +404,7 @@ class Server:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as plain tensors."""
-        out = {
-            "momentum": self.momentum,
-            "residual": self.residual,
-            "format": torch.tensor([STATE_FORMAT, self.kept_since]),
-            **self.history.state_dict(),
-            **self.schedule.state_dict(),
-        }
-        if self.replica.kept:
-            out["kept"] = as_tensor(self.replica.pack_kept(self.replica.kept).to_bytes())
-        return out
+        return restore.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of ``state_dict``: replays what was sent, which restores the server to the bit.
@@ -423,127 +412,13 @@ class Server:
         Raises:
             ConfigError, WireError: the state is another federation's; nothing changes then.
         """
-        known = {"momentum", "residual", "format", "kept"}
-        strange = [n for n in state if n not in known and not n.startswith(_NAMED)]
-        if strange:
-            raise ConfigError(f"server state: not expected: {sorted(strange)[:3]}")
         made = type(self).__new__(type(self))
         made._start(self._first.first, self.schedule)
-        for kind, blob in recorded(state):
-            if kind == INCREMENT:
-                blob = blob if "format" in state else made.replica.of_version_1(blob)
-                made.replica.advance(blob)
-                made.history.add(blob)
-            else:
-                made._enter(Switch.from_bytes(blob))
-        made.kept_since = _load_kept(state, made.replica)
-        for name, mine in (("momentum", made.momentum), ("residual", made.residual)):
-            came = state.get(name, torch.empty(0)).shape
-            if came != mine.shape:
-                raise ConfigError(
-                    f"server state: expected {name} {list(mine.shape)}, got {list(came)}"
-                )
-        made.momentum, made.residual = state["momentum"].clone(), state["residual"].clone()
-        latent = [p for p in made.history.phases if p.switch and p.switch.mode == "latent"]
-        self.schedule.load_state_dict(state, made.replica.spec, len(latent))
-        for name in _RESTORED:
+        restore.replay(made, state)
+        for name in restore.RESTORED:
             setattr(self, name, getattr(made, name))
         self._open_round()
 
 
-_NAMED = ("increment.", "codec.", "seen.")
-_RESTORED = (
-    *("config", "uplink", "downlink", "space", "codes_cross", "replica"),
-    *("history", "momentum", "residual", "kept_since", "dropped"),
-)
-
-
-def _load_kept(state: Mapping[str, Tensor], replica: Replica) -> int:
-    """Put saved kept tensors into a replica at the saved round; returns ``kept_since``."""
-    if "format" not in state:  # written before tensors were kept
-        return 0
-    number, since = (int(n) for n in state["format"].tolist())
-    if number != STATE_FORMAT or not 0 <= since <= replica.version:
-        raise ConfigError(
-            f"server state: expected format {STATE_FORMAT} and a round of "
-            f"0..{replica.version}, got {number} and {since}"
-        )
-    if replica.kept:
-        if "kept" not in state:
-            raise ConfigError("server state: the kept tensors are missing")
-        replica.kept = replica.read_kept(Payload.from_bytes(as_bytes("kept", state["kept"])))
-    return since
-
-
 def _both(stage: Stage) -> tuple[Codec, Codec]:
     return stage.uplink, stage.downlink
-
-
-class AutoServer(Server):
-    """The server of a ``subspace:auto`` federation: it fits a subspace during training.
-
-    It begins with a codec that needs no training. From the replies of the first rounds it fits a
-    subspace and broadcasts it once to each client, as a part of the stream; from then on all
-    clients train in it. A refresh goes back to the first codec for a round and fits again.
-
-        round        0 .. warmup_rounds - 1    warmup_rounds ..    refresh   ..
-        replies      first codec, post         codes, latent       post      codes, latent
-        broadcasts   first codec               CODEC, codes        CODEC     CODEC, codes
-
-    At a switch the state of the round becomes the origin that codes are relative to. The codecs are
-    bound to the digest of that state, which proves that all replicas agree to the bit. Clients
-    only need to know the first codec; the stream tells them every later one.
-
-    .. code-block:: python
-
-        server = AutoServer(initial)
-        client = AutoClient(7, initial)
-        state = client.receive(server.broadcast(client.version))
-        ...                               # client.config.mode: "post" or "latent" in this round
-        server.receive(client.reply(trained, examples))
-        server.close_round()              # fits and switches when the rounds for it are over
-
-    ``uplink``, ``downlink``, ``config``, ``increments``, ``momentum`` and ``residual`` are those of
-    the current codec.
-
-    Args:
-        initial: the initial state, which every participant builds locally.
-        config: when to switch, and to what.
-
-    Raises:
-        ConfigError: the subspace's settings cannot be met by these tensors.
-    """
-
-    def __init__(self, initial: State, config: AutoConfig | None = None) -> None:
-        self.auto = config or AutoConfig()
-        self._start(initial, FitSubspace(self.auto))
-
-    @property
-    def fits(self) -> int:
-        """How often a subspace was fitted and sent."""
-        return sum(p.switch is not None and p.switch.mode == "latent" for p in self.history.phases)
-
-    def _new_client(self, number: ClientId) -> AutoClient:
-        return AutoClient(number, self._first.first, self.auto)
-
-
-def server_for(
-    codec: str | Codec, initial: State, config: ServerConfig | AutoConfig | None = None
-) -> Server:
-    """Make a server by the name of its codec; ``server.client(number)`` makes matching clients.
-
-    Args:
-        codec: ``"subspace:auto"``, a name that ``make_codec`` knows, or a codec.
-        initial: the initial state, which every participant builds locally.
-        config: an ``AutoConfig`` for ``"subspace:auto"``, else a ``ServerConfig``.
-
-    Raises:
-        ConfigError: an unknown name, or a ``config`` of the wrong class.
-    """
-    automatic = codec == "subspace:auto"
-    if isinstance(config, ServerConfig if automatic else AutoConfig):
-        raise ConfigError(f"{codec!r} does not go with {type(config).__name__}")
-    if automatic:
-        return AutoServer(initial, config if isinstance(config, AutoConfig) else None)
-    made = make_codec(codec) if isinstance(codec, str) else codec
-    return Server(initial, made, config=config if isinstance(config, ServerConfig) else None)

@@ -147,6 +147,24 @@ def test_a_checkpoint_of_another_sampling_is_refused(
     refuse(path, federation, match=r"its round 2 has clients \[")
 
 
+def test_a_part_that_cannot_be_loaded_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    spec = UpdateSpec.of(Toy().initial)
+    moments = SecondMoments(spec, SubspaceConfig(ratio=4))
+    moments.add(Toy().initial)
+    federation, path = make(), tmp_path / "run.safetensors"
+    federation.step()
+    checkpoint.save(path, federation, [], {"good": moments, "other": moments})
+    there, kept = make(), SecondMoments(spec, SubspaceConfig(ratio=4))
+    elsewhere = SecondMoments(UpdateSpec(spec.tensors[:1]), SubspaceConfig(ratio=4))
+    before = there.server.state_dict()
+    with pytest.raises(ConfigError, match="not a checkpoint of this federation"):
+        checkpoint.load(path, there, {"good": kept, "other": elsewhere})
+    assert equal(there.server.state_dict(), before)
+    assert (there.finished, there.server.round, kept.count, elsewhere.count) == (0, 0, 0, 0)
+    checkpoint.load(path, there, {"good": kept})  # nothing stands in the way of a right one
+    assert (there.finished, kept.count) == (1, 1)
+
+
 def test_more_rounds_of_the_same_sampling_go_on(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     run(make(), [], path, ROUNDS)
