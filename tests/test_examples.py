@@ -1,5 +1,6 @@
 """What is shown is run: the multi-process examples and the programs of docs/frameworks.md."""
 
+import json
 import os
 import re
 import signal
@@ -159,3 +160,22 @@ def test_every_example_is_in_the_table() -> None:
     table = (ROOT / "examples" / "README.md").read_text()
     there = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert set(re.findall(r"^\| \[(\w+\.py)\]", table, re.MULTILINE)) == there
+
+
+@pytest.mark.slow
+def test_flower_llama_runs_in_a_deployment() -> None:
+    pytest.importorskip("flwr")
+    script = ROOT / "examples" / "flower_llama" / "run.py"
+    done = subprocess.run(
+        [sys.executable, script, "--rounds", "2", "--steps", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["losses"]) == 3
+    assert found["losses"][-1] < found["losses"][0] - 0.3
+    # 98,304 adapter values in fp32, of two nodes in two rounds, headers not counted.
+    assert found["up"] < 2 * 2 * 98_304 * 4 / 3

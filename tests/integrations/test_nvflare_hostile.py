@@ -17,8 +17,8 @@ pytest.importorskip("nvflare", reason="pip install 'gradcodec[nvflare]'")
 from integrations.nvflare_toy import context, through, update
 from nvflare.apis.dxo import DXO, MetaKey
 
+from gradcodec.integrations.messages.tables import MAX_TABLE_BYTES
 from gradcodec.integrations.nvflare import DecodeUpdate, EncodeUpdate
-from gradcodec.integrations.nvflare.tables import MAX_TABLE_BYTES
 from gradcodec.registry import make_codec
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import Payload, spec_to_bytes

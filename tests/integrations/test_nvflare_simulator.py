@@ -9,7 +9,7 @@ pytest.importorskip("nvflare", reason="pip install 'gradcodec[nvflare]'")
 from benchmarks.nvflare.case import measure, run_module
 from benchmarks.nvflare.schemes import SCHEMES
 from benchmarks.nvflare.work import Adapters
-from gradcodec.integrations.nvflare.coding import Coding
+from gradcodec.integrations.messages.coding import Coding
 from gradcodec.registry import make_codec
 
 ROUNDS, LAYERS, SITES = 3, 2, 2

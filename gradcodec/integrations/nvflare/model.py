@@ -12,8 +12,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from gradcodec.errors import WireError
+from gradcodec.integrations.messages.copies import Copy, Message, Sender
 from gradcodec.integrations.nvflare import carrier
-from gradcodec.integrations.nvflare.copies import Copy, Message, Sender
 from gradcodec.integrations.nvflare.filters import CodecFilter
 from gradcodec.settings import CodecConfig
 

@@ -11,8 +11,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from gradcodec.errors import ConfigError, GradcodecError, NonFiniteError
+from gradcodec.integrations.messages.feedback import Feedback
 from gradcodec.integrations.nvflare import carrier
-from gradcodec.integrations.nvflare.feedback import Feedback
 from gradcodec.integrations.nvflare.filters import CodecFilter
 from gradcodec.settings import CodecConfig
 

@@ -20,8 +20,8 @@ from gradcodec.errors import (
     UpdateError,
 )
 from gradcodec.federated.tensors import BUFFERS, Rules, rule_for, with_rules
-from gradcodec.integrations.nvflare import tables
-from gradcodec.integrations.nvflare.feedback import Feedback, contracts
+from gradcodec.integrations.messages import tables
+from gradcodec.integrations.messages.feedback import Feedback, contracts
 from gradcodec.types import TensorSpec, Update, UpdateSpec
 from gradcodec.wire import Payload
 

@@ -33,6 +33,15 @@ class Feedback:
         self._residual: Tensor | None = None
         self._digest = b""
 
+    @property
+    def kept(self) -> tuple[Tensor | None, bytes]:
+        """The residual, fp32 ``[m]`` or ``None``, and the digest of the codec it belongs to."""
+        return self._residual, self._digest
+
+    @kept.setter
+    def kept(self, kept: tuple[Tensor | None, bytes]) -> None:
+        self._residual, self._digest = kept
+
     def serves(self, codec: Codec) -> bool:
         """Whether payloads of this codec take part.
 
@@ -60,7 +69,8 @@ class Feedback:
             UpdateError: it does not fit the codec.
         """
         z = codec.to_code(update)
-        if self._residual is not None and self._digest == codec.digest:
+        same = self._digest == codec.digest
+        if self._residual is not None and same and self._residual.shape == z.shape:
             z = z + self._residual
         try:
             payload = codec.write_code(z, seed=seed)

@@ -20,13 +20,13 @@ from gradcodec import layout
 from gradcodec.codecs import Identity
 from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError
 from gradcodec.federated.replica import state_digest
-from gradcodec.integrations.nvflare.coding import Coding, Parts
+from gradcodec.integrations.messages.coding import Coding, Parts
 from gradcodec.types import Update, UpdateSpec
 
 VERSION_BYTES = 8
 
-_EXACT = Coding(Identity())
-_WHOLE, _VERSION = "whole", "version"
+EXACT = Coding(Identity())
+_WHOLE, _VERSION, _START = "whole", "version", "start"
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,32 @@ class Message:
         whole: the whole model, or empty: then the steps apply to what the receiver holds.
         steps: increments, one after the other.
         version: 8 bytes that pin how the copy came about to which they lead.
+        start: the version that the first step applies to, if the sender says so.
     """
 
     whole: Parts
     steps: tuple[Parts, ...]
     version: bytes
+    start: bytes = b""
+
+    def known_by(self, version: bytes) -> int:
+        """How many of the steps a copy of this version has made already; 0 if none can be told.
+
+        Its reply to an earlier message may have been lost: then the sender starts too early.
+        """
+        reached = self.start
+        for i, step in enumerate(self.steps if reached else ()):
+            if reached == version:
+                return i
+            reached = pinned(reached, step)
+        return len(self.steps) if reached == version and reached else 0
 
     def to_parts(self) -> dict[str, bytes]:
         """Named bytes: ``whole/...`` or ``0/...``, ``1/...``, and ``version``."""
         named = {_WHOLE: self.whole, **{str(i): step for i, step in enumerate(self.steps)}}
         flat = {f"{head}/{key}": part for head, p in named.items() for key, part in p.items()}
-        return {**flat, _VERSION: self.version}
+        start = {_START: self.start} if self.start else {}
+        return {**flat, **start, _VERSION: self.version}
 
     @classmethod
     def from_parts(cls, parts: Parts) -> Message:
@@ -57,7 +72,7 @@ class Message:
             MalformedBodyError: the names are others.
         """
         rest = dict(parts)
-        version = rest.pop(_VERSION, b"")
+        version, start = rest.pop(_VERSION, b""), rest.pop(_START, b"")
         named: dict[str, dict[str, bytes]] = {}
         for name, part in rest.items():
             head, _, key = name.partition("/")
@@ -69,7 +84,7 @@ class Message:
                 "expected a whole model or numbered increments, and a version of "
                 f"{VERSION_BYTES} bytes, got parts {sorted(parts)[:5]}"
             )
-        return cls(whole, tuple(named[number] for number in numbers), version)
+        return cls(whole, tuple(named[number] for number in numbers), version, start)
 
 
 @dataclass
@@ -91,10 +106,10 @@ class Copy:
             WireError: it is damaged, of another codec, or applies to another version.
         """
         if message.whole:
-            self.tensors, self.version = _EXACT.decode(message.whole), message.version
+            self.tensors, self.version = EXACT.decode(message.whole), message.version
             return
         moved = Copy(dict(self.tensors), self.version)
-        for step in message.steps:
+        for step in message.steps[message.known_by(self.version) :]:
             moved.advance(step, coding)
         if moved.version != message.version:
             raise CodecMismatchError(
@@ -158,14 +173,14 @@ class Sender:
             return
         spec = UpdateSpec.of(model)
         if spec == self._spec:
-            step = self._coding.encode(self._changes(model))
+            step = self._coding.encode(changes(model, self.copy.tensors, self._coding))
             self._steps.append((self.copy.version, step))
             self.copy.advance(step, self._coding)
             while len(self._steps) > 1 and sum(_nbytes(s) for _, s in self._steps) > spec.nbytes:
                 del self._steps[0]
             self._whole = {}
         else:
-            whole = _EXACT.encode(model)
+            whole = EXACT.encode(model)
             self.copy.receive(Message(whole, (), pinned(b"", whole)), self._coding)
             self._whole, self._steps, self._spec = whole, [], spec
         self._model = digest
@@ -179,25 +194,26 @@ class Sender:
         if held == version:
             return Message({}, (), version)
         if not self._whole:
-            self._whole = _EXACT.encode(self.copy.tensors)
+            self._whole = EXACT.encode(self.copy.tensors)
         return Message(self._whole, (), version)
 
-    def _changes(self, model: Update) -> dict[str, Tensor]:
-        """Differences of the tensors that are coded, new values of the others.
 
-        Unchanged tensors are left out, unless the codec is bound to its tensors and needs them.
-        """
-        plan = self._coding.plan(UpdateSpec.of(model))
-        coded = {t.name for t in (plan.codec.spec or ())} if plan.codec is not None else set()
-        needed = {t.name: t.dtype for t in self._coding.codec.spec or ()}
-        out = {}
-        for name, tensor in model.items():
-            before = self.copy.tensors[name]
-            if name not in needed and torch.equal(before, tensor):
-                continue
-            change = _wide(tensor) - _wide(before) if name in coded else tensor
-            out[name] = change.to(needed.get(name, change.dtype))
-        return out
+def changes(model: Update, held: Update, coding: Coding) -> dict[str, Tensor]:
+    """Differences of the tensors that are coded, new values of the others.
+
+    Unchanged tensors are left out, unless the codec is bound to its tensors and needs them.
+    """
+    plan = coding.plan(UpdateSpec.of(model))
+    coded = {t.name for t in (plan.codec.spec or ())} if plan.codec is not None else set()
+    needed = {t.name: t.dtype for t in coding.codec.spec or ()}
+    out = {}
+    for name, tensor in model.items():
+        before = held[name]
+        if name not in needed and torch.equal(before, tensor):
+            continue
+        change = _wide(tensor) - _wide(before) if name in coded else tensor
+        out[name] = change.to(needed.get(name, change.dtype))
+    return out
 
 
 def pinned(base: bytes, parts: Mapping[str, bytes]) -> bytes:

@@ -1,0 +1,1 @@
+"""What adapters share: named tensors as named bytes, copies of a model that differences move."""

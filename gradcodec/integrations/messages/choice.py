@@ -1,0 +1,55 @@
+"""Codecs as plain JSON values, which stacks can write into their own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gradcodec.codec import Codec, codec_class
+from gradcodec.encodable import shown
+from gradcodec.errors import ConfigError
+from gradcodec.registry import UNTRAINED, make_codec
+from gradcodec.settings import CodecConfig
+
+
+def codec_of(choice: str | dict[str, Any]) -> Codec:
+    """The codec of a choice.
+
+    Raises:
+        ConfigError: there is none of this name, or the settings or the folder make none.
+    """
+    if isinstance(choice, dict):
+        return codec_class(choice["kind"]).from_config(choice)
+    return make_codec(choice) if choice in UNTRAINED else Codec.from_pretrained(choice)
+
+
+def plain_choice(codec: object) -> str | dict[str, Any]:
+    """A choice of a codec as a plain JSON value: a name, a folder, a Hub id, or settings.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(codec, CodecConfig):
+        codec = codec.to_dict()
+    if isinstance(codec, Mapping):
+        if codec.get("kind"):
+            return dict(codec)
+    elif isinstance(codec, str) and codec:
+        return codec
+    raise ConfigError(
+        f"expected a codec's name, config, folder or Hub id, got {shown(codec)}; of a codec "
+        "without weights pass codec.config; save others by codec.save_pretrained(folder)"
+    )
+
+
+def plain_rules(rules: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rules as plain JSON values.
+
+    Raises:
+        ConfigError: they are not pairs of a pattern and a codec's name.
+    """
+    for rule in rules:
+        pair = isinstance(rule, tuple | list) and len(rule) == 2
+        if not (pair and all(type(part) is str for part in rule)):
+            raise ConfigError(f"expected rules as (pattern, codec name) pairs, got {shown(rule)}")
+    return [list(rule) for rule in rules]
