@@ -171,6 +171,12 @@ _ALL = (
         "benchmarks.links.swap:main",
     ),
     Case(
+        "flower",
+        "a federation deployed in Flower on this machine: TCP bytes, losses, seconds",
+        "benchmarks.flower.case:main",
+        "benchmarks.flower.case:page",
+    ),
+    Case(
         "nvflare",
         "NVFLARE's simulator with our filters and with its own quantisers: bytes and losses",
         "benchmarks.nvflare.case:main",

@@ -53,7 +53,9 @@ def for_state(codec: Codec, initial: Update) -> Codec:
     """
     if codec.spec is not None:
         codec.spec.check(initial)
-    return codec.bind(UpdateSpec.of(initial), state_digest(initial))
+    bound = codec.bind(UpdateSpec.of(initial), state_digest(initial))
+    bound._place(torch.device("cpu"))  # replicas are on the host, wherever the codec was moved to
+    return bound
 
 
 @dataclass(frozen=True)

@@ -203,3 +203,10 @@ def test_nonlinear_replicas_keep_positions_as_values() -> None:
     space = Space(for_state(autoencoder(), Toy().initial), latent=True)
     assert not space.in_code
     assert space.numel == UpdateSpec.of(Toy().initial).numel
+
+
+def test_replicas_are_on_the_host_wherever_the_codec_was_moved_to() -> None:
+    initial = Toy().initial
+    plain, moved = (for_state(c, initial) for c in (Identity(), Identity().to("meta")))
+    assert moved.pipeline.device == torch.device("cpu")
+    assert moved.digest == plain.digest
