@@ -22,6 +22,7 @@ def blocks(text: str) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()  # the reader's own training script, which a page may name
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, source in blocks(page.read_text()):
         if source.startswith(("# torchrun", "# python ")):

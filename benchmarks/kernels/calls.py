@@ -1,4 +1,4 @@
-"""The calls that are timed on a GPU: every kernel as ``aot_gate.VARIANTS`` compiles it, and peers.
+"""The calls that are timed on a GPU: every kernel as ``variants.VARIANTS`` compiles it, and peers.
 
 A case is made for a number of values on a device: buffers are allocated, and what comes back is the
 call to be timed and the bytes that it must read and write, each once.
@@ -211,7 +211,7 @@ def _words(numel: int, device: torch.device) -> Timed:
 
 _ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
 
-#: By the names of ``aot_gate.VARIANTS``.
+#: By the names of ``variants.VARIANTS``.
 KERNELS: Mapping[str, Make] = {
     "encode 4 bits, rotated, dithered, EF, bf16": _encode(4, **_ROTATED),
     "encode 4 bits, rotated, dithered, EF, fp32": _encode(4, "fp32", **_ROTATED),

@@ -40,12 +40,12 @@ TARGET = "sm_90"
 def main(options: Options) -> list[str]:
     """Measure or compute, append a row each, print the table, draw the roofline."""
     try:
-        from benchmarks.kernels import aot_gate
+        from benchmarks.kernels.variants import VARIANTS
     except ImportError as error:
         raise ConfigError(f"the kernels need triton: pip install triton ({error})") from error
     names = [
         name
-        for name in aot_gate.VARIANTS
+        for name in VARIANTS
         if options.schemes is None or any(part in name for part in options.schemes)
     ]
     if not names:
@@ -71,6 +71,7 @@ def triton_version() -> str:
 
 def _computed(options: Options, names: Sequence[str]) -> list[str]:
     from benchmarks.kernels import aot_gate
+    from benchmarks.kernels.variants import VARIANTS
 
     print(
         "No CUDA device was there: nothing below was measured. Instructions are counted in "
@@ -82,13 +83,13 @@ def _computed(options: Options, names: Sequence[str]) -> list[str]:
         if "error" in found[name]:
             bad.append(f"{CASE}: {name}: {found[name]['error']}")
             continue
-        memory, issue = aot_gate.roofs(aot_gate.VARIANTS[name], found[name])
+        memory, issue = aot_gate.roofs(VARIANTS[name], found[name])
         config = {"target": TARGET, "triton": triton_version()}
         table.append(
             {
                 **rows.stamp(CASE, name, 0, config),
                 "measured": False,
-                "moved_bytes": round(aot_gate.VARIANTS[name].moved, 4),
+                "moved_bytes": round(VARIANTS[name].moved, 4),
                 **found[name],
                 "roof_memory_gel_s": round(memory, 1),
                 "roof_issue_gel_s": None if issue is None else round(issue, 1),

@@ -31,6 +31,7 @@ WARPS: Mapping[tuple[str, int | str | None, torch.dtype | None, int | None], int
             ("lloyd_mean", None, None, None): 4,
             ("rotsign_encode", None, None, None): 8,
             ("rotsign_mean", None, None, None): 8,
+            ("sign_words", None, None, None): 1,
             ("topk_encode", None, None, None): 8,
             ("top_rows", None, None, None): 4,
             ("sparse_mean", None, None, None): 4,

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcodec_kernels.launch import architecture
+from gradcodec_kernels.launch import options
 
-WORDS = 1024
+WORDS = 256
 """Words of a program, a power of two."""
 
 _MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
@@ -35,15 +35,19 @@ def sign_words_kernel(TABLE, OUT, count, BITS: tl.constexpr, LANE_BITS: tl.const
     """Row ``k`` of ``TABLE`` jumps ``2**k`` words ahead; row ``BITS`` is the state of word 0."""
     program = tl.program_id(0)
     lane = tl.arange(0, 1 << LANE_BITS)
-    start = TABLE + 4 * BITS
-    high = tl.zeros([1 << LANE_BITS], tl.uint64) + tl.load(start).to(tl.uint64, bitcast=True)
-    low = tl.zeros([1 << LANE_BITS], tl.uint64) + tl.load(start + 1).to(tl.uint64, bitcast=True)
-    for k in tl.static_range(BITS):
+    high = tl.load(TABLE + 4 * BITS).to(tl.uint64, bitcast=True)
+    low = tl.load(TABLE + 4 * BITS + 1).to(tl.uint64, bitcast=True)
+    # Jumps commute: those that all words of a program make are made once, on scalars.
+    for k in range(LANE_BITS, BITS):
         to_high, to_low = jumped(high, low, TABLE + 4 * k)
-        if k < LANE_BITS:
-            set_ = (lane >> k) & 1
-        else:
-            set_ = tl.zeros_like(lane) + ((program >> (k - LANE_BITS)) & 1)
+        set_ = (program >> (k - LANE_BITS)) & 1
+        high = tl.where(set_ == 1, to_high, high)
+        low = tl.where(set_ == 1, to_low, low)
+    high += tl.zeros([1 << LANE_BITS], tl.uint64)
+    low += tl.zeros([1 << LANE_BITS], tl.uint64)
+    for k in tl.static_range(LANE_BITS):
+        to_high, to_low = jumped(high, low, TABLE + 4 * k)
+        set_ = (lane >> k) & 1
         high = tl.where(set_ == 1, to_high, high)
         low = tl.where(set_ == 1, to_low, low)
     turn = high >> 58
@@ -77,8 +81,9 @@ def sign_words(out: Tensor, *, state: int, increment: int) -> None:
     rows = [[*_halves(a), *_halves(c)] for a, c in table] + [[*_halves(first), 0, 0]]
     there = torch.tensor(rows, dtype=torch.int64).to(out.device)
     grid = (-(-len(out) // WORDS),)
-    warps = 4 if architecture(out.device) is not None else 1
-    sign_words_kernel[grid](there, out, len(out), BITS=bits, LANE_BITS=lane_bits, num_warps=warps)
+    sign_words_kernel[grid](
+        there, out, len(out), BITS=bits, LANE_BITS=lane_bits, **options("sign_words", out)
+    )
 
 
 def _halves(number: int) -> tuple[int, int]:
