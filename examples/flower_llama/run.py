@@ -2,6 +2,7 @@
 
     python examples/flower_llama/run.py                       # 4 bits both ways
     python examples/flower_llama/run.py --codec ""            # as Flower sends it, for comparison
+    python examples/flower_llama/run.py --codec subspace:auto --rounds 6        # in code space
 
 Nodes reach the SuperLink through a proxy that counts TCP bytes. Everything is stopped at the end.
 """
@@ -80,8 +81,8 @@ def listening(port: int) -> bool:
     return True
 
 
-def run(codec: str, downlink: str, rounds: int, steps: int, folder: Path) -> dict:
-    """One federation; its losses, TCP bytes and seconds."""
+def run(settings: dict, folder: Path, app: Path = HERE) -> dict:
+    """One federation of a Flower app with this run config; its report, TCP bytes and seconds."""
     api, report = free_port(), folder / "report.json"
     environment = dict(
         os.environ,
@@ -91,7 +92,7 @@ def run(codec: str, downlink: str, rounds: int, steps: int, folder: Path) -> dic
         FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
         OMP_NUM_THREADS="1",
         PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        PYTHONPATH=os.pathsep.join([str(HERE.resolve()), *filter(None, sys.path)]),
+        PYTHONPATH=os.pathsep.join([str(app.resolve()), *filter(None, sys.path)]),
     )
     (folder / "flwr").mkdir(parents=True)
     (folder / "flwr" / "config.toml").write_text(
@@ -118,8 +119,9 @@ def run(codec: str, downlink: str, rounds: int, steps: int, folder: Path) -> dic
             )
         time.sleep(4)
         began = time.monotonic()
-        settings = f"codec='{codec}' downlink='{downlink}' rounds={rounds} steps={steps}"
-        flwr = ["flwr", "run", str(HERE), "here", "--run-config", f"{settings} report='{report}'"]
+        values = {**settings, "report": str(report)}
+        text = " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())
+        flwr = ["flwr", "run", str(app), "here", "--run-config", text]
         done = subprocess.run(flwr, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
@@ -149,7 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(options.codec, options.downlink, options.rounds, options.steps, Path(folder))
+        found = run(vars(options), Path(folder))
     print("codec     ", options.codec or "none", "up,", options.downlink, "down")
     print("held-out  ", " ".join(f"{loss:.4f}" for loss in found["losses"]))
     print(f"TCP bytes  {found['up']:,} up, {found['down']:,} down, {found['seconds']} s")

@@ -15,7 +15,15 @@ from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, UpdateError
 from gradcodec.faf import LatentOptimizer
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
-from gradcodec.federated.envelope import CODEC, FIXED, Broadcast, Part, Reply
+from gradcodec.federated.envelope import (
+    CODEC,
+    FIXED,
+    SNAPSHOT,
+    VALUES,
+    Broadcast,
+    Part,
+    Reply,
+)
 from gradcodec.federated.participants import ClientId, client_id, example_count
 from gradcodec.federated.replica import Replica
 from gradcodec.federated.schedule import Fixed, Schedule
@@ -73,6 +81,7 @@ class Client:
         check_rules(self.config.rules, parts.names)
         self.codec, broadcasts = codecs_for(parts.coded, stage.uplink, stage.downlink, self.config)
         self.replica = Replica(parts.whole, space_of(broadcasts, self.config))
+        self._switch: Switch | None = None
         self._first = self.codec, self.config, self.replica.copy()
 
     @property
@@ -101,6 +110,7 @@ class Client:
     ) -> None:
         """Apply the parts of a broadcast, codecs included; arguments as in ``Replica.apply``."""
         codec, config, replica = self.codec, self.config, self.replica.copy()
+        switch = self._switch
         switches = [Switch.from_bytes(part) for kind, part in parts if kind == CODEC]
         ends = [*(s.first for s in switches), until]
         whole = [i for i, switch in enumerate(switches) if switch.state]
@@ -118,7 +128,28 @@ class Client:
                 replica = Replica(now.whole, space_of(downlink, config), switch.first)
             last = i == len(switches)
             replica.apply(steps, ends[i], lineage if last else None, version_1)
-        self.codec, self.config, self.replica = codec, config, replica
+        self.codec, self.config, self.replica, self._switch = codec, config, replica, switch
+
+    def snapshot(self) -> bytes:
+        """A broadcast that brings a new client to this one's state, to the bit.
+
+        A node whose process ends after each round keeps it, and receives it in the next:
+
+        .. code-block:: python
+
+            saved = client.snapshot()
+            client = Client(7, initial, uplink, downlink, config)
+            client.receive(saved)
+        """
+        at, parts, begun = self.replica, [], 0
+        if self._switch is not None:
+            parts.append((CODEC, self._switch.to_bytes(at.coded)))
+            begun = self._switch.first
+        if at.version > begun:
+            parts.append((SNAPSHOT, at.snapshot().to_bytes()))
+        if at.kept:
+            parts.append((VALUES, at.pack_kept(at.kept).to_bytes()))
+        return Broadcast(at.version, tuple(parts), at.lineage).to_bytes()
 
     def reset(self) -> None:
         """Go back to the initial state (version 0), where ``server.broadcast(0)`` applies.
@@ -126,7 +157,7 @@ class Client:
         Needed when the server or this client has lost rounds.
         """
         self.codec, self.config, first = self._first
-        self.replica = first.copy()
+        self.replica, self._switch = first.copy(), None
 
     def reply(
         self, trained: State | LatentOptimizer, examples: int, *, buffers: State | None = None

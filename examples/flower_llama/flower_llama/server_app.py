@@ -1,4 +1,4 @@
-"""The server: FedAvg as always, over a grid that compresses."""
+"""The server: FedAvg as always over a grid that compresses; or FedAvg in the codec's space."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from flower_llama.task import NODES, load, task
-from gradcodec.integrations.flower import CodecGrid
+from gradcodec.federated import AutoConfig
+from gradcodec.integrations.flower import CodecFedAvg, CodecGrid
+from gradcodec.transforms.subspace.config import SubspaceConfig
 
 app = ServerApp()
 
@@ -26,10 +28,15 @@ def main(grid: Grid, context: Context) -> None:
         losses.append(here.evaluate())
         return MetricRecord({"loss": losses[-1]})
 
-    if settings["codec"]:
+    options = {"fraction_evaluate": 0.0, "min_available_nodes": NODES, "min_train_nodes": NODES}
+    strategy = FedAvg(**options)
+    if settings["codec"] == "subspace:auto":
+        bases = SubspaceConfig(ratio=16, share="kind", basis_dtype="int4")
+        config = AutoConfig(warmup_rounds=2, subspace=bases)
+        strategy = CodecFedAvg("subspace:auto", config=config, **options)
+    elif settings["codec"]:
         grid = CodecGrid(grid, str(settings["codec"]), str(settings["downlink"]))
     start = {n: Array(p.detach().numpy().copy()) for n, p in here.parameters.items()}
-    strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=NODES, min_train_nodes=NODES)
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(start),

@@ -1,10 +1,19 @@
-"""Flower: a client mod and a wrapper of the server's grid that compress both directions.
+"""Flower: compression in both directions, for any strategy or in code space.
 
-app = ClientApp(mods=[CompressMod()])                                  # client
-strategy.start(grid=CodecGrid(grid, "int4"), initial_arrays=arrays)    # server
+Any strategy, and client code as it is:
+
+    app = ClientApp(mods=[CompressMod()])                                  # client
+    strategy.start(grid=CodecGrid(grid, "int4"), initial_arrays=arrays)    # server
+
+Codes trained and added, codecs fitted on the way:
+
+    participant = Participant(message, context, model)                     # client
+    CodecFedAvg("subspace:auto").start(grid=grid, initial_arrays=arrays)   # server
 """
 
 from gradcodec.integrations.flower.grid import CodecGrid
 from gradcodec.integrations.flower.mod import CompressMod
+from gradcodec.integrations.flower.participant import Participant
+from gradcodec.integrations.flower.strategy import CodecFedAvg
 
-__all__ = ["CodecGrid", "CompressMod"]
+__all__ = ["CodecFedAvg", "CodecGrid", "CompressMod", "Participant"]

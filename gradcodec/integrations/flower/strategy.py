@@ -1,0 +1,176 @@
+"""The server's side of a federation in code space: a strategy that runs a ``federated`` server."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from gradcodec.errors import ConfigError, GradcodecError, TrainingError
+from gradcodec.federated import AutoConfig, AutoServer, Server, ServerConfig
+from gradcodec.federated.participants import ClientId
+from gradcodec.federated.tensors import State
+from gradcodec.integrations.flower import container
+from gradcodec.integrations.flower.participant import BROADCAST, FEDERATION, REPLY, START
+from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
+from gradcodec.settings import CodecConfig
+
+logger = logging.getLogger(__name__)
+
+AUTO = "subspace:auto"
+
+Choice = str | CodecConfig | Mapping[str, Any]
+
+
+class CodecFedAvg(FedAvg):
+    """FedAvg in code space: codes both ways, also of codecs that are fitted during training.
+
+    .. code-block:: python
+
+        strategy = CodecFedAvg("subspace:auto", fraction_evaluate=0.0)
+        strategy.start(grid=grid, initial_arrays=arrays, num_rounds=20)
+
+    Clients use ``Participant``. Sampling, metrics and evaluation are FedAvg's; sums are exact, so
+    the order of replies does not matter, and a run gives the bits of the plain loop
+    (``gradcodec.federated.Federation``) with the same clients and seeds. Every message holds one
+    array, which is what crosses the wire: a tracker inside a strategy sees its real size.
+
+    Compared with ``CodecGrid``: nodes build the initial state themselves, so not even the first
+    message holds it; codes can be trained (``mode="latent"``) and added without decoding; and
+    ``"subspace:auto"`` fits its codec on the first rounds' replies and sends it in the stream. The
+    client's code has to use ``Participant``, and only FedAvg is there (``config`` adds server
+    learning rate and momentum).
+
+    A reply that is damaged, late, or of another history costs that reply, with a log line that
+    names the node. A node that has lost its state answers with an error, once, and is sent
+    everything from the initial state on in the next round.
+
+    Args:
+        codec: of replies: ``"subspace:auto"``, a codec's name, the config of one without weights, a
+            folder, or a Hub id.
+        downlink: of broadcasts, likewise; not with ``"subspace:auto"``. The codec of replies by
+            default.
+        config: ``AutoConfig`` or ``ServerConfig``; rules name codecs by strings.
+        initial: the initial state, if ``initial_arrays`` does not tell buffers from parameters: the
+            same kind of module as nodes give to ``Participant``.
+        number: a node's id in the federation by its Flower id; seeds of codecs depend on it.
+        options: FedAvg's own arguments.
+
+    Attributes:
+        server: the ``gradcodec.federated`` server, from the first round on.
+
+    Raises:
+        ConfigError: an argument is of another kind, or they do not go together.
+    """
+
+    def __init__(
+        self,
+        codec: Choice,
+        downlink: Choice | None = None,
+        *,
+        config: ServerConfig | AutoConfig | None = None,
+        initial: State | None = None,
+        number: Callable[[int], ClientId] = lambda node: node,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.server: Server | None = None
+        self._initial = initial
+        self._number = number
+        self._versions: dict[int, int] = {}
+        if codec == AUTO:
+            if downlink is not None or isinstance(config, ServerConfig):
+                raise ConfigError(f"{AUTO!r} takes its codecs from an AutoConfig")
+            auto = config or AutoConfig()
+            self._make: Callable[[Any], Server] = lambda state: AutoServer(state, auto)
+            chosen: dict[str, Any] = {"auto": {"first": auto.first, "first_down": auto.first_down}}
+        else:
+            if isinstance(config, AutoConfig):
+                raise ConfigError(f"AutoConfig is of {AUTO!r}, got codec {codec!r}")
+            fixed = config or ServerConfig()
+            ends = [plain_choice(codec), plain_choice(codec if downlink is None else downlink)]
+            up, down = (codec_of(end) for end in ends)
+            self._make = lambda state: Server(state, up, down, fixed)
+            chosen = {
+                "uplink": ends[0],
+                "downlink": ends[1],
+                "mode": fixed.mode,
+                "representation": fixed.representation,
+                "rules": plain_rules(cast(Any, fixed.rules)),
+            }
+        self._settings = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Invite FedAvg's sample, and bring each of its nodes up to date."""
+        self._begin(arrays)
+        assert self.server is not None
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.server.abandon_round()
+        self.server.invite(self._number(m.metadata.dst_node_id) for m in messages)
+        return [self._coded(m, MessageType.TRAIN) for m in messages]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg; nodes are sent what they lack of the state, and do not keep it."""
+        self._begin(arrays)
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        return [self._coded(m, MessageType.EVALUATE) for m in messages]
+
+    def _begin(self, arrays: ArrayRecord) -> None:
+        if self.server is None:
+            given = self._initial
+            self.server = self._make(container.tensors_of(arrays) if given is None else given)
+
+    def _coded(self, message: Message, kind: str) -> Message:
+        assert self.server is not None
+        node = message.metadata.dst_node_id
+        start = self._versions.get(node, 0)
+        if kind == MessageType.TRAIN:
+            self._versions[node] = 0  # until its reply says that it got there
+        blob = self.server.broadcast(start)
+        before = message.content.config_records[self.configrecord_key]
+        config = ConfigRecord({**before, FEDERATION: self._settings, START: start})
+        record = container.packed({BROADCAST: blob})
+        content = RecordDict({self.arrayrecord_key: record, self.configrecord_key: config})
+        return Message(content=content, message_type=kind, dst_node_id=node)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add up the good replies and close the round; without any, the state stays."""
+        assert self.server is not None
+        valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
+        good = [reply for reply in valid if self._received(reply)]
+        if not good:
+            return None, None
+        try:
+            self.server.close_round()
+        except TrainingError as err:
+            logger.warning("gradcodec: round %d was not closed: %s", server_round, err)
+            return None, None
+        metrics = self.train_metrics_aggr_fn(
+            [RecordDict(dict(r.content.metric_records)) for r in good], self.weighted_by_key
+        )
+        return container.record_of(self.server.replica.state()), metrics
+
+    def _received(self, reply: Message) -> bool:
+        assert self.server is not None
+        node = reply.metadata.src_node_id
+        try:
+            parts = container.unpacked(reply.content.array_records[self.arrayrecord_key])
+            self.server.receive(parts[REPLY], sender=self._number(node))
+        except (GradcodecError, KeyError) as err:
+            logger.warning(
+                "gradcodec: dropped the reply of node %d: %s: %s", node, type(err).__name__, err
+            )
+            return False
+        self._versions[node] = self.server.round
+        return True
