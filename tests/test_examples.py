@@ -120,42 +120,6 @@ def test_programs_of_the_page_train_with_compressed_gradients(name: str, tmp_pat
     assert times_less(out) > (7.0 if name == "trainer" else 3.0)
 
 
-STRATEGY = """
-class Registering(DDPStrategy):
-    def _register_ddp_hooks(self):  # as in lightning, without: if self.root_device.type == "cuda"
-        from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook  # noqa
-        _register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook)
-
-
-model = Classifier()
-compress = type("Holder", (), {"state": gc.CompressState(model, codec="int4", min_numel=0)})()
-strategy = Registering(
-    process_group_backend="gloo", ddp_comm_state=compress.state, ddp_comm_hook=gc.compress_hook
-)
-"""
-
-
-@slow
-def test_lightning_passes_state_and_hook_on(tmp_path: Path) -> None:
-    """The strategy's own arguments; only its check of the device is left out."""
-    if find_spec("lightning") is None:
-        pytest.skip("needs: pip install lightning")
-    source = PROGRAMS["lightning"]
-    source = source.replace(
-        "trainer = lightning.Trainer(", STRATEGY + "\ntrainer = lightning.Trainer("
-    )
-    source = source.replace(
-        'strategy=DDPStrategy(process_group_backend="gloo")', "strategy=strategy"
-    )
-    source = source.replace("callbacks=[compress := Compress()], ", "")
-    source = source.replace("model := Classifier()", "model")
-    program = tmp_path / "lightning_ddp.py"
-    program.write_text(source)
-    out = launched(program, torchrun=False)
-    assert re.search(r"^loss 0\.\d+, .* replicas equal: True", out, re.MULTILINE)
-    assert times_less(out) > 3.0
-
-
 def test_every_example_is_in_the_table() -> None:
     table = (ROOT / "examples" / "README.md").read_text()
     there = {path.name for path in (ROOT / "examples").glob("*.py")}

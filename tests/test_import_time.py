@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {
+    "accelerate",
     "constriction",
     "datasets",
     "flwr",
     "huggingface_hub",
+    "lightning",
     "matplotlib",
     "nvflare",
     "peft",

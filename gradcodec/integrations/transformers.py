@@ -1,0 +1,92 @@
+"""Hugging Face Trainer: compressed gradients by one callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gradcodec.codec import Codec
+from gradcodec.distributed.compress import compress
+from gradcodec.distributed.compression import Compression
+from gradcodec.integrations import training
+
+
+class CompressCallback(TrainerCallback):
+    """Compresses the gradients of a Trainer, or of one derived from it (trl's ``SFTTrainer``).
+
+    .. code-block:: python
+
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.add_callback(CompressCallback(trainer, "int4"))
+        trainer.train()
+
+    Each checkpoint gets a file per rank with the state of error feedback, which
+    ``trainer.train(resume_from_checkpoint=True)`` reads. Whenever the Trainer logs, the ratio of
+    bytes and the milliseconds a step of encoding, exchange and decoding are logged too, through
+    the Trainer's own loggers.
+
+    Args:
+        trainer: the Trainer; its wrapped model, which callbacks are not given, is compressed.
+        codec: as for ``gradcodec.compress``.
+        resume_from: the folder of the checkpoint, where training is resumed from one outside
+            ``output_dir``.
+        options: as for ``gradcodec.compress``.
+
+    Attributes:
+        compression: what ``gradcodec.compress`` returned; ``None`` before training, and if there
+            is only one process, of which a log line tells.
+
+    Raises, when training begins:
+        ConfigError: the model cannot be compressed; the message says why and what can.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        codec: Codec | str = "int4",
+        *,
+        resume_from: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self._trainer, self._codec, self._options = trainer, codec, options
+        self._resume_from = resume_from
+        self._wrapped: Any = None
+        self._figures = training.Figures()
+        self.compression: Compression | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Compress what the Trainer has wrapped, and go on where its checkpoint was."""
+        wrapped = self._trainer.model_wrapped
+        if not training.parallel():
+            return
+        if wrapped is not self._wrapped:  # a second ``train`` goes on with the same one
+            self.compression = compress(wrapped, self._codec, **self._options)
+            self._wrapped, self._figures = wrapped, training.Figures()
+        if state.global_step and self.compression is not None:
+            folder = self._resume_from or self._folder(args, state)
+            training.load(self.compression, folder, training.device_of(wrapped))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log, if the Trainer is about to."""
+        if control.should_log and self.compression is not None:
+            figures = self._figures.since(self.compression)
+            if figures:
+                self._trainer.log(figures)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Add this rank's file to the checkpoint."""
+        if self.compression is not None:
+            training.save(self.compression, self._folder(args, state))
+
+    @staticmethod
+    def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

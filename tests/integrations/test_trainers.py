@@ -1,0 +1,84 @@
+"""Frameworks that own the loop: two ranks run, are killed, and go on to the bits of a whole run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+CASES = Path(__file__).with_name("trainer_cases.py")
+PACKAGES = {"trainer": "transformers", "lightning": "lightning", "accelerate": "accelerate"}
+
+
+def ranks(framework: str, folder: Path, mode: str = "whole") -> str:
+    """What two ranks print; killed ones end with an error, others must not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [sys.executable, *command, str(CASES), framework, str(folder), mode],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        pytest.fail(f"still running after 100 s\n{out[-3000:]}")
+    assert (process.returncode != 0) == (mode == "kill"), out[-4000:]
+    return out
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return load_file(folder / "weights.safetensors")["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", PACKAGES)
+def test_a_killed_run_goes_on_to_the_bits_of_a_whole_one(framework: str, tmp_path: Path) -> None:
+    if find_spec(PACKAGES[framework]) is None:
+        pytest.skip(f"needs: pip install {PACKAGES[framework]}")
+    ranks(framework, tmp_path / "whole")
+    ranks(framework, tmp_path / "killed", "kill")
+    assert not (tmp_path / "killed" / "weights.safetensors").exists()
+    ranks(framework, tmp_path / "killed", "resume")
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    figures = json.loads((tmp_path / "whole" / "figures.json").read_text())
+    assert len(figures) == 4
+    assert all(2 < f["gradcodec/ratio"] < 9 for f in figures)  # small tensors pay for headers
+    assert all(f[f"gradcodec/{k}_ms"] > 0 for f in figures for k in ("encode", "exchange"))
+
+
+@pytest.mark.slow
+def test_without_a_ranks_file_training_goes_on_and_feedback_starts_anew(tmp_path: Path) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("needs: pip install transformers")
+    ranks("trainer", tmp_path / "whole")
+    ranks("trainer", tmp_path / "killed", "kill")
+    (tmp_path / "killed" / "out" / "checkpoint-4" / "gradcodec-rank1.safetensors").unlink()
+    assert "error feedback starts anew" in ranks("trainer", tmp_path / "killed", "resume")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert not torch.equal(whole, resumed)
+    assert (whole - resumed).norm() < 0.05 * whole.norm()
+
+
+@pytest.mark.slow
+def test_trls_trainer_is_compressed_too(tmp_path: Path) -> None:
+    if find_spec("trl") is None:
+        pytest.skip("needs: pip install trl")
+    ranks("sft", tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert all(7 < f["gradcodec/ratio"] < 9 for f in figures)
+    assert len(figures) == 2

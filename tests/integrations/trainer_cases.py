@@ -1,0 +1,204 @@
+"""Two ranks train with a framework's own loop, and are killed if the test says so.
+
+    torchrun --nproc-per-node 2 trainer_cases.py FRAMEWORK FOLDER [kill|resume]
+
+Rank 0 writes ``FOLDER/weights.safetensors`` and ``FOLDER/figures.json`` at the end.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+STEPS, SAVED, KILLED = 8, 4, 6
+FRAMEWORK, FOLDER, MODE = sys.argv[1], Path(sys.argv[2]), (sys.argv[3:] or ["whole"])[0]
+CODEC = {"codec": "int4", "min_numel": 0}
+
+
+class Points(Dataset):  # type: ignore[type-arg]
+    """Always the same points, in the same order."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.x = torch.randn(256, 32, generator=g)
+        self.y = self.x[:, :8].argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[i], "labels": self.y[i]}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
+
+    def forward(self, x: Any, labels: Any) -> dict[str, torch.Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
+
+
+def die_at(step: int) -> None:
+    """As if the machine had lost power."""
+    if MODE == "kill" and step == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finish(model: nn.Module, figures: list[dict[str, float]]) -> None:
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(both, weights)
+    assert torch.equal(both[0], both[1]), "replicas differ"
+    if dist.get_rank() == 0:
+        save_file({"weights": weights}, FOLDER / "weights.safetensors")
+        (FOLDER / "figures.json").write_text(json.dumps(figures))
+    dist.barrier()
+
+
+def trainer() -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from gradcodec.integrations.transformers import CompressCallback
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            die_at(state.global_step)
+
+    arguments = TrainingArguments(
+        output_dir=str(FOLDER / "out"),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=0.3,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to=[],
+        save_steps=SAVED,
+        save_total_limit=1,
+        logging_steps=2,
+        disable_tqdm=True,
+    )
+    made = Trainer(model=Net(), args=arguments, train_dataset=Points())
+    made.add_callback(CompressCallback(made, **CODEC))
+    made.add_callback(Die())
+    made.train(resume_from_checkpoint=MODE == "resume")
+    finish(made.model, [r for r in made.state.log_history if "gradcodec/ratio" in r])
+
+
+def sft() -> None:
+    from datasets import Dataset as Rows
+    from trl import SFTConfig, SFTTrainer
+
+    from gradcodec.integrations.transformers import CompressCallback
+    from gradcodec.recipes.models import load_base
+
+    model, tokenizer = load_base("embedded")
+    arguments = SFTConfig(
+        output_dir=str(FOLDER / "out"),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        max_length=32,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=2,
+        disable_tqdm=True,
+    )
+    rows = Rows.from_dict({"text": ["def add(a, b): return a + b"] * 32})
+    made = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    made.add_callback(CompressCallback(made, "int4"))
+    made.train()
+    finish(made.model, [r for r in made.state.log_history if "gradcodec/ratio" in r])
+
+
+def lightning() -> None:
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from gradcodec.integrations.lightning import CompressCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Net()
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.inner(**batch)["loss"]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            die_at(self.trainer.global_step)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.3)
+
+    seen: list[dict[str, float]] = []
+
+    class Logger(CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            seen.append(dict(metrics))
+            super().log_metrics(metrics, step)
+
+    checkpoint = ModelCheckpoint(FOLDER / "out", every_n_train_steps=SAVED, save_last=True)
+    made = lightning.Trainer(
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        accelerator="cpu",
+        devices=2,
+        max_steps=STEPS,
+        callbacks=[CompressCallback(**CODEC), checkpoint],
+        logger=Logger(FOLDER / "log"),
+        log_every_n_steps=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    resumed = str(FOLDER / "out" / "last.ckpt") if MODE == "resume" else None
+    # An epoch is SAVED steps: Lightning begins a DataLoader anew, it does not skip batches.
+    data = DataLoader(Subset(Points(), range(2 * 8 * SAVED)), batch_size=8)
+    made.fit(module := Module(), data, ckpt_path=resumed)
+    finish(module, [m for m in seen if "gradcodec/ratio" in m])
+
+
+def accelerate() -> None:
+    from accelerate import Accelerator
+
+    from gradcodec.integrations.accelerate import Log, compress
+
+    here = Accelerator(cpu=True)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    model, optimizer, data = here.prepare(model, optimizer, DataLoader(Points(), batch_size=8))
+    compression = compress(here, model, **CODEC)
+    figures: list[dict[str, float]] = []
+    here.log = lambda values, step: figures.append(values)
+    log = Log(here, compression)
+    first = 0
+    if MODE == "resume":
+        here.load_state(str(FOLDER / "out"))
+        first = SAVED
+    batches = list(data)
+    for step in range(first, STEPS):
+        optimizer.zero_grad()
+        here.backward(model(**batches[step])["loss"])
+        optimizer.step()
+        if step + 1 == SAVED:
+            here.save_state(str(FOLDER / "out"))
+        if (step + 1) % 2 == 0:
+            log(step + 1)
+        die_at(step + 1)
+    finish(model, figures)
+
+
+if __name__ == "__main__":
+    {"trainer": trainer, "sft": sft, "lightning": lightning, "accelerate": accelerate}[FRAMEWORK]()
