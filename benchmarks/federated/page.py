@@ -85,12 +85,17 @@ def target_rows(runs: Runs, schemes: Sequence[Scheme], way: str) -> Table:
     return out
 
 
-def page(path: Path, schemes: Sequence[Scheme]) -> Page | None:
+def page(
+    path: Path,
+    schemes: Sequence[Scheme],
+    title: str = "Federated benchmark",
+    case: str = "federated",
+) -> Page | None:
     """The page of these rows; ``None`` while no reference run is finished."""
     runs = load(path)
     if REFERENCE not in runs:
         return None
-    out = Page("Federated benchmark", "python -m benchmarks.run federated")
+    out = Page(title, f"python -m benchmarks.run {case}")
     out.table("Quality, and bytes of one participation of one client", summary_rows(runs, schemes))
     for way, words in WAYS.items():
         title = f"Wire bytes of all clients to a share of fp32's gain: {words}"

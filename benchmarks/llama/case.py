@@ -87,4 +87,5 @@ def main(options: Options) -> list[str]:
 
 def page(path: Path) -> report.Page | None:
     """The page of a task's rows."""
-    return pages.page(path, list(SCHEMES.values()))
+    title = "SmolLM2-135M: federated fine-tuning by LoRA"
+    return pages.page(path, list(SCHEMES.values()), title, CASE)
