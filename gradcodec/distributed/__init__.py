@@ -1,5 +1,6 @@
 """Data-parallel training with compressed gradients: DDP, FSDP, HSDP, and plain collectives."""
 
+from gradcodec.distributed.anchors import OuterSGD
 from gradcodec.distributed.compress import compress
 from gradcodec.distributed.compression import Compression
 from gradcodec.distributed.exchange.collectives import (
@@ -9,6 +10,7 @@ from gradcodec.distributed.exchange.collectives import (
     scatter_residual_numel,
 )
 from gradcodec.distributed.hook import compress_hook
+from gradcodec.distributed.local_steps import LocalSteps
 from gradcodec.distributed.lowrank import LowRank
 from gradcodec.distributed.meter import Traffic
 from gradcodec.distributed.residuals import Residuals
@@ -18,7 +20,9 @@ from gradcodec.distributed.wrappers.group import register_compressed_backend
 __all__ = [
     "CompressState",
     "Compression",
+    "LocalSteps",
     "LowRank",
+    "OuterSGD",
     "Residuals",
     "Traffic",
     "compress",

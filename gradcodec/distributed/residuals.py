@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from gradcodec.distributed.coding import Coder
 from gradcodec.distributed.shards import first_owner, shard_ranges
 from gradcodec.errors import ConfigError
+
+Saved = dict[str, tuple[list[Tensor], ...]]
+"""By name: first residuals, then second ones."""
 
 _FIRST, _SECOND, _WORLD, _RANK = "first.", "second.", "world", "rank"
 
@@ -60,6 +63,39 @@ class Residuals:
         first = self._kept(self._first, name, sizes, values)
         second = self._kept(self._second, name, [coder.residual_numel(stop - start)], values)
         return first, second
+
+    def whole(self, name: str, values: Tensor, coder: Coder) -> list[Tensor]:
+        """The first residual of a tensor that is coded whole, as a list of one; fp32."""
+        return self._kept(self._first, name, [coder.residual_numel(values.numel())], values)
+
+    def decay(self, names: Iterable[str], factor: float) -> None:
+        """Multiply what is kept for these names by ``factor``, in place."""
+        for name in names:
+            for part in (*self._first.get(name, ()), *self._second.get(name, ())):
+                part.mul_(factor)
+
+    def saved(self, names: Iterable[str]) -> Saved:
+        """Copies of what is kept for these names, for ``restore``."""
+        return {
+            name: tuple([t.clone() for t in kept.get(name, ())] for kept in self._both())
+            for name in names
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """Keep again what was kept when ``saved`` was made."""
+        for name, both in saved.items():
+            for kept, parts in zip(self._both(), both, strict=True):
+                kept.pop(name, None)
+                if parts:
+                    kept[name] = parts
+
+    def forget(self) -> None:
+        """Keep nothing, and belong to no rank yet."""
+        self._first, self._second = {}, {}
+        self.world = self.rank = None
+
+    def _both(self) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        return self._first, self._second
 
     def _kept(
         self, kept: dict[str, list[Tensor]], name: str, sizes: list[int], like: Tensor

@@ -13,6 +13,8 @@ A message is ``tag (4) | flags | bodies``, one body for each lane, each rounded 
 tag is a checksum of what the sender believes is exchanged, and in which shot. A flag marks a body
 that the coder refused to make, because of NaN or Inf. All ranks see all flags. If any is set, one
 more swap sends the flagged values as they are, in fp32; their residuals stay unchanged.
+
+``gathered_mean`` is the one-shot form: whole codes to everyone, each rank averages by itself.
 """
 
 from __future__ import annotations
@@ -74,6 +76,31 @@ def two_shot_mean(operands: list[Operand], link: Link, *, context: int = 0) -> N
     came = _swap(coded, lanes, link, _tag(operands, context, 2), _from_owners, _means_by(means))
     # 4. Decode everyone's means.
     _write(came, lanes, link)
+
+
+def gathered_mean(operands: list[Operand], link: Link, *, context: int = 0) -> None:
+    """As ``two_shot_mean``, in one shot: everyone gets every rank's code and averages them alike.
+
+    The mean is not coded, so nothing is lost after step 1; a rank sends its whole code ``W - 1``
+    times instead of ``2 (W - 1) / W`` times. An operand has one first residual and no second.
+    """
+    if link.size == 1:
+        return two_shot_mean(operands, link, context=context)
+    lanes, me = lanes_of(operands, [[(0, o.values.numel())] for o in operands]), link.rank
+    coded: _Bodies = {}
+    with link.meter.phase("encode"):
+        for k, lane in enumerate(lanes):
+            if not lane.numel(me):
+                coded[k, me] = _placeholder(lane, me)
+                continue
+            with lane.first_residual(me) as residual:
+                coded[k, me] = _packed(
+                    lane.values(me), lane, derive_seed(lane.seed, 1, me), residual
+                )
+    came = _swap(coded, lanes, link, _tag(operands, context, 3), _from_owners, _values_of(lanes))
+    for lane, mean in zip(lanes, _means_of(came, lanes, link), strict=True):
+        if mean.numel():
+            lane.write(me, mean, lane.coder)
 
 
 def mean_of_own_shard(operand: Operand, ranges: Ranges, link: Link, *, context: int) -> Tensor:

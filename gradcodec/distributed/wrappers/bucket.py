@@ -18,7 +18,7 @@ from gradcodec.distributed.compression import State
 from gradcodec.distributed.exchange.lanes import Operand, has_any
 from gradcodec.distributed.exchange.link import Link
 from gradcodec.distributed.exchange.terms import values_text
-from gradcodec.distributed.exchange.two_shot import two_shot_mean
+from gradcodec.distributed.exchange.two_shot import gathered_mean, two_shot_mean
 from gradcodec.distributed.lowrank import AdaptiveBasis
 from gradcodec.distributed.plan import Plan
 from gradcodec.distributed.residuals import Residuals
@@ -118,6 +118,7 @@ class BucketReducer:
         residuals: error feedback of coded parameters.
         adaptive: bases and residuals of low-rank parameters.
         nmse: relative squared error of each coded parameter when last measured, see ``reduce``.
+        gathered: every rank gets all ranks' codes, in one shot instead of two.
     """
 
     plan: Plan
@@ -125,6 +126,7 @@ class BucketReducer:
     residuals: Residuals = field(default_factory=Residuals)
     adaptive: dict[str, AdaptiveBasis] = field(default_factory=dict)
     nmse: dict[str, float] = field(default_factory=dict)
+    gathered: bool = False
 
     def __post_init__(self) -> None:
         for name, entry in self.plan.entries.items():
@@ -150,7 +152,8 @@ class BucketReducer:
         sent = [self._prepare(slot, link, step, matrices.get(slot.name)) for slot in slots]
         if measure:
             self._measure([s for s in slots if not self.plan.entries[s.name].exact], matrices)
-        two_shot_mean([one.operand for one in sent], link, context=step)
+        mean_of = gathered_mean if self.gathered else two_shot_mean
+        mean_of([one.operand for one in sent], link, context=step)
         broken = [one.slot for one in sent if not self._take(one, link.size)]
         if broken:
             self.reduce_raw(broken, link, step)
@@ -227,7 +230,9 @@ class BucketReducer:
             with link.meter.phase("encode"):
                 values = projection.code(slot.view.reshape(-1))
         operand = Operand(values, route.coder_for(values.dtype), values, seed, owner)
-        if route.coder is not None and entry.feedback:
+        if route.coder is not None and entry.feedback and self.gathered:
+            operand.first = self.residuals.whole(slot.name, values, operand.coder)
+        elif route.coder is not None and entry.feedback:
             operand.first, operand.second = self.residuals.of(
                 slot.name, values, operand.coder, link.rank, link.size
             )

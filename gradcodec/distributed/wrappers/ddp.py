@@ -156,7 +156,6 @@ class CompressState(Closing):
         self._pending: tuple[Mapping[str, Tensor | int], bool] | None = None
         self._worker: Worker | None = None
         self._own_group: dist.ProcessGroup | None = None
-        self._streams: dict[torch.device, Any] = {}
         self._agreed = Agreed()
         if dist.is_initialized():
             self._start()
@@ -205,7 +204,7 @@ class CompressState(Closing):
                 self._step_done(step, buffer.device)
             return mean
 
-        future = self._enqueue(worker, work, buffer)
+        future = worker.enqueue(work, buffer)
         if last:
             worker.finish()
         return future
@@ -218,32 +217,6 @@ class CompressState(Closing):
         started = step >= self.start_step
         coded = started and (self.auto is None or self.auto.compress)
         return coded, self._exact or (started and not coded)
-
-    def _enqueue(self, worker: Worker, work: Any, buffer: Tensor) -> Future[Tensor]:
-        future: Future[Tensor]
-        if buffer.device.type != "cuda":
-            future = Future()
-            worker.submit(work, future)
-            return future
-        # The gradients are ready at the current point of autograd's stream. A future that knows its
-        # device records an event when it is completed, on the current stream of the thread that
-        # completes it: here the worker's. DDP's wait for the future makes DDP's stream wait for it.
-        device = buffer.device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._streams[device]
-        ready = torch.cuda.current_stream(device).record_event()
-        buffer.record_stream(stream)
-        future = Future(devices=[device])
-
-        def work_on_stream() -> Tensor:
-            torch.cuda.set_stream(stream)  # of the worker, for good
-            stream.wait_event(ready)
-            mean: Tensor = work()
-            return mean
-
-        worker.submit(work_on_stream, future)
-        return future
 
     def _left_to_ddp(self, buffer: Tensor) -> Future[Tensor]:
         """What ``DistributedDataParallel`` does without a hook; its seconds are not counted."""

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ class Worker:
         self.failure: BaseException | None = None
         self._told = False
         self._waiting = 0
+        self._streams: dict[torch.device, Any] = {}
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="gradcodec-exchange", daemon=True)
         self._thread.start()
@@ -48,6 +50,36 @@ class Worker:
         with self._changed:
             self._waiting += 1
         self._jobs.put((job, future))
+
+    def enqueue(self, work: Callable[[], Tensor], *tensors: Tensor) -> Future[Tensor]:
+        """``submit`` on the side of the device: a future of ``work``, which may use ``tensors``.
+
+        On CUDA the work runs on a stream of its own, which waits for what the caller's stream has
+        been given so far. A future that knows its device records an event when it is completed, on
+        the current stream of the thread that completes it: here this worker's. A wait for the
+        future makes the waiting stream wait for that event.
+        """
+        future: Future[Tensor]
+        device = tensors[0].device
+        if device.type != "cuda":
+            future = Future()
+            self.submit(work, future)
+            return future
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
+        ready = torch.cuda.current_stream(device).record_event()
+        for tensor in tensors:
+            tensor.record_stream(stream)
+        future = Future(devices=[device])
+
+        def work_on_stream() -> Tensor:
+            torch.cuda.set_stream(stream)  # of the worker, for good
+            stream.wait_event(ready)
+            return work()
+
+        self.submit(work_on_stream, future)
+        return future
 
     def check(self) -> None:
         """Raise the error of a failed job, if one failed: the error itself the first time.
