@@ -287,9 +287,7 @@ def sharded_modules_take_local_steps(rank: int, world: int) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         local.step()
-    ends = []
-    for r in range(2):
-        ends.append(copy.deepcopy(plain))
+    ends = [copy.deepcopy(plain) for _ in range(2)]
     for start in (0, 2):
         for r, each in enumerate(ends):
             inner = torch.optim.SGD(each.parameters(), 0.05)
@@ -358,8 +356,8 @@ def a_diverged_rank_stops_all_and_spares_anchors(rank: int, world: int) -> None:
         if rank == 0:
             with torch.no_grad():
                 next(model.parameters()).view(-1)[3] = torch.nan
+        on = range(5, 8)
         with pytest.raises(TrainingError, match="not finite"):
-            for step in range(5, 8):
-                one_step(model, optimizer, local, step)
+            [one_step(model, optimizer, local, step) for step in on]
         assert torch.equal(anchors(local), before)
         local.close()
