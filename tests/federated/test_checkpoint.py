@@ -267,6 +267,35 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
         assert timeless(reports) == timeless(all_reports)
 
 
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from federated.test_checkpoint import make, run, checkpoint
+path = Path(sys.argv[1]) / "x.safetensors"
+federation, reports = make(), []
+run(federation, reports, path, 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # no file may grow further, as on a full disk
+reports.append(federation.step())
+try:
+    checkpoint.save(path, federation, reports)
+except OSError:
+    raise SystemExit(7)
+"""
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parents[1])
+    script = [sys.executable, "-c", FULL_DISK, str(tmp_path), tests]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 7, done.stderr
+    assert not [p.name for p in tmp_path.iterdir() if files.is_temporary(p.name)]
+    again = make()
+    reports = checkpoint.load(tmp_path / "x.safetensors", again)
+    assert again.finished == len(reports) == 2
+
+
 # -- TGAP's gathering, which is kept with the federation -------------------------------------------
 
 
