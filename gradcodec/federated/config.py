@@ -31,6 +31,11 @@ class ServerConfig:
         rules: ``(pattern, codec)`` by tensor name, the first match wins, in both directions:
             ``(("*.bias", "fp32"), ("*embed*", "int8"))``. Integers and buffers need no rule: they
             travel bit for bit (``gradcodec.federated.tensors``).
+        max_norm: most that a reply may weigh, by the L2 norm of what is averaged: its code, or its
+            decoded update. A longer one is scaled down to it, so that one client of ``n`` equal
+            ones moves the model by ``lr * max_norm / n`` at most, whatever it sends. Kept tensors
+            are not bounded, and neither is the number of examples, which is its own claim.
+            ``None``: no bound.
         max_replies: most replies that a round accepts.
         hold_bytes: most bytes of replies that a round keeps out of its running sum. These are the
             loudest replies, which may have to be dropped (``Server.close_round``).
@@ -43,6 +48,7 @@ class ServerConfig:
     momentum: float = 0.0
     feedback: bool = True
     rules: Rules = ()
+    max_norm: float | None = None
     max_replies: int = 1_000_000
     hold_bytes: int = 64 << 20
 
@@ -61,6 +67,10 @@ class ServerConfig:
         plain = self.lr == 1.0 and self.momentum == 0.0
         if self.representation != "update" and not plain:
             raise ConfigError("server lr and momentum act on updates, not on states")
+        if self.max_norm is not None and not 0 < self.max_norm < math.inf:
+            raise ConfigError(f"expected a finite max_norm > 0 or None, got {self.max_norm!r}")
+        if self.max_norm is not None and self.representation != "update":
+            raise ConfigError("max_norm bounds updates, not states")
         for name, least in (("max_replies", 1), ("hold_bytes", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -285,9 +286,17 @@ class Server:
         """What a reply decodes to: a code or an update, and the kept tensors if they changed."""
         kept = None if reply.values is None else self.replica.read_kept(reply.values)
         if self.codes_cross:
-            return self.uplink.read_code(reply.payload), kept
+            return self._bounded(self.uplink.read_code(reply.payload)), kept
         update = self.uplink.decoder.decode(reply.payload)
-        return layout.flatten(update, self.replica.spec), kept
+        return self._bounded(layout.flatten(update, self.replica.spec)), kept
+
+    def _bounded(self, value: Tensor) -> Tensor:
+        """The value, scaled down to ``max_norm``."""
+        most = self.config.max_norm
+        if most is None:
+            return value
+        norm = float(torch.linalg.vector_norm(value.double()))  # squares of floats leave float32
+        return value * (most / norm) if most < norm < math.inf else value
 
     def drop(self, client: ClientId) -> None:
         """Forget a client's reply of this round; it may reply again.

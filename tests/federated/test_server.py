@@ -11,6 +11,7 @@ from federated.toy import CODECS, Toy, autoencoder, equal, quantised, subspace
 from torch import Tensor
 
 from gradcodec import layout
+from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.errors import (
     ChecksumError,
@@ -365,3 +366,37 @@ def test_a_foreign_state_dict_changes_nothing(change: Callable[[dict[str, Tensor
     with pytest.raises((ConfigError, WireError)):
         other.load_state_dict(saved)
     assert_unchanged(other, before)
+
+
+# -- a client that means harm -----------------------------------------------------------------
+
+SPREAD = {"identity": Identity(), "codes": subspace(1.0)}
+
+
+@pytest.mark.parametrize("codec", SPREAD.values(), ids=SPREAD)
+def test_one_client_of_twenty_moves_the_model_by_its_share_at_most(codec: Codec) -> None:
+    honest = [{n: 0.1 * t for n, t in values(i).items()} for i in range(19)]
+    bound = 1.2 * max(float(flat(u).norm()) for u in honest)
+    ends = {}
+    for name, bad in (("honest", honest[0]), ("bad", {n: 1e6 * t for n, t in honest[0].items()})):
+        server = Server(INITIAL, codec, config=ServerConfig(max_norm=bound))
+        close(server, *honest, bad)
+        ends[name] = moved(server)
+    apart = float((ends["bad"] - ends["honest"]).norm())
+    assert 0 < apart <= (bound - float(flat(honest[0]).norm())) / 20 * 1.001
+
+
+@pytest.mark.parametrize("codec", SPREAD.values(), ids=SPREAD)
+def test_a_bound_that_nobody_reaches_changes_no_bit(codec: Codec) -> None:
+    ends = []
+    for config in (ServerConfig(), ServerConfig(max_norm=1e4)):
+        server = Server(INITIAL, codec, config=config)
+        close(server, *(values(i) for i in range(4)))
+        ends.append(server.replica.state())
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize("bound", [0, -1.0, float("nan"), float("inf")])
+def test_a_bound_that_is_none_is_refused(bound: float) -> None:
+    with pytest.raises(ConfigError, match="max_norm"):
+        ServerConfig(max_norm=bound)
