@@ -120,6 +120,21 @@ def test_programs_of_the_page_train_with_compressed_gradients(name: str, tmp_pat
     assert times_less(out) > (7.0 if name == "trainer" else 3.0)
 
 
+@slow
+def test_a_client_of_the_plain_loop_leaves_and_comes_back() -> None:
+    script = ROOT / "examples" / "plain_loop.py"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=env, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    clients = re.findall(r"^round \d  clients (\[.*\]) ", done.stdout, re.MULTILINE)
+    everybody, two = "[0, 1, 2]", "[0, 1]"
+    assert clients == [everybody] * 2 + [two] * 2 + [everybody] * 4
+    first, *_, last = losses(done.stdout)
+    assert last < first - 1.0
+
+
 def test_every_example_is_in_the_table() -> None:
     table = (ROOT / "examples" / "README.md").read_text()
     there = {path.name for path in (ROOT / "examples").glob("*.py")}
