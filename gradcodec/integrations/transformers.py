@@ -71,14 +71,24 @@ class CompressCallback(TrainerCallback):
             folder = self._resume_from or self._folder(args, state)
             training.load(self.compression, folder, training.device_of(wrapped))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
     ) -> None:
-        """Log, if the Trainer is about to."""
-        if control.should_log and self.compression is not None:
-            figures = self._figures.since(self.compression)
-            if figures:
-                self._trainer.log(figures)
+        """Log figures beside what the Trainer has logged.
+
+        As an entry of their own: loggers that were made before this callback have seen ``logs``
+        already. Not from ``on_step_end``, where logging would take the place of the Trainer's.
+        """
+        if self.compression is None or (logs and "gradcodec/ratio" in logs):
+            return
+        figures = self._figures.since(self.compression)
+        if figures:
+            self._trainer.log(figures)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -92,6 +92,8 @@ def trainer() -> None:
     made.add_callback(CompressCallback(made, **CODEC))
     made.add_callback(Die())
     made.train(resume_from_checkpoint=MODE == "resume")
+    told = [r["step"] for r in made.state.log_history if "loss" in r]
+    assert told == [2, 4, 6, 8], "the Trainer's own lines are there too"
     finish(made.model, [r for r in made.state.log_history if "gradcodec/ratio" in r])
 
 
