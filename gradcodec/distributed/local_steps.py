@@ -367,11 +367,6 @@ class LocalSteps(Closing):
     # -- what it knows --------------------------------------------------------------------------
 
     @property
-    def step_count(self) -> int:
-        """Local steps so far."""
-        return self._at.step
-
-    @property
     def traffic(self) -> Traffic:
         """Bytes and seconds so far, of this rank."""
         return self.counters.traffic

@@ -215,7 +215,7 @@ def resume_is_exact(rank: int, world: int) -> None:
         again.load_state_dict(parts[0])
         inner.load_state_dict(parts[1])
         resumed.load_state_dict(state)
-        assert resumed.step_count == 5
+        assert resumed.stats()["steps"] == 5
         for step in range(5, 13):
             one_step(again, inner, resumed, step)
         resumed.finish()
@@ -236,7 +236,7 @@ def a_rank_that_lost_everything_comes_back(rank: int, world: int) -> None:
             with pytest.raises(ConfigError, match="call join"):
                 local.step()
         local.join()
-        assert local.step_count == 9
+        assert local.stats()["steps"] == 9
         mine = anchors(local)
         for other in everywhere(mine):
             assert torch.equal(mine, other)
@@ -260,7 +260,7 @@ def ranks_leave_and_come_back(rank: int, world: int) -> None:
         assert not torch.equal(anchors(local), before)
     dist.barrier()
     local.join()
-    assert local.step_count == (8 if world > 1 else 4)
+    assert local.stats()["steps"] == (8 if world > 1 else 4)
     for step in range(8, 10):
         one_step(model, optimizer, local, step)
     local.finish()

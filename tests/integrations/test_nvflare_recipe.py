@@ -107,7 +107,7 @@ def test_without_a_downlink_models_travel_as_they_are(tmp_path: Path) -> None:
 def test_the_blocks_of_the_page_make_jobs(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = re.findall(r"```py(?:thon)?\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     names = {"recipe": recipe_in(tmp_path)}
