@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate import Accelerator
 from torch import nn
@@ -11,6 +12,9 @@ from gradcodec.codec import Codec
 from gradcodec.distributed.compress import compress as compress_gradients
 from gradcodec.distributed.compression import Compression
 from gradcodec.integrations import training
+
+_models: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
+"""How many models of each accelerator are compressed; every one has files of its own."""
 
 
 def compress(
@@ -23,7 +27,8 @@ def compress(
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
         compression = compress(accelerator, model, "int4")
 
-    ``accelerator.save_state`` writes a file per rank beside its own, ``load_state`` reads it.
+    ``accelerator.save_state`` writes a file per rank beside its own, ``load_state`` reads it. For
+    several models call it once for each, in the same order in every run.
 
     Args:
         accelerator: the accelerator that has prepared the model.
@@ -43,11 +48,13 @@ def compress(
         return None
     compression = compress_gradients(model, codec, **options)
     device = training.device_of(model)
+    which = _models.get(accelerator, 0)
+    _models[accelerator] = which + 1
     accelerator.register_save_state_pre_hook(
-        lambda models, weights, folder: training.save(compression, folder)
+        lambda models, weights, folder: training.save(compression, training.file_in(folder, which))
     )
     accelerator.register_load_state_pre_hook(
-        lambda models, folder: training.load(compression, folder, device)
+        lambda models, folder: training.load(compression, training.file_in(folder, which), device)
     )
     return compression
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from gradcodec.codec import Codec
@@ -74,7 +75,7 @@ class CompressCallback(Callback):
     ) -> None:
         """Log, as often as the Trainer does."""
         every = int(getattr(trainer, "log_every_n_steps", 50))  # set where mypy does not look
-        if self.compression is None or trainer.global_step % every:
+        if self.compression is None or not every or trainer.global_step % every:
             return
         figures = self._figures.since(self.compression)
         for logger in trainer.loggers if figures else ():
@@ -91,5 +92,6 @@ class CompressCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the states until the model is wrapped."""
-        self._saved = checkpoint.get(KEY)
+        """Remember the states until the model is wrapped, if it will be trained."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._saved = checkpoint.get(KEY) if fitting else None

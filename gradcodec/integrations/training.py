@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from gradcodec.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _WAY_OUT = "delete it to go on without error feedback of the last step"
+_SAMPLE = 256
 
 
 def parallel() -> bool:
@@ -29,39 +31,60 @@ def parallel() -> bool:
     return False
 
 
-def file_in(folder: str | Path) -> Path:
-    """The file of this rank in a checkpoint's folder."""
-    return Path(folder) / f"gradcodec-rank{dist.get_rank()}.safetensors"
+def file_in(folder: str | Path, model: int = 0) -> Path:
+    """The file of this rank in a checkpoint's folder, for the first model or a later one."""
+    which = f"_{model}" if model else ""
+    return Path(folder) / f"gradcodec{which}-rank{dist.get_rank()}.safetensors"
 
 
-def save(compression: Compression, folder: str | Path) -> None:
-    """Write this rank's state into a checkpoint's folder; it appears whole or not at all.
+def save(compression: Compression, path: Path, weights: str = "") -> None:
+    """Write this rank's state into a checkpoint; the file appears whole or not at all.
+
+    Args:
+        compression: whose state.
+        path: what ``file_in`` returned.
+        weights: ``fingerprint`` of the weights that the state belongs to.
 
     Raises:
         OSError: it cannot be written.
     """
-    path = file_in(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors, numbers = _apart(compression.state_dict())
-    files.save_tensors(path, tensors, {"numbers": numbers})
+    files.save_tensors(path, tensors, {"numbers": numbers, "weights": weights})
 
 
-def load(compression: Compression, folder: str | Path, device: torch.device) -> bool:
-    """Read what ``save`` wrote, on all ranks or on none; whether there was something to read.
+def load(compression: Compression, path: Path, device: torch.device, weights: str = "") -> bool:
+    """Read what ``save`` wrote, on all ranks or on none; whether it was read.
 
-    Without it on every rank (a new rank, a checkpoint from before), training goes on, loses what
-    error feedback held, and a log line says so.
+    If a rank lacks its file (it is new, the checkpoint is from before), or the file belongs to
+    other ``weights``, training goes on, loses what error feedback held, and a log line says so.
 
     Raises:
         ConfigError: the file is damaged, or of another model.
     """
-    path = file_in(folder)
     if not everywhere(path.exists(), device):
         logger.warning("gradcodec: not every rank has its %s: error feedback starts anew", path)
         return False
     tensors, meta = files.load_tensors(path, _WAY_OUT)
+    if not everywhere(meta.get("weights", "") == weights, device):
+        logger.warning(
+            "gradcodec: %s belongs to other weights than training goes on from: error feedback "
+            "starts anew; CompressCallback(resume_from=) names the checkpoint if it is elsewhere",
+            path,
+        )
+        return False
     compression.load_state_dict({**tensors, **_numbers(path, meta)})
     return True
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the first 256 values of each trainable parameter, of this rank's part of it."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            part = getattr(parameter, "to_local", lambda p=parameter: p)().detach()
+            first = part.reshape(-1)[:_SAMPLE].contiguous().view(torch.uint8)
+            digest.update(first.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def everywhere(here: bool, device: torch.device) -> bool:

@@ -32,7 +32,8 @@ class CompressCallback(TrainerCallback):
         trainer: the Trainer; its wrapped model, which callbacks are not given, is compressed.
         codec: as for ``gradcodec.compress``.
         resume_from: the folder of the checkpoint, where training is resumed from one outside
-            ``output_dir``.
+            ``output_dir``. Callbacks are not told it. If it was left out, a checkpoint of the same
+            step in ``output_dir`` is not mistaken for it: the weights are compared.
         options: as for ``gradcodec.compress``.
 
     Attributes:
@@ -68,8 +69,9 @@ class CompressCallback(TrainerCallback):
             self.compression = compress(wrapped, self._codec, **self._options)
             self._wrapped, self._figures = wrapped, training.Figures()
         if state.global_step and self.compression is not None:
-            folder = self._resume_from or self._folder(args, state)
-            training.load(self.compression, folder, training.device_of(wrapped))
+            path = training.file_in(self._resume_from or self._folder(args, state))
+            weights = training.fingerprint(wrapped)
+            training.load(self.compression, path, training.device_of(wrapped), weights)
 
     def on_log(
         self,
@@ -95,7 +97,8 @@ class CompressCallback(TrainerCallback):
     ) -> None:
         """Add this rank's file to the checkpoint."""
         if self.compression is not None:
-            training.save(self.compression, self._folder(args, state))
+            path = training.file_in(self._folder(args, state))
+            training.save(self.compression, path, training.fingerprint(self._wrapped))
 
     @staticmethod
     def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -14,17 +14,22 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("trainer_cases.py")
-PACKAGES = {"trainer": "transformers", "lightning": "lightning", "accelerate": "accelerate"}
+PACKAGES = {
+    "trainer": "transformers",
+    "lightning": "lightning",
+    "lightning-sharded": "lightning",  # FSDP2
+    "accelerate": "accelerate",
+}
 
 
-def ranks(framework: str, folder: Path, mode: str = "whole") -> str:
+def ranks(framework: str, folder: Path, mode: str = "whole", value: str = "") -> str:
     """What two ranks print; killed ones end with an error, others must not."""
     folder.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
-        [sys.executable, *command, str(CASES), framework, str(folder), mode],
+        [sys.executable, *command, str(CASES), framework, str(folder), mode, value],
         env=env,
         text=True,
         stdout=subprocess.PIPE,
@@ -72,6 +77,35 @@ def test_without_a_ranks_file_training_goes_on_and_feedback_starts_anew(tmp_path
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert not torch.equal(whole, resumed)
     assert (whole - resumed).norm() < 0.05 * whole.norm()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_a_checkpoint_outside_its_folder(tmp_path: Path) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("needs: pip install transformers")
+    ranks("trainer", tmp_path / "whole")
+    ranks("trainer", tmp_path / "killed", "kill")
+    elsewhere = str(tmp_path / "killed" / "out" / "checkpoint-4")
+    ranks("trainer", tmp_path / "other", "resume_from", elsewhere)
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_another_runs_checkpoint_of_the_same_step_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("needs: pip install transformers")
+    ranks("trainer", tmp_path / "killed", "kill")
+    ranks("trainer", tmp_path / "other", "kill", "0.2")
+    elsewhere = str(tmp_path / "killed" / "out" / "checkpoint-4")
+    assert "belongs to other weights" in ranks("trainer", tmp_path / "other", "resume", elsewhere)
+
+
+@pytest.mark.slow
+def test_lightning_forgets_the_state_of_a_checkpoint_that_it_only_validates(tmp_path: Path) -> None:
+    if find_spec("lightning") is None:
+        pytest.skip("needs: pip install lightning")
+    ranks("lightning-validates-first", tmp_path)
+    assert (tmp_path / "weights.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Two ranks train with a framework's own loop, and are killed if the test says so.
 
-    torchrun --nproc-per-node 2 trainer_cases.py FRAMEWORK FOLDER [kill|resume]
+    torchrun --nproc-per-node 2 trainer_cases.py FRAMEWORK FOLDER [kill|resume] [VALUE]
 
+VALUE, for the Trainer: the learning rate of a run to be killed, the checkpoint to resume from.
 Rank 0 writes ``FOLDER/weights.safetensors`` and ``FOLDER/figures.json`` at the end.
 """
 
@@ -19,7 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 STEPS, SAVED, KILLED = 8, 4, 6
-FRAMEWORK, FOLDER, MODE = sys.argv[1], Path(sys.argv[2]), (sys.argv[3:] or ["whole"])[0]
+FRAMEWORK, FOLDER = sys.argv[1], Path(sys.argv[2])
+MODE = sys.argv[3] if len(sys.argv) > 3 else "whole"
+VALUE = sys.argv[4] if len(sys.argv) > 4 else ""
 CODEC = {"codec": "int4", "min_numel": 0}
 
 
@@ -55,7 +58,8 @@ def die_at(step: int) -> None:
 
 
 def finish(model: nn.Module, figures: list[dict[str, float]]) -> None:
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
+    weights = torch.cat([p.detach().flatten() for p in whole])
     both = [torch.empty_like(weights) for _ in range(2)]
     dist.all_gather(both, weights)
     assert torch.equal(both[0], both[1]), "replicas differ"
@@ -78,7 +82,7 @@ def trainer() -> None:
         output_dir=str(FOLDER / "out"),
         max_steps=STEPS,
         per_device_train_batch_size=8,
-        learning_rate=0.3,
+        learning_rate=float(VALUE) if MODE == "kill" and VALUE else 0.3,
         optim="sgd",
         lr_scheduler_type="constant",
         use_cpu=True,
@@ -89,9 +93,11 @@ def trainer() -> None:
         disable_tqdm=True,
     )
     made = Trainer(model=Net(), args=arguments, train_dataset=Points())
-    made.add_callback(CompressCallback(made, **CODEC))
+    named = VALUE if MODE == "resume_from" else None
+    made.add_callback(CompressCallback(made, resume_from=named, **CODEC))
     made.add_callback(Die())
-    made.train(resume_from_checkpoint=MODE == "resume")
+    resumed = MODE.startswith("resume")
+    made.train(resume_from_checkpoint=VALUE if resumed and VALUE else resumed)
     told = [r["step"] for r in made.state.log_history if "loss" in r]
     assert told == [2, 4, 6, 8], "the Trainer's own lines are there too"
     finish(made.model, [r for r in made.state.log_history if "gradcodec/ratio" in r])
@@ -121,14 +127,18 @@ def sft() -> None:
     made = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     made.add_callback(CompressCallback(made, "int4"))
     made.train()
+    own = [r for r in made.state.log_history if "loss" in r]
+    assert len(own) == 2, made.state.log_history
+    assert all("mean_token_accuracy" in r for r in own), own
     finish(made.model, [r for r in made.state.log_history if "gradcodec/ratio" in r])
 
 
-def lightning() -> None:
+def lightning(sharded: bool = False) -> None:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
 
     from gradcodec.integrations.lightning import CompressCallback
 
@@ -136,6 +146,10 @@ def lightning() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = Net()
+
+        def configure_model(self) -> None:
+            if sharded:
+                fully_shard(self.inner, mesh=self.device_mesh["data_parallel"])
 
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             return self.inner(**batch)["loss"]
@@ -154,12 +168,19 @@ def lightning() -> None:
             super().log_metrics(metrics, step)
 
     checkpoint = ModelCheckpoint(FOLDER / "out", every_n_train_steps=SAVED, save_last=True)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    options = dict(CODEC)
+    if sharded:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
+        )
+        options["error_feedback"] = True  # else a reduce-scatter has no residuals to lose
     made = lightning.Trainer(
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy,
         accelerator="cpu",
         devices=2,
         max_steps=STEPS,
-        callbacks=[CompressCallback(**CODEC), checkpoint],
+        callbacks=[CompressCallback(**options), checkpoint],
         logger=Logger(FOLDER / "log"),
         log_every_n_steps=2,
         enable_progress_bar=False,
@@ -172,19 +193,77 @@ def lightning() -> None:
     finish(module, [m for m in seen if "gradcodec/ratio" in m])
 
 
+def lightning_validates_first() -> None:
+    """A checkpoint that was only validated says nothing about a training that starts after it."""
+    import lightning
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from gradcodec.integrations.lightning import CompressCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Net()
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.inner(**batch)["loss"]
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.inner(**batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.3)
+
+    def made(callback: CompressCallback) -> Any:
+        return lightning.Trainer(
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            accelerator="cpu",
+            devices=2,
+            max_steps=SAVED,
+            callbacks=[callback],
+            logger=False,
+            log_every_n_steps=0,  # Lightning's word for never
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    data = DataLoader(Points(), batch_size=8)
+    first = made(CompressCallback(**CODEC))
+    first.fit(Module(), data)
+    first.save_checkpoint(FOLDER / "a.ckpt")
+    then = made(callback := CompressCallback(**CODEC))
+    then.validate(Module(), data, ckpt_path=FOLDER / "a.ckpt", verbose=False)
+    then.fit(module := Module(), data)
+    assert callback.compression is not None
+    assert callback.compression.step == SAVED, callback.compression.step
+    finish(module, [])
+
+
 def accelerate() -> None:
+    """Two models of one shape, so that a state that reaches the wrong one is not noticed."""
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
 
     from gradcodec.integrations.accelerate import Log, compress
 
-    here = Accelerator(cpu=True)
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    model, optimizer, data = here.prepare(model, optimizer, DataLoader(Points(), batch_size=8))
-    compression = compress(here, model, **CODEC)
     figures: list[dict[str, float]] = []
-    here.log = lambda values, step: figures.append(values)
-    log = Log(here, compression)
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "list", False, figures
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+            figures.append(values)
+
+    here = Accelerator(cpu=True, log_with=[Tracker()])
+    here.init_trackers("run")
+    nets = nn.ModuleList([Net(), Net()])
+    optimizer = torch.optim.SGD(nets.parameters(), lr=0.3)
+    model, other, optimizer, data = here.prepare(
+        *nets, optimizer, DataLoader(Points(), batch_size=8)
+    )
+    log = Log(here, compress(here, model, **CODEC))
+    compress(here, other, **CODEC)
     first = 0
     if MODE == "resume":
         here.load_state(str(FOLDER / "out"))
@@ -192,15 +271,23 @@ def accelerate() -> None:
     batches = list(data)
     for step in range(first, STEPS):
         optimizer.zero_grad()
-        here.backward(model(**batches[step])["loss"])
+        x, labels = batches[step]["x"], batches[step]["labels"]
+        here.backward(model(x, labels)["loss"] + other(-x, labels)["loss"])
         optimizer.step()
         if step + 1 == SAVED:
             here.save_state(str(FOLDER / "out"))
         if (step + 1) % 2 == 0:
             log(step + 1)
         die_at(step + 1)
-    finish(model, figures)
+    finish(nets, figures)
 
 
 if __name__ == "__main__":
-    {"trainer": trainer, "sft": sft, "lightning": lightning, "accelerate": accelerate}[FRAMEWORK]()
+    {
+        "trainer": trainer,
+        "sft": sft,
+        "lightning": lightning,
+        "lightning-sharded": lambda: lightning(sharded=True),
+        "lightning-validates-first": lightning_validates_first,
+        "accelerate": accelerate,
+    }[FRAMEWORK]()
