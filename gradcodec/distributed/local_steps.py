@@ -182,6 +182,7 @@ class LocalSteps(Closing):
         self._dense = sum(t.numel() * t.element_size() for t in locals_.values())
         self._at = Position()
         self._flights: dict[int, _Flight] = {}
+        self._settled: set[int] = set()  # fragments whose parameters are the anchors now
         self._agreed = Agreed()
         self._worker: Worker | None = None
         self._waits_for_join = joining
@@ -207,6 +208,7 @@ class LocalSteps(Closing):
         if self.inner is not None:
             with torch.enable_grad():
                 result = self.inner.step() if closure is None else self.inner.step(closure)
+        self._settled.clear()
         self._at = Position(self._at.step + 1, self._at.merged)
         step, overlap = self._at.step, self.schedule.overlap
         if overlap and (arrived := self.schedule.merged(step)) is not None:
@@ -223,7 +225,8 @@ class LocalSteps(Closing):
         """Exchange everything now; parameters are then the anchors, equal on all ranks.
 
         All ranks call it, at the end or before an evaluation that wants one model. The schedule
-        stays as it is.
+        stays as it is. Fragments that were exchanged since the last step are left alone: nothing
+        was trained since, and an outer step along zeros would still follow its momentum.
 
         Raises:
             TrainingError: as ``step``.
@@ -232,6 +235,8 @@ class LocalSteps(Closing):
         for fragment in list(self._flights):
             self._land(fragment, self.mixing)
         for fragment in range(len(self.fragments)):
+            if fragment in self._settled:
+                continue
             self._send(fragment, self._at.step)
             self._land(fragment, 0.0)
 
@@ -259,6 +264,8 @@ class LocalSteps(Closing):
             self._agreed.ensure(fragment, control, _WHAT, lambda: self._common(tensors, step))
             residuals.decay(tensors, self.decay)
             self.reducer.reduce([Slot(n, t.view(-1), t) for n, t in tensors.items()], link, step)
+            if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+                residuals.restore(saved)  # ``_land`` refuses them, so nothing counts as sent
         except BaseException:
             residuals.restore(saved)
             raise
@@ -290,6 +297,8 @@ class LocalSteps(Closing):
             self.anchors.advance(name, mean)
             self.anchors.merge(name, mixing)
         reshard(self.model)
+        if not mixing:
+            self._settled.add(fragment)
         self._at = Position(self._at.step, self._at.merged + 1)
 
     # -- ranks that come and go -----------------------------------------------------------------
@@ -342,6 +351,7 @@ class LocalSteps(Closing):
             self._worker.stop()
             self._worker = None
         self._waits_for_join = False
+        self._settled.clear()  # ranks that were behind cannot know
         self._start(group)
 
     def _start(self, group: Any) -> None:
@@ -448,6 +458,8 @@ class LocalSteps(Closing):
             self._flights[fragment] = _Flight(means)
         self.reducer.seed = int(state["seed"])
         self._at = Position(int(state["step"]), int(state["merged"]))
+        merged = self.schedule.merged(self._at.step)
+        self._settled = set() if self.mixing or merged is None else {merged}
         self._agreed.forget()
 
     def _drop_flights(self) -> None:

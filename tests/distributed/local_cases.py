@@ -357,7 +357,36 @@ def a_diverged_rank_stops_all_and_spares_anchors(rank: int, world: int) -> None:
             with torch.no_grad():
                 next(model.parameters()).view(-1)[3] = torch.nan
         on = range(5, 8)
+        kept = local.reducer.residuals.first
         with pytest.raises(TrainingError, match="not finite"):
             [one_step(model, optimizer, local, step) for step in on]
         assert torch.equal(anchors(local), before)
+        after = local.reducer.residuals.first
+        assert kept
+        assert all(torch.equal(kept[name], after[name]) for name in kept)
+        local.close()
+
+
+def finish_exchanges_only_what_was_trained(rank: int, world: int) -> None:
+    """An outer step along zeros would still follow its momentum."""
+    for fragments in (1, 2):
+        model, optimizer, local = made(4, fragments=fragments)
+        for step in range(8):
+            one_step(model, optimizer, local, step)
+        resumed_model, _, resumed = made(4, fragments=fragments)
+        resumed_model.load_state_dict(model.state_dict())
+        resumed.load_state_dict(local.state_dict())
+        before, sent = weights(model).clone(), local.stats()["wire_bytes"]
+        for one in (local, resumed):
+            one.finish()
+        assert_replicas_equal(model)
+        assert torch.equal(weights(model), weights(resumed_model))
+        # With two fragments the other one has steps of its own since it was exchanged.
+        assert torch.equal(weights(model), before) == (fragments == 1)
+        assert (local.stats()["wire_bytes"] == sent) == (fragments == 1)
+        done, sent = weights(model).clone(), local.stats()["wire_bytes"]
+        local.finish()
+        assert torch.equal(weights(model), done)
+        assert local.stats()["wire_bytes"] == sent
+        resumed.close()
         local.close()
