@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -27,27 +27,9 @@ needs_transformers = pytest.mark.skipif(
 
 def launched(program: Path, *arguments: str, ranks: int = 2, torchrun: bool = True) -> str:
     """Standard output of a program in so many processes on this machine."""
-    command = [sys.executable]
-    if torchrun:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-    process = subprocess.Popen(
-        [*command, str(program), *arguments],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # ranks are children of the launcher
-    )
-    try:
-        out, err = process.communicate(timeout=110)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"still running after 110 s\n{out}\n{err[-3000:]}")
-    assert process.returncode == 0, f"{out}\n{err[-3000:]}"
-    return out
+    done = processes.launched(program, *arguments, ranks=ranks, torchrun=torchrun)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def losses(out: str) -> list[float]:

@@ -64,7 +64,9 @@ class CompressCallback(Callback):
             return
         rank = dist.get_rank()
         if training.everywhere(rank < len(rows), training.device_of(wrapped)):
-            self.compression.load_state_dict(training.state_from(rows[rank]))
+            # All rows, so that damage in one is an error on every rank: none waits for another.
+            states = [training.state_from(row) for row in rows]
+            self.compression.load_state_dict(states[rank])
         else:
             training.logger.warning(
                 "gradcodec: the checkpoint is of %d ranks: error feedback starts anew", len(rows)

@@ -59,12 +59,21 @@ def load(compression: Compression, path: Path, device: torch.device, weights: st
     other ``weights``, training goes on, loses what error feedback held, and a log line says so.
 
     Raises:
-        ConfigError: the file is damaged, or of another model.
+        ConfigError: a rank's file is damaged, on all ranks; or it is of another model.
     """
     if not everywhere(path.exists(), device):
         logger.warning("gradcodec: not every rank has its %s: error feedback starts anew", path)
         return False
-    tensors, meta = files.load_tensors(path, _WAY_OUT)
+    fault: ConfigError | None = None
+    state: State = {}
+    meta: dict[str, Any] = {}
+    try:
+        tensors, meta = files.load_tensors(path, _WAY_OUT)
+        state = {**tensors, **_numbers(path, meta)}
+    except ConfigError as err:
+        fault = err
+    if not everywhere(fault is None, device):  # or the others would wait for this rank
+        raise fault or ConfigError(f"another rank's state in {path.parent} is damaged")
     if not everywhere(meta.get("weights", "") == weights, device):
         logger.warning(
             "gradcodec: %s belongs to other weights than training goes on from: error feedback "
@@ -72,7 +81,7 @@ def load(compression: Compression, path: Path, device: torch.device, weights: st
             path,
         )
         return False
-    compression.load_state_dict({**tensors, **_numbers(path, meta)})
+    compression.load_state_dict(state)
     return True
 
 

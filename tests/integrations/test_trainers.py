@@ -1,18 +1,14 @@
 """Frameworks that own the loop: two ranks run, are killed, and go on to the bits of a whole run."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launched
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("trainer_cases.py")
 PACKAGES = {
     "trainer": "transformers",
@@ -22,27 +18,14 @@ PACKAGES = {
 }
 
 
-def ranks(framework: str, folder: Path, mode: str = "whole", value: str = "") -> str:
-    """What two ranks print; killed ones end with an error, others must not."""
+def ranks(
+    framework: str, folder: Path, mode: str = "whole", value: str = "", *, fails: bool = False
+) -> str:
+    """What two ranks print; killed ones end with an error, others must not unless they should."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [sys.executable, *command, str(CASES), framework, str(folder), mode, value],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=100)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        pytest.fail(f"still running after 100 s\n{out[-3000:]}")
-    assert (process.returncode != 0) == (mode == "kill"), out[-4000:]
+    done = launched(CASES, framework, str(folder), mode, value)
+    out = done.stdout + done.stderr
+    assert (done.returncode != 0) == (fails or mode == "kill"), out[-4000:]
     return out
 
 
@@ -106,6 +89,20 @@ def test_lightning_forgets_the_state_of_a_checkpoint_that_it_only_validates(tmp_
         pytest.skip("needs: pip install lightning")
     ranks("lightning-validates-first", tmp_path)
     assert (tmp_path / "weights.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_ranks_damaged_file_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("needs: pip install transformers")
+    ranks("trainer", tmp_path, "kill")
+    (path,) = (tmp_path / "out").glob("*/gradcodec-rank1.safetensors")
+    blob = bytearray(path.read_bytes())
+    blob[-5] ^= 1
+    path.write_bytes(blob)
+    out = ranks("trainer", tmp_path, "resume", fails=True)
+    assert "another rank's state in" in out  # rank 0, which would wait otherwise
+    assert str(path) in out
 
 
 @pytest.mark.slow
