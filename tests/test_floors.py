@@ -52,7 +52,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "gradcodec.faf",
         "gradcodec.describe",
     ),
-    4: ("gradcodec.federated", "gradcodec.distributed"),
+    4: ("gradcodec.privacy", "gradcodec.federated", "gradcodec.distributed"),
     5: ("gradcodec",),  # the roof: public names only
     6: ("gradcodec.recipes", "gradcodec.integrations", "gradcodec.cli"),
 }

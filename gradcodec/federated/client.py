@@ -28,7 +28,15 @@ from gradcodec.federated.participants import ClientId, client_id, example_count
 from gradcodec.federated.replica import Replica
 from gradcodec.federated.schedule import Fixed, Schedule
 from gradcodec.federated.switch import Switch
-from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split, tensors_of
+from gradcodec.federated.tensors import (
+    Split,
+    State,
+    check_kept,
+    check_private,
+    check_rules,
+    split,
+    tensors_of,
+)
 from gradcodec.parameters import plain_names, unwrap_optimizer
 from gradcodec.representation import represent
 from gradcodec.types import Update, UpdateSpec
@@ -79,6 +87,7 @@ class Client:
         self.config = stage.config
         parts = split(initial, self.config.rules)
         check_rules(self.config.rules, parts.names)
+        check_private(self.config.privacy is not None, parts.kept)
         self.codec, broadcasts = codecs_for(parts.coded, stage.uplink, stage.downlink, self.config)
         self.replica = Replica(parts.whole, space_of(broadcasts, self.config))
         self._switch: Switch | None = None
@@ -175,10 +184,11 @@ class Client:
             EmptyClientError: no examples.
             NonFiniteError: training diverged to NaN or Inf.
             UpdateError: names, shapes or dtypes differ from the global state's.
-            ConfigError: the optimiser belongs to another codec or round, ``buffers`` is needed and
+            ConfigError: with ``privacy``, tensors travel bit for bit; the optimiser belongs to another codec or round, ``buffers`` is needed and
                 missing, or ``examples`` is not a whole number.
         """
         count = example_count(examples, f"client {self.number!r}")
+        privacy = self.config.privacy
         trained = unwrap_optimizer(trained)
         if isinstance(trained, LatentOptimizer):
             if buffers is None and self.replica.kept:
@@ -194,9 +204,13 @@ class Client:
             update = represent(self.config.representation, coded, self.replica.moved())
             for name, t in update.items():
                 layout.check_finite(t, f"client {self.number!r}, {name}")
-            payload = self.codec.encoder.encode(update, seed=self._seed)
+            if privacy is None:
+                payload = self.codec.encoder.encode(update, seed=self._seed)
+            else:
+                payload = privacy.encode(self.codec, update, seed=self._seed)
             values = self._kept_values(tensors)
         payload = replace(payload, base=self.replica.digest)
+        count = count if privacy is None else 1  # how many there are is private as well
         return Reply(self.number, self.version, count, payload, values).to_bytes()
 
     def _trained_code(self, optimizer: LatentOptimizer) -> Payload:
@@ -214,6 +228,8 @@ class Client:
                 "since: load what receive() returned, then call optimizer.rebase() or make a new "
                 "LatentOptimizer, and train"
             )
+        if self.config.privacy is not None:
+            return self.config.privacy.write_code(codec, optimizer.code, seed=self._seed)
         return optimizer.payload(seed=self._seed)
 
     def _checked(self, trained: State) -> Update:

@@ -9,10 +9,12 @@ from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
 from gradcodec.federated.replica import Space, for_state
 from gradcodec.federated.tensors import Rules, with_rules
+from gradcodec.privacy.mechanism import ClientPrivacy
 from gradcodec.representation import SENT, check
 from gradcodec.types import Update, UpdateSpec
 
-AGGREGATIONS = ("mean", "sum")
+ROBUST = ("trimmed", "median")
+AGGREGATIONS = ("mean", "sum", *ROBUST)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,12 @@ class ServerConfig:
         representation: what clients send (see ``gradcodec.representation``); ``latent`` needs
             ``"update"``.
         aggregation: ``"mean"``, weighted by examples (McMahan et al., arXiv 1602.05629), or
-            ``"sum"``, the literal reading of CG-FedLLM's Algorithm 1.
+            ``"sum"``, the literal reading of CG-FedLLM's Algorithm 1. ``"trimmed"`` and
+            ``"median"`` withstand bad clients (``gradcodec.federated.robust``): every client
+            counts once, whatever number of examples it claims, and a round holds all replies, up
+            to ``hold_bytes``.
+        trim: share of the replies that ``"trimmed"`` leaves out at each end of a coordinate; below
+            1/2, and at least the share of bad clients.
         lr: server learning rate on the aggregated update (the paper's eta).
         momentum: server momentum (FedAvgM, Hsu et al., arXiv 1909.06335); costs no bytes.
         feedback: keep what a broadcast's quantisation lost and add it to the next broadcast.
@@ -36,6 +43,9 @@ class ServerConfig:
             ones moves the model by ``lr * max_norm / n`` at most, whatever it sends. Kept tensors
             are not bounded, and neither is the number of examples, which is its own claim.
             ``None``: no bound.
+        privacy: clip and noise each reply at the client (``gradcodec.privacy.ClientPrivacy``).
+            Every client counts once then and the number of examples, which is private, is not
+            sent; tensors that travel bit for bit are refused.
         max_replies: most replies that a round accepts.
         hold_bytes: most bytes of replies that a round keeps out of its running sum. These are the
             loudest replies, which may have to be dropped (``Server.close_round``).
@@ -49,6 +59,8 @@ class ServerConfig:
     feedback: bool = True
     rules: Rules = ()
     max_norm: float | None = None
+    trim: float = 0.1
+    privacy: ClientPrivacy | None = None
     max_replies: int = 1_000_000
     hold_bytes: int = 64 << 20
 
@@ -71,6 +83,11 @@ class ServerConfig:
             raise ConfigError(f"expected a finite max_norm > 0 or None, got {self.max_norm!r}")
         if self.max_norm is not None and self.representation != "update":
             raise ConfigError("max_norm bounds updates, not states")
+        if not 0 < self.trim < 0.5:
+            raise ConfigError(f"expected a trim within (0, 1/2), got {self.trim!r}")
+        if self.robust and self.representation != "update":
+            raise ConfigError(f"{self.aggregation!r} is of updates, not of states")
+        self._check_privacy()
         for name, least in (("max_replies", 1), ("hold_bytes", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -79,6 +96,32 @@ class ServerConfig:
             pair = isinstance(rule, tuple) and len(rule) == 2
             if not pair or not (isinstance(rule[0], str) and isinstance(rule[1], str | Codec)):
                 raise ConfigError(f"expected rules as (pattern, codec) pairs, got {rule!r}")
+
+    @property
+    def robust(self) -> bool:
+        """Whether a few bad replies cannot move the aggregate far."""
+        return self.aggregation in ROBUST
+
+    @property
+    def equal(self) -> bool:
+        """Whether every reply has the same weight."""
+        return self.aggregation != "mean" or self.privacy is not None
+
+    def _check_privacy(self) -> None:
+        privacy = self.privacy
+        if privacy is None:
+            return
+        if not isinstance(privacy, ClientPrivacy):
+            raise ConfigError(f"expected privacy as ClientPrivacy or None, got {privacy!r}")
+        if self.representation != "update":
+            raise ConfigError("privacy bounds updates, not states")
+        if self.mode == "latent" and privacy.place != "code":
+            raise ConfigError("latent mode trains codes: expected privacy of place 'code'")
+        if privacy.shares > 1 and (self.robust or self.max_norm is not None):
+            raise ConfigError(
+                f"the noise of {privacy.shares} replies adds up in their plain sum alone: expected "
+                "aggregation 'mean' or 'sum' and no max_norm (the clients' clip is a bound)"
+            )
 
 
 def codecs_for(

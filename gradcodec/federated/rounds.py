@@ -51,7 +51,8 @@ class Round:
         kept: kept tensors of the round (``gradcodec.federated.tensors``).
         read: decodes a reply.
         hold_bytes: most bytes of held replies; the loudest is held in any case.
-        summed: whether updates are added up instead of averaged by examples.
+        summed: whether updates are added up instead of averaged.
+        equal: whether all replies have the same weight, instead of their number of examples.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Round:
         kept: Mapping[str, Tensor],
         read: Callable[[Reply], Values],
         hold_bytes: int,
-        summed: bool,
+        summed: bool = False,
+        equal: bool = False,
     ) -> None:
         self._updates, self._kept = ExactSum(numel), KeptMean(kept)
         self._read, self._hold_bytes, self._summed = read, hold_bytes, summed
+        self._equal = equal or summed
         self._held: dict[ClientId, _Held] = {}
         self._added: set[ClientId] = set()
 
@@ -128,4 +131,4 @@ class Round:
         kept.add(values[1], reply.examples)
 
     def _weight(self, reply: Reply) -> int:
-        return 1 if self._summed else reply.examples
+        return 1 if self._equal else reply.examples

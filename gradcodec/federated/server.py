@@ -27,10 +27,18 @@ from gradcodec.federated.envelope import VALUES, Broadcast, Part, Reply
 from gradcodec.federated.history import History
 from gradcodec.federated.participants import ClientId, client_id, in_order
 from gradcodec.federated.replica import WAY_BACK, Replica
+from gradcodec.federated.robust import RobustRound
 from gradcodec.federated.rounds import Round, Values
 from gradcodec.federated.schedule import Fixed, Schedule, Stage
 from gradcodec.federated.switch import Switch
-from gradcodec.federated.tensors import Split, State, check_kept, check_rules, split
+from gradcodec.federated.tensors import (
+    Split,
+    State,
+    check_kept,
+    check_private,
+    check_rules,
+    split,
+)
 from gradcodec.types import Update
 from gradcodec.wire import Payload
 
@@ -87,6 +95,7 @@ class Server:
         rules = schedule.first.config.rules
         parts = split(initial, rules)
         check_rules(rules, parts.names)
+        check_private(schedule.first.config.privacy is not None, parts.kept)
         self.history = History()
         self.kept_since = 0  # the version from which kept tensors have been the same
         self.dropped: tuple[ClientId, ...] = ()
@@ -116,13 +125,18 @@ class Server:
 
     def _open_round(self) -> None:
         self._invited: frozenset[ClientId] | None = None
-        self._replies = Round(
-            len(self.momentum),
-            self.replica.kept,
-            self._values_of,
-            self.config.hold_bytes,
-            self.config.aggregation == "sum",
-        )
+        config, size = self.config, len(self.momentum)
+        self._replies: Round
+        if config.robust:
+            cut = None if config.aggregation == "median" else config.trim
+            self._replies = RobustRound(
+                size, self.replica.kept, self._values_of, config.hold_bytes, cut
+            )
+        else:
+            summed = config.aggregation == "sum"
+            self._replies = Round(
+                size, self.replica.kept, self._values_of, config.hold_bytes, summed, config.equal
+            )
 
     @property
     def round(self) -> int:
@@ -319,13 +333,14 @@ class Server:
         After that the schedule may switch codecs; the increment is still in the round's own codec.
 
         Raises:
-            TrainingError: no reply was accepted, or the state would not be finite with any
-                number of held replies dropped. The round stays open: ``drop`` removes one reply,
+            TrainingError: no reply was accepted, or fewer than ``privacy.shares``, or the state
+                would not be finite with any number of held replies dropped. The round stays open: ``drop`` removes one reply,
                 ``abandon_round`` all of them.
         """
         if not len(self._replies):
             raise TrainingError(f"round {self.round}: expected at least one good reply, got none")
         step, dropped = self._finite_step()
+        self._check_noise(len(self._replies) - len(dropped))
         for client in dropped:
             logger.warning(
                 "gradcodec: round %d: the reply of client %r was dropped, it would have made the "
@@ -346,6 +361,15 @@ class Server:
             state = self.replica.moved()
             self._enter(Switch.to(*_both(stage), stage.config.mode, self.round, state))
         return step.increment
+
+    def _check_noise(self, count: int) -> None:
+        """Raise ``TrainingError`` if the noise of so few replies falls short of the guarantee."""
+        privacy = self.config.privacy
+        if privacy is not None and count < privacy.shares:
+            raise TrainingError(
+                f"round {self.round}: each reply holds one of {privacy.shares} shares of the "
+                f"noise, and {count} replies are too few for the guarantee"
+            )
 
     def _finite_step(self) -> tuple[_Step, tuple[ClientId, ...]]:
         """The step to a finite state that drops the fewest replies, and the clients it drops."""

@@ -143,6 +143,17 @@ def check_rules(rules: Rules, names: Iterable[str]) -> None:
             )
 
 
+def check_private(private: bool, kept: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for tensors that would leave a private client bit for bit."""
+    names = list(kept)
+    if private and names:
+        raise ConfigError(
+            f"{names[0]!r} travels bit for bit, which privacy does not cover: replace such layers "
+            "(GroupNorm has no running statistics), keep these tensors at the client, or give them "
+            "a lossy codec by a rule if they are floating"
+        )
+
+
 class KeptMean:
     """The aggregate of kept tensors over the replies of a round; see the table above.
 

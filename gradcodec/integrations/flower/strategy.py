@@ -93,6 +93,11 @@ class CodecFedAvg(FedAvg):
             if isinstance(config, AutoConfig):
                 raise ConfigError(f"AutoConfig is of {AUTO!r}, got codec {codec!r}")
             fixed = config or ServerConfig()
+            if fixed.privacy is not None:
+                raise ConfigError(
+                    "nodes send their number of examples and metrics beside the code, which "
+                    "ServerConfig.privacy does not cover: expected privacy None here"
+                )
             ends = [plain_choice(codec), plain_choice(codec if downlink is None else downlink)]
             up, down = (codec_of(end) for end in ends)
             self._make = lambda state: Server(state, up, down, fixed)
