@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 from benchmarks.federated import case as federated
 from benchmarks.federated import fitted
@@ -11,14 +13,25 @@ from benchmarks.federated.case import auto, paper, signal, untrained
 from benchmarks.federated.methods import Coded, Method
 from benchmarks.federated.scheme import Make, Scheme
 from benchmarks.federated.world import World
+from benchmarks.llama.bands import banded
+from benchmarks.llama.gradients import frames
 from benchmarks.llama.stages import Plan, Planned, PlannedServer
+from benchmarks.peers.federated import FedSB, Ferret
+from gradcodec.chain import Chain
 from gradcodec.codec import Codec
-from gradcodec.codecs import RotatedSign, Subspace
+from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
+from gradcodec.federated import ServerConfig
+from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.registry import make_codec
+from gradcodec.tgap import fit_subspace
 from gradcodec.transforms.subspace.config import SubspaceConfig
 
-GRID = (2e-3, 4e-3, 8e-3)
+GRID = (4e-3, 8e-3, 1.6e-2)
+SHARED = SubspaceConfig(
+    allocation="tempered", side="long", share="kind", basis_dtype="int4"
+)  # one basis for one kind of factor in all layers, four bits a number: tens of kB
+OWN = dataclasses.replace(SHARED, share="none", basis_dtype="int8")
 
 
 @dataclass(frozen=True)
@@ -33,137 +46,274 @@ class LlamaScheme(Scheme):
     grid: tuple[float, ...] = GRID
 
 
-def rotsign(kept: int, downlink: str = "int4") -> Make:
-    """Signs of ``kept`` of 256 rotated values; nothing is fitted."""
+def coded(up: str, down: str, config: ServerConfig | None = None) -> Make:
+    """Whole updates, in any two codecs that need no fitting."""
+    return lambda world: Coded(world.initial, _codec(up), _codec(down), config)
+
+
+def latent(
+    config: SubspaceConfig, up: str, down: str = "int2-rotated", records: str = "signal"
+) -> Make:
+    """Training in the code space of a subspace that TGAP fitted, codes in any two packers."""
+
+    def fit(world: World) -> Codec:
+        if records == "signal":
+            return fitted.signal(world, config)
+        return fit_subspace(fitted.moments(world, config, records), config)
 
     def make(world: World) -> Method:
-        return Coded(world.initial, _codec(f"rotsign-{kept}"), _codec(downlink))
+        name = f"{records}-{config.ratio:g}-{config.share}-{config.basis_dtype}"
+        transform, nbytes = fitted.kept(world, name, lambda: fit(world))
+        both = Chain(transform, _codec(up)), Chain(transform, _codec(down))
+        return Coded(world.initial, *both, ServerConfig(mode="latent"), codec_bytes=nbytes)
 
     return make
 
 
-def _rotsign(kept: int, bits: str, downlink: str = "int4", quick: bool = False) -> LlamaScheme:
-    suffix = "" if downlink == "int4" else f"-{downlink}"
-    return LlamaScheme(
-        f"rotsign-{kept}{suffix}",
-        f"rotated signs, {bits}; {downlink} down",
-        "ours",
-        rotsign(kept, downlink),
-        quick=quick,
-        family="rotsign-64",
-    )
+def planned(plan: Plan, kept: int, downlink: str = "int2", narrow_down: str = "int2") -> Make:
+    """Stages by plan; see ``benchmarks.llama.stages``.
 
-
-SHARED = {"share": "kind", "basis_dtype": "int4"}
-"""One basis for one kind of factor in all layers, four bits a number: tens of kB."""
-
-
-def _subspace(ratio: float, quick: bool = False, **storage: str) -> LlamaScheme:
-    title = f"subspace 1/{ratio:g}, 1 bit" + (", shared int4 bases" if storage else "")
-    name = f"signal-{ratio:g}" + ("-shared" if storage else "")
-    make = signal(ratio, 1, **storage)
-    return LlamaScheme(name, title, "ours", make, quick=quick, family="signal-64")
-
-
-def planned(
-    plan: Plan, kept: int, downlink: str = "int2", ratio: float = 64, lr: float = 1.0
-) -> Make:
-    """Stages by plan; see ``benchmarks.llama.stages``."""
-    subspace = SubspaceConfig(ratio=ratio, allocation="tempered", side="long", **SHARED)
+    Args:
+        plan: the stages.
+        kept: of 256 values in wide stages, how many are sent.
+        downlink: codec of broadcasts in wide stages.
+        narrow_down: the same in stages of a subspace.
+    """
 
     def make(world: World) -> Method:
-        pre, nbytes = None, 0
-        if any(kind == "pre" for _, kind in plan):
-            name = f"signal-{ratio:g}-shared"
-            pre, nbytes = fitted.kept(world, name, lambda: fitted.signal(world, subspace))
-        wide = RotatedSign(RotatedSignConfig(kept=kept)), _codec(downlink)
-        schedule = Planned(plan, wide, subspace, cast(Subspace | None, pre), lr)
-        made = Coded.of(PlannedServer(world.initial, schedule))
-        made.codec_bytes = nbytes
-        return made
+        pre: dict[str, Subspace] = {}
+        nbytes = 0
+        for _, kind in plan:
+            if kind.startswith("pre"):
+                ratio = float(kind.split(":")[1]) if ":" in kind else 64.0
+                config = dataclasses.replace(SHARED, ratio=ratio)
+                fit = functools.partial(fitted.signal, world, config)
+                made, size = fitted.kept(world, f"signal-{ratio:g}-kind-int4", fit)
+                assert isinstance(made, Subspace)
+                pre[kind] = made
+                nbytes = nbytes or size  # later bases come in the stream and are counted there
+        wide = _codec(f"rotsign-{kept}"), _codec(downlink)
+        fit_later = dataclasses.replace(SHARED, ratio=64.0)
+        schedule = Planned(plan, wide, fit_later, pre, down=narrow_down)
+        federation = Coded.of(PlannedServer(world.initial, schedule))
+        federation.codec_bytes = nbytes
+        return federation
 
     return make
 
 
 def _codec(name: str) -> Codec:
+    """A codec by name; ``rotsign-64`` sends 64 of 256 values, ``rotsign-1280of4096`` as it says."""
     if name.startswith("rotsign-"):
-        return RotatedSign(RotatedSignConfig(kept=int(name.removeprefix("rotsign-"))))
+        kept, _, block = name.removeprefix("rotsign-").partition("of")
+        return RotatedSign(RotatedSignConfig(kept=int(kept), block=int(block or 256)))
+    if name == "int2":
+        return BlockQuant(BlockQuantConfig(2))
     return make_codec(name)
 
 
-def _planned(name: str, title: str, make: Make) -> LlamaScheme:
-    return LlamaScheme(name, title, "ours", make, family="narrow-wide-16")
-
-
-def _peer(name: str, quick: bool = False) -> LlamaScheme:
-    known = federated.SCHEMES[name]
-    return LlamaScheme(
-        name, known.title, known.kind, known.make, known.cite, quick=quick, family=name
+def _reference() -> Iterator[LlamaScheme]:
+    yield LlamaScheme(
+        "fp32", "fp32 LoRA FedAvg", "reference", untrained("fp32"), quick=True, family="fp32"
+    )
+    yield LlamaScheme(
+        "fp32-8e-3",
+        "fp32 LoRA FedAvg, at 8e-3",
+        "reference",
+        untrained("fp32"),
+        family="fp32-8e-3",
+        grid=(8e-3,),
+        plotted=False,
     )
 
 
-_ALL = (
-    LlamaScheme(
-        "fp32", "fp32 LoRA FedAvg", "reference", untrained("fp32"), quick=True, family="fp32"
-    ),
-    _rotsign(64, "1/4 bit", quick=True),
-    _subspace(64, quick=True),
-    _rotsign(16, "1/16 bit"),
-    _subspace(64, **SHARED),
-    _planned(
-        "narrow-wide-16",
-        "3 rounds of 1/64 (shared int4), then 1/16 bit; int2 down",
-        planned(((0, "pre"), (3, "wide")), 16),
-    ),
-    _planned(
+def _rotated_signs() -> Iterator[LlamaScheme]:
+    ways = (
+        ("rotsign-1280of4096", "5/16 bit in blocks of 4096", "int2-rotated", True),
+        ("rotsign-64", "1/4 bit", "int4", False),
+        ("rotsign-64-int2r", "1/4 bit", "int2-rotated", False),
+        ("rotsign-64-signr", "1/4 bit", "sign-rotated", False),
+        ("rotsign-64-topk", "1/4 bit", "topk", False),
+        ("rotsign-256", "1 bit", "int4", False),
+        ("rotsign-16", "1/16 bit", "int4", False),
+    )
+    for name, bits, down, quick in ways:
+        up = "-".join(name.split("-")[:2])
+        title = f"rotated signs, {bits}; {down} down"
+        yield LlamaScheme(name, title, "ours", coded(up, down), quick=quick, family="rotsign-64")
+    smooth = ServerConfig(momentum=0.5, lr=0.5)
+    title = "rotated signs, 1/4 bit; server momentum"
+    yield LlamaScheme(
+        "rotsign-64-m5", title, "ours", coded("rotsign-64", "int4", smooth), family="rotsign-64"
+    )
+    yield LlamaScheme(
+        "fp32-m5",
+        "fp32, server momentum",
+        "reference",
+        coded("fp32", "fp32", smooth),
+        family="fp32-m5",
+        plotted=False,
+    )
+
+
+def _subspaces() -> Iterator[LlamaScheme]:
+    def scheme(name: str, title: str, make: Make, quick: bool = False) -> LlamaScheme:
+        return LlamaScheme(name, title, "ours", make, quick=quick, family="sub-8")
+
+    def shared(ratio: float) -> SubspaceConfig:
+        return dataclasses.replace(SHARED, ratio=ratio)
+
+    for ratio in (8, 16, 4, 32, 64, 128, 192):
+        title = f"subspace 1/{ratio}, 1 bit"
+        make = latent(shared(ratio), "rotsign-256")
+        yield scheme(f"sub-{ratio}", title, make, quick=ratio in (8, 16))
+    own = "a basis for each tensor"
+    for ratio in (64, 8):
+        make = latent(dataclasses.replace(OWN, ratio=ratio), "rotsign-256")
+        yield scheme(f"sub-{ratio}-own", f"subspace 1/{ratio}, 1 bit, {own}", make, ratio == 64)
+    yield scheme("signal-64", f"subspace 1/64, 1 bit, {own}; int2 down", _own_64())
+    for ratio in (4, 8, 16):
+        make = latent(shared(ratio), "rotsign-64")
+        yield scheme(f"sub-{ratio}-k64", f"subspace 1/{ratio}, 1/4 bit", make)
+    at_8 = shared(8)
+    yield scheme("sub-8-2bit", "subspace 1/8, 2 bit", latent(at_8, "int2"))
+    yield scheme("sub-8-fp32", "subspace 1/8, fp32", latent(at_8, "fp32", "fp32"))
+    for records, ratio in (("update", 8), ("gradient", 8), ("gradient", 64)):
+        make = latent(shared(ratio), "rotsign-256", records=records)
+        title = f"subspace 1/{ratio}, 1 bit, fitted on single {records}s"
+        yield scheme(f"{records[:4].removesuffix('a')}-{ratio}", title, make)
+    yield LlamaScheme("auto-64", "subspace:auto 1/64, 1 bit", "ours", auto(64), family="auto-64")
+
+
+def _own_64() -> Make:
+    return signal(64, 1)
+
+
+def _progressive() -> Iterator[LlamaScheme]:
+    def scheme(name: str, title: str, make: Make) -> LlamaScheme:
+        return LlamaScheme(name, title, "ours", make, family=name)
+
+    nested: dict[str, Plan] = {
+        "64-8-wide6": ((0, "pre:64:256"), (2, "pre:8:256"), (6, "wide")),
+        "64-8-wide": ((0, "pre:64:256"), (3, "pre:8:256"), (8, "wide")),
+        "64-8": ((0, "pre:64:256"), (4, "pre:8:256")),
+        "64-4": ((0, "pre:64:256"), (4, "pre:4:256")),
+        "64-8-k64": ((0, "pre:64:256"), (4, "pre:8:64")),
+        "64-16-4": ((0, "pre:64:256"), (2, "pre:16:256"), (6, "pre:4:256")),
+        "128-32-8": ((0, "pre:128:256"), (2, "pre:32:256"), (6, "pre:8:256")),
+        "128-64-32": ((0, "pre:128:256"), (3, "pre:64:256"), (7, "pre:32:256")),
+    }
+    for name, plan in nested.items():
+        title = "progressive: " + ", ".join(_stage(first, kind) for first, kind in plan)
+        yield scheme(f"nest-{name}", title, planned(plan, 64, narrow_down="int2-rotated"))
+    narrow_wide: Plan = ((0, "pre"), (3, "wide"))
+    for kept, down in ((16, "int2"), (64, "topk")):
+        name = f"narrow-wide-{kept}" + ("" if down == "int2" else f"-{down}")
+        title = f"progressive: 1/64 from round 0, {kept}/256 bit from round 3; {down} down"
+        yield scheme(name, title, planned(narrow_wide, kept, down))
+    yield scheme(
         "fit-16",
-        "2 rounds of 1/16 bit, 1/64 fitted on them, 1/16 bit from round 6",
+        "progressive: 1/16 bit, 1/64 fitted on it from round 2, 1/16 bit from round 6",
         planned(((0, "wide"), (2, "fit"), (6, "wide")), 16),
-    ),
-    _planned(
+    )
+    yield scheme(
         "refit-16",
-        "1/64 (shared int4), refitted on rounds 4 and 7 of 1/16 bit",
+        "progressive: 1/64, refitted on rounds 4 and 7 of 1/16 bit",
         planned(((0, "pre"), (3, "wide"), (4, "fit"), (6, "wide"), (7, "fit")), 16),
-    ),
-    _planned(
-        "narrow-wide-64",
-        "3 rounds of 1/64 (shared int4), then 1/4 bit; 1 bit down",
-        planned(((0, "pre"), (3, "wide")), 64, "rotsign-256"),
-    ),
-    LlamaScheme("auto-64", "subspace:auto 1/64, 1 bit", "ours", auto(64), family="auto-64"),
-    _peer("eden-1"),
-    _peer("flasc-8", quick=True),
-    _peer("sparseloco"),
-    _peer("ecolora"),
-    _peer("sign-ef-both"),
-    _peer("ffa"),
-    _rotsign(64, "1/4 bit", "topk"),
-    _rotsign(64, "1/4 bit", "sign-rotated"),
-    _planned(
-        "narrow-wide-16-topk",
-        "3 rounds of 1/64 (shared int4), then 1/16 bit; topk down",
-        planned(((0, "pre"), (3, "wide")), 16, "topk"),
-    ),
-    _planned(
-        "narrow-wide-64-topk",
-        "3 rounds of 1/64 (shared int4), then 1/4 bit; topk down",
-        planned(((0, "pre"), (3, "wide")), 64, "topk"),
-    ),
-    _rotsign(64, "1/4 bit", "rotsign-256"),
-    _rotsign(64, "1/4 bit", "int2"),
-    _subspace(18),
-    _subspace(128),
-    _rotsign(256, "1 bit"),
-    _rotsign(32, "1/8 bit"),
-    _rotsign(8, "1/32 bit"),
-    LlamaScheme(
+    )
+
+
+def _stage(first: int, kind: str) -> str:
+    if kind == "wide":
+        return f"1/4 bit of all from round {first}"
+    _, ratio, kept = kind.split(":")
+    bits = "" if kept == "256" else f" at {kept}/256 bit"
+    return f"1/{ratio}{bits} from round {first}"
+
+
+def _bands() -> Iterator[LlamaScheme]:
+    def scheme(name: str, title: str, make: Make) -> LlamaScheme:
+        return LlamaScheme(name, title, "ours", make, family=name)
+
+    for kept in (1280, 1024, 512):
+        title = f"rotated signs, {kept}/4096 bit; replies relayed down"
+        yield scheme(f"w-{kept}of4096", title, banded(None, (1, 8), (kept, 4096)))
+    yield scheme(
+        "w-1024of4096-s5",
+        "rotated signs, 1024/4096 bit, halved; replies relayed down",
+        banded(None, (1, 8), (1024, 4096), 0.5),
+    )
+    for ratio, inside, outside, shrink in (
+        (8, 1, 4, 1.0),
+        (8, 1, 8, 1.0),
+        (8, 1, 8, 0.5),
+        (8, 1, 16, 1.0),
+        (8, 1, 16, 0.5),
+        (8, 2, 16, 1.0),
+        (8, 4, 32, 1.0),
+        (16, 1, 8, 1.0),
+        (16, 1, 16, 1.0),
+        (16, 1, 32, 1.0),
+        (16, 1, 32, 0.3),
+        (16, 2, 32, 1.0),
+        (32, 1, 64, 1.0),
+    ):
+        near = (256, 256) if inside == 1 else (1024 // inside, 1024)
+        parts = [f"h{ratio}", "1" if inside == 1 else f"1/{inside}", f"1/{outside}"]
+        parts += [] if shrink == 1 else [f"s{10 * shrink:g}"]
+        title = f"bands: 1/{ratio} at {parts[1]} bit, the rest at 1/{outside} bit"
+        title += "" if shrink == 1 else f" times {shrink:g}"
+        make = banded(ratio, near, (4096 // outside, 4096), shrink)
+        yield scheme("-".join(parts), title, make)
+    for outside in (8, 16):
+        title = f"bands: 1/64 (own bases) at 1 bit, the rest at 1/{outside} bit"
+        make = banded(64, (256, 256), (4096 // outside, 4096), share="none", basis_dtype="int8")
+        yield scheme(f"h64o-1-1/{outside}", title, make)
+
+
+def _peers() -> Iterator[LlamaScheme]:
+    for name in ("eden-1", "sign-ef-both", "ffa"):
+        yield _known(name)
+    yield LlamaScheme(
+        "fed-sb",
+        "Fed-SB",
+        "peer",
+        lambda world: FedSB(world.initial, frames(world, 1e-3)),
+        "Fed-SB, arXiv 2502.15436",
+        family="fed-sb",
+        grid=(1e-2, 3e-2, 1e-1),
+    )
+    yield _known("flasc-8", quick=True)
+    for name in ("ecolora", "sparseloco"):
+        yield _known(name)
+    yield LlamaScheme(
+        "ferret",
+        "Ferret, 64 directions for 4096 values",
+        "peer",
+        lambda world: Ferret(world.initial, lr=1 / 16),
+        "Ferret, arXiv 2409.06277",
+        family="ferret",
+    )
+    yield LlamaScheme(
         "paper-working",
         "ResNet-3 AE, working",
         "paper",
         paper("resnet3-working"),
         "CG-FedLLM, arXiv 2405.13746",
         family="paper-working",
-    ),
-)
+    )
 
-SCHEMES = {scheme.name: scheme for scheme in _ALL}
+
+def _known(name: str, quick: bool = False) -> LlamaScheme:
+    """A peer of the ``federated`` benchmark."""
+    known = federated.SCHEMES[name]
+    return LlamaScheme(
+        name, known.title, known.kind, known.make, known.cite, quick=quick, family=name
+    )
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for group in (_reference, _rotated_signs, _subspaces, _progressive, _bands, _peers)
+    for scheme in group()
+}

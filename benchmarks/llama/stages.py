@@ -11,26 +11,28 @@ whole updates. Every byte is in the messages, but that of ``"pre"``'s basis, whi
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
-from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
+from gradcodec.codecs import RotatedSign, Subspace
 from gradcodec.errors import TrainingError
 from gradcodec.federated import Client, Server, ServerConfig
 from gradcodec.federated.envelope import KINDS, Reply
 from gradcodec.federated.participants import ClientId, in_order
 from gradcodec.federated.schedule import Stage
-from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
+from gradcodec.registry import make_codec
 from gradcodec.tgap import SignalMoments, fit_subspace
 from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
 Plan = tuple[tuple[int, str], ...]
-"""First round and kind of each stage, in order."""
+"""First round and kind of each stage, in order; ``"pre:16:64"`` is ``"pre"`` at ratio 16 with 64 of
+256 values."""
 
 
 @dataclass
@@ -48,8 +50,9 @@ class Planned:
     plan: Plan
     wide: tuple[Codec, Codec]
     subspace: SubspaceConfig
-    pre: Subspace | None = None
+    pre: Mapping[str, Subspace] = field(default_factory=dict)
     lr: float = 1.0
+    down: str = "int2"
 
     def __post_init__(self) -> None:
         self._heard: dict[ClientId, Reply] = {}
@@ -81,10 +84,11 @@ class Planned:
     def _stage(self, kind: str, spec: UpdateSpec | None) -> Stage | None:
         if kind == "wide":
             return Stage(*self.wide, self.config("post"))
-        transform = self.pre if spec is None or kind == "pre" else self._fitted(spec)
+        transform = self.pre[kind] if kind.startswith("pre") else self._fitted(spec)
         if transform is None:
             return None
-        up, down = RotatedSign(), BlockQuant(BlockQuantConfig(2))
+        kept = int(kind.split(":")[2]) if kind.count(":") == 2 else 256
+        up, down = RotatedSign(RotatedSignConfig(kept=kept)), make_codec(self.down)
         return Stage(Chain(transform, up), Chain(transform, down), self.config("latent"))
 
     def _fitted(self, spec: UpdateSpec) -> Subspace | None:
