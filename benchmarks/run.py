@@ -177,6 +177,18 @@ _ALL = (
         "benchmarks.flower.case:page",
     ),
     Case(
+        "privacy",
+        "loss against epsilon: noise on whole updates, signs, an autoencoder's and small codes",
+        "benchmarks.privacy.case:main",
+        "benchmarks.privacy.case:page",
+    ),
+    Case(
+        "leakage",
+        "which words of a client's sentence an attacker reads out of what the client sent",
+        "benchmarks.privacy.leakage:main",
+        "benchmarks.privacy.leakage:page",
+    ),
+    Case(
         "nvflare",
         "NVFLARE's simulator with our filters and with its own quantisers: bytes and losses",
         "benchmarks.nvflare.case:main",

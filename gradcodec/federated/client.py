@@ -184,7 +184,7 @@ class Client:
             EmptyClientError: no examples.
             NonFiniteError: training diverged to NaN or Inf.
             UpdateError: names, shapes or dtypes differ from the global state's.
-            ConfigError: with ``privacy``, tensors travel bit for bit; the optimiser belongs to another codec or round, ``buffers`` is needed and
+            ConfigError: the optimiser belongs to another codec or round, ``buffers`` is needed and
                 missing, or ``examples`` is not a whole number.
         """
         count = example_count(examples, f"client {self.number!r}")

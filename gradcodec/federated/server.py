@@ -334,8 +334,8 @@ class Server:
 
         Raises:
             TrainingError: no reply was accepted, or fewer than ``privacy.shares``, or the state
-                would not be finite with any number of held replies dropped. The round stays open: ``drop`` removes one reply,
-                ``abandon_round`` all of them.
+                would not be finite with any number of held replies dropped. The round stays open:
+                ``drop`` removes one reply, ``abandon_round`` all of them.
         """
         if not len(self._replies):
             raise TrainingError(f"round {self.round}: expected at least one good reply, got none")

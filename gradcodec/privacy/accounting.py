@@ -100,7 +100,8 @@ def spend(
         rounds: at least 1.
         delta: within (0, 1); below one over the number of clients, or it promises nothing.
         rate: share of the clients in a round, 1 for ``"all"``.
-        sampling, adjacency: see the module.
+        sampling: who takes part in a round, see the module.
+        adjacency: which data sets are neighbours, see the module.
 
     Raises:
         ConfigError: a value is out of range, adjacency and sampling do not go together, or
@@ -115,7 +116,7 @@ def spend(
     rdp = float(_rdp(dp, sampling).compose(event).get_epsilon(delta))
     pld = None
     if sampling != "fixed":
-        pld = float(_pld(dp).compose(event).get_epsilon(delta))
+        pld = float(_pld(dp, sigma).compose(event).get_epsilon(delta))
     mu = gdp_mu(sigma, rounds, rate)
     gdp = float(dp.get_epsilon_gaussian(1 / mu, delta))
     return Spent(float(noise), rounds, delta, sampling, rate, adjacency, rdp, pld, gdp, mu)
@@ -139,14 +140,15 @@ def calibrate(
         raise ConfigError(f"expected a finite epsilon > 0, got {epsilon!r}")
     _check(rounds, delta, rate, sampling, adjacency)
     dp = _library()
+    # Without sampling, rounds are one release with the root of their number: the most noise needed.
+    most = math.sqrt(rounds) * float(dp.get_sigma_gaussian(epsilon, delta)) * 1.05
     sigma = dp.calibrate_dp_mechanism(
-        lambda: _rdp(dp, sampling) if sampling == "fixed" else _pld(dp),
+        lambda: _rdp(dp, sampling) if sampling == "fixed" else _pld(dp, most),
         lambda s: dp.SelfComposedDpEvent(_event(dp, s, rate, sampling), rounds),
         epsilon,
         delta,
-        # The noise of one release with the same mu is a good first guess.
-        dp.LowerEndpointAndGuess(1e-2, dp.get_sigma_gaussian(epsilon, delta) + 0.5),
-        tol=1e-3,
+        _bracket(dp, epsilon, most, rounds, delta, rate, sampling),
+        tol=1e-4 * most,
     )
     noise = float(sigma) * _sensitivity(adjacency)
     return spend(noise, rounds, delta=delta, rate=rate, sampling=sampling, adjacency=adjacency)
@@ -168,7 +170,7 @@ def presets(
 
 
 def gdp_mu(sigma: float, rounds: int, rate: float = 1.0) -> float:
-    """mu of Gaussian DP, ``sigma`` in units of the sensitivity.
+    """Parameter mu of Gaussian DP, ``sigma`` in units of the sensitivity.
 
     ``sqrt(rounds) / sigma`` if all take part (exact), else the central limit
     ``rate sqrt(rounds (exp(1 / sigma^2) - 1))``, infinite where that leaves floats.
@@ -235,5 +237,21 @@ def _rdp(dp: Any, sampling: str) -> Any:
     return dp.rdp.RdpAccountant(neighboring_relation=chosen)
 
 
-def _pld(dp: Any) -> Any:
-    return dp.pld.pld_privacy_accountant.PLDAccountant(value_discretization_interval=1e-3)
+def _pld(dp: Any, sigma: float) -> Any:
+    """Losses are as large as ``1 / sigma^2``: so is the grid's step, or memory would run out."""
+    step = 1e-3 * max(1.0, sigma**-2)
+    return dp.pld.pld_privacy_accountant.PLDAccountant(value_discretization_interval=step)
+
+
+def _bracket(
+    dp: Any, epsilon: float, most: float, rounds: int, delta: float, rate: float, sampling: str
+) -> Any:
+    """An interval with the noise in it; RDP, which is cheap, finds its lower end."""
+    least = most
+    while least > 1e-3 * most:
+        least /= 1.5
+        event = dp.SelfComposedDpEvent(_event(dp, least, rate, sampling), rounds)
+        # PLD's epsilon is at most RDP's, and hardly below two thirds of it.
+        if float(_rdp(dp, sampling).compose(event).get_epsilon(delta)) > 1.5 * epsilon:
+            break
+    return dp.ExplicitBracketInterval(least, 2 * most if sampling == "fixed" else most)

@@ -24,6 +24,8 @@ from gradcodec.types import Update
 from gradcodec.wire import Payload
 
 PLACES = ("code", "update")
+_INSIDE = 1 - 2.0**-22
+"""Factor of what was clipped: rounding to fp32 must not take it beyond the bound."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ClientPrivacy:
         x = value.detach().cpu().double().reshape(-1)
         norm = float(torch.linalg.vector_norm(x))
         if norm > self.clip:
-            x = x * (self.clip / norm)
+            x = x * (self.clip / norm * _INSIDE)
         if self.noise:
             x = x + self.std * self._normal(x.numel(), draw)
         return x.float()

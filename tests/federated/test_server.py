@@ -310,7 +310,7 @@ def test_latent_mode_needs_one_code_space() -> None:
         ({"mode": "both"}, "'both'"),
         ({"representation": "gradient"}, "'gradient'"),
         ({"mode": "latent", "representation": "state"}, "latent mode sends updates"),
-        ({"aggregation": "median"}, "'median'"),
+        ({"aggregation": "mode"}, "'mode'"),
         ({"lr": 0.0}, "lr > 0"),
         ({"lr": float("inf")}, "a finite lr > 0"),
         ({"momentum": 1.0}, "momentum"),
