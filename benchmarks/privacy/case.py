@@ -104,7 +104,11 @@ class Measured(Coded):
 
 
 def clip_of(name: str, out: Path) -> float:
-    """The bound of a scheme; measured once and kept beside the rows."""
+    """The bound of a scheme; measured once and kept beside the rows.
+
+    Signs are made of the same vector as ``fp32`` sends, after it was clipped.
+    """
+    name = "fp32" if name.startswith("rotsign") else name
     path = out / f"{CASE}-clip.jsonl"
     stamp = rows.stamp(CASE, name, TUNING_SEED, {"rounds": 1, "lr": LR})
     for run in rows.runs(path).values():
