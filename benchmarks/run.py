@@ -166,6 +166,11 @@ _ALL = (
         "benchmarks.ddp.page:page",
     ),
     Case(
+        "ddp_auto",
+        "codec='auto' beside each codec that it may choose, on links of three rates",
+        "benchmarks.ddp.ladder:main",
+    ),
+    Case(
         "link_swap",
         "two ranks swapping bytes over shaped links: gloo's all-to-all and ours",
         "benchmarks.links.swap:main",

@@ -171,6 +171,16 @@ _ALL = (
         plotted=False,
     ),
     Scheme("auto", "auto", "ours", ours("auto"), alike=False, few=True, settle=10),
+    Scheme(
+        "auto-wide",
+        "auto, quality 0.4",
+        "ours",
+        ours("auto", quality=0.4),
+        alike=False,
+        once=True,
+        settle=20,
+        plotted=False,
+    ),
     Scheme("fp16", "torch's fp16 hook", "peer", fp16, "torch.distributed", quick=True),
     Scheme(
         "powersgd-torch",

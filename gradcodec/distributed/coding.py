@@ -128,6 +128,14 @@ class CodecCoder:
         """The packer's size; its residual may be kept in another domain, such as rotated values."""
         return self.packer.residual_numel(numel)
 
+    def from_residual(self, residual: Tensor, numel: int) -> Tensor:
+        """``Packer.from_residual``."""
+        return self.packer.from_residual(residual, numel)
+
+    def to_residual(self, x: Tensor) -> Tensor:
+        """``Packer.to_residual``."""
+        return self.packer.to_residual(x)
+
     def pack(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
         """``Packer.pack``."""
         body = self.packer.pack(x, seed=seed, residual=residual)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from gradcodec.distributed.coding import Coder
-from gradcodec.distributed.shards import first_owner, shard_ranges
+from gradcodec.distributed.coding import CodecCoder, Coder
+from gradcodec.distributed.shards import Ranges, first_owner, shard_ranges
 from gradcodec.errors import ConfigError
 
 Saved = dict[str, tuple[list[Tensor], ...]]
@@ -67,6 +67,48 @@ class Residuals:
     def whole(self, name: str, values: Tensor, coder: Coder) -> list[Tensor]:
         """The first residual of a tensor that is coded whole, as a list of one; fp32."""
         return self._kept(self._first, name, [coder.residual_numel(values.numel())], values)
+
+    def recode(
+        self, name: str, numel: int, old: CodecCoder, new: CodecCoder, rank: int, world: int
+    ) -> None:
+        """Express what is kept for a tensor ``[numel]`` as another coder keeps it."""
+        for kept, ranges in self._places(name, numel, rank, world):
+            kept[name] = [
+                new.to_residual(old.from_residual(part, stop - start))
+                for part, (start, stop) in zip(
+                    self._parts(kept[name], ranges, old), ranges, strict=True
+                )
+            ]
+
+    def take(self, name: str, values: Tensor, coder: CodecCoder, rank: int, world: int) -> None:
+        """Add all that is kept for a tensor to its ``values`` ``[n]``, in place, and forget it.
+
+        What coding the mean of an own shard lost counts ``world`` times: the values are averaged.
+        """
+        for kept, ranges in self._places(name, values.numel(), rank, world):
+            factor = 1 if kept is self._first else world
+            parts = self._parts(kept.pop(name), ranges, coder)
+            for part, (start, stop) in zip(parts, ranges, strict=True):
+                lost = coder.from_residual(part.to(values.device), stop - start)
+                values[start:stop] += (factor * lost).to(values.dtype)
+
+    def _places(
+        self, name: str, numel: int, rank: int, world: int
+    ) -> list[tuple[dict[str, list[Tensor]], Ranges]]:
+        """Where something is kept for a tensor, and of which ranges of it."""
+        shards = shard_ranges(numel, world)
+        own = shards[(rank - first_owner(name, world)) % world]
+        both = ((self._first, shards), (self._second, [own]))
+        return [(kept, ranges) for kept, ranges in both if name in kept]
+
+    def _parts(self, found: list[Tensor], ranges: Ranges, coder: CodecCoder) -> list[Tensor]:
+        """What is kept, by range; what was loaded is one piece."""
+        sizes = [coder.residual_numel(stop - start) for start, stop in ranges]
+        return list(torch.split(torch.cat(found), sizes))
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether anything is kept for one of these names."""
+        return any(name in kept for name in names for kept in self._both())
 
     def decay(self, names: Iterable[str], factor: float) -> None:
         """Multiply what is kept for these names by ``factor``, in place."""

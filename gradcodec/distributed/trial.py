@@ -1,78 +1,162 @@
-"""``codec="auto"``: time dense and coded steps on the real link, then decide once for all ranks."""
+"""``codec="auto"``: time steps with ever narrower codecs on the real link, keep the fastest."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
+
+from gradcodec.errors import ConfigError
 
 WARM = 2
 """First steps, which are not timed: buckets are rebuilt, compilers run, memory is mapped."""
 
 ROUNDS = 3
-"""Dense and coded steps that are timed, in turns; the fastest of each kind counts."""
+"""Steps of each way that are timed; the fastest counts."""
 
 GAIN = 0.97
-"""A compressed step must take at most this share of a dense one; the rest may be noise."""
+"""A step of a narrower codec must take at most this share of the other; the rest may be noise."""
+
+RECHECK = 2000
+"""Steps after a decision until it is looked at again: links change, and so do jobs beside this."""
+
+AUTO, QUALITY = "auto", 0.02
+
+#: Codecs from wide to narrow, with their relative squared error on Gaussian values.
+RUNGS: Mapping[str, float] = MappingProxyType(
+    {"int8": 5e-5, "int4": 0.016, "int2-rotated": 0.12, "sign-rotated": 0.37}
+)
+
+
+def is_auto(codec: object) -> bool:
+    """Whether a codec's name asks for a trial."""
+    return isinstance(codec, str) and codec.split(":")[0] == AUTO
+
+
+def ladder(codec: str, quality: float) -> tuple[str, ...]:
+    """The codecs that ``"auto"`` may choose, from wide to narrow.
+
+    ``"auto:A,B"`` names them. ``"auto"`` takes those of ``RUNGS`` whose error is at most
+    ``quality``, from ``"int4"`` on where that is allowed: what gains with 8 bits gains more with 4.
+
+    Raises:
+        ConfigError: ``quality`` allows none, or a name is empty or comes twice.
+    """
+    if not (isinstance(quality, int | float) and 0 < quality < math.inf):
+        raise ConfigError(f"expected a finite quality > 0, got {quality!r}")
+    if codec != AUTO:
+        names = tuple(codec.partition(":")[2].split(","))
+        if "" in names or len(set(names)) != len(names):
+            raise ConfigError(f"expected 'auto:NAME,NAME' with different names, got {codec!r}")
+        if "fp32" in names or ("lowrank" in names and len(names) > 1):
+            raise ConfigError(
+                f"expected codecs whose residuals can be exchanged, got {codec!r}: dense steps are "
+                "timed anyway, and 'lowrank' can only be alone"
+            )
+        return names
+    found = tuple(name for name, error in RUNGS.items() if error <= quality)
+    if not found:
+        least = min(RUNGS.values())
+        raise ConfigError(f"expected a quality of at least {least:g} (int8's error), got {quality}")
+    return found[1:] if len(found) > 1 else found
 
 
 class Trial:
-    """Times whole training steps, dense and coded in turn, and takes the faster way.
+    """Climbs the ladder while a narrower codec makes steps faster, and stops where it does not.
 
-    Whole steps are timed because they include all that matters: the link, encoding and decoding,
-    and how much of these is hidden behind the backward pass or takes cores from it. Some steps also
-    hold other work (a validation, a checkpoint), so the fastest step of each kind is compared. The
-    slowest rank's times count, so that all ranks decide the same.
+        dense -- faster? --> int4 -- faster? --> int2-rotated -- faster? --> ...
+
+    Whole steps are timed, because they include all that matters: the link, encoding and decoding,
+    and how much of these is hidden behind the backward pass or takes cores from it. Some steps
+    also hold other work (a validation, a checkpoint), so the fastest step of each way is compared.
+    The slowest rank's times count, so that all ranks decide the same. After ``RECHECK`` steps it
+    looks again, from one rung below its decision. What a codec has lost is expressed as the next
+    one keeps it, or added to the gradients of a dense step: a switch loses nothing.
+
+    Args:
+        rungs: names of the codecs, from wide to narrow; rung 0, before them, is dense.
 
     Attributes:
-        decision: ``None`` while measuring, then whether to compress.
-        dense: seconds of the fastest dense step on the slowest rank; 0 if not measured.
-        coded: the same for compressed steps.
+        decision: ``None`` in the first trial, then the rung that is used.
+        times: seconds of the fastest step by rung, on the slowest rank; what was measured last.
     """
 
-    def __init__(self) -> None:
-        self.decision: bool | None = None
-        self.dense = 0.0
-        self.coded = 0.0
+    def __init__(self, rungs: Sequence[str]) -> None:
+        self.names = ("dense", *rungs)
+        self.decision: int | None = None
+        self.times: dict[int, float] = {}
         self._steps = 0
-        self._since: float | None = None
-        self._times: dict[bool, list[float]] = {False: [], True: []}
+        self._begin(0)
 
-    @property
-    def compress(self) -> bool:
-        """Whether the gradients of the current step are compressed."""
-        if self.decision is not None:
-            return self.decision
-        return self._steps >= WARM and (self._steps - WARM) % 2 == 1
+    def _begin(self, best: int) -> None:
+        self._best, self._challenger = best, best + 1
+        self._plan = [(best, False)] * WARM + [(best, True)] * ROUNDS + self._challenge()
+        self._since: float | None = None
+        self._taken: dict[int, list[float]] = {}
+
+    def _challenge(self) -> list[tuple[int, bool]]:
+        """Steps of the challenger; the first is not timed, since residuals change their form."""
+        return [(self._challenger, False)] + [(self._challenger, True)] * ROUNDS
 
     @property
     def measuring(self) -> bool:
-        """Whether there is no decision yet."""
-        return self.decision is None
+        """Whether steps are timed."""
+        return bool(self._plan)
+
+    @property
+    def rung(self) -> int:
+        """The way of the current step: 0 is dense, others are codecs by their place."""
+        return self._plan[0][0] if self._plan else self.decision or 0
+
+    def settle(self, rung: int) -> None:
+        """Decide without a trial: after a restart, or where nothing is exchanged."""
+        self.decision, self._plan, self._steps = rung, [], 0
 
     def step_done(self, group: dist.ProcessGroup, device: torch.device) -> bool:
         """Call it after the last bucket of each step, on all ranks; ``True`` if it decided."""
-        if self.decision is not None:
+        if not self._plan:
+            self._steps += 1
+            if self._steps >= RECHECK:
+                self._begin(max(0, min((self.decision or 0) - 1, len(self.names) - 2)))
             return False
-        now, compressed = time.perf_counter(), self.compress
-        if self._since is not None and self._steps >= WARM:
-            self._times[compressed].append(now - self._since)
-        self._steps += 1
-        if self._steps < WARM + 2 * ROUNDS:
-            self._since = now
-            return False
-        both = torch.tensor([min(self._times[False]), min(self._times[True])], device=device)
+        now = time.perf_counter()
+        rung, timed = self._plan.pop(0)
+        if timed and self._since is not None:
+            self._taken.setdefault(rung, []).append(now - self._since)
+        self._since = now
+        return not self._plan and self._compare(group, device)
+
+    def _compare(self, group: dist.ProcessGroup, device: torch.device) -> bool:
+        """Take the faster of two ways; decide, or go on to the next rung."""
+        pair = (self._best, self._challenger)
+        both = torch.tensor([min(self._taken[rung]) for rung in pair], device=device)
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-        self.dense, self.coded = both.tolist()
-        self.decision = self.coded < GAIN * self.dense
+        best, other = both.tolist()
+        self.times.update(zip(pair, (best, other), strict=True))
+        faster = other < GAIN * best
+        if faster and self._challenger + 1 < len(self.names):
+            self._best, self._challenger = self._challenger, self._challenger + 1
+            self._plan = self._challenge()
+            return False
+        self.settle(self._challenger if faster else self._best)
         return True
 
     def describe(self) -> str:
-        """One sentence for a log."""
+        """One sentence for a log: what it chose, and what it expects of that."""
         if self.decision is None:
             return "auto: still measuring"
-        verdict = "compressing" if self.decision else "not compressing: it would lose time"
-        if not self.dense:
+        name = self.names[self.decision]
+        verdict = f"compressing by {name}" if self.decision else "not compressing"
+        if not self.times:
             return f"auto: {verdict} (decided before the restart)"
-        return f"auto: {verdict}; a step took {self.dense:.4f} s dense, {self.coded:.4f} s coded"
+        took = ", ".join(f"{self.times[r]:.4f} s {self.names[r]}" for r in sorted(self.times))
+        gain = ""
+        if self.decision and 0 in self.times:
+            gain = f", {self.times[0] / self.times[self.decision]:.2f}x as fast as dense"
+        elif not self.decision:
+            gain = ": it would lose time"
+        return f"auto: {verdict}{gain}; a step took {took}"

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradcodec import layout, ops
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.packers.packer import Packer
 from gradcodec.reference import grid
 from gradcodec.reference.bitpack import packed_nbytes
+from gradcodec.reference.hadamard import rotate_chunks, rotate_chunks_back
 from gradcodec.settings import CodecConfig, check_one_of, check_whole
 
 #: What ``scale="auto"`` means at each bit width, without rotation or stochastic rounding.
@@ -115,6 +117,19 @@ class BlockQuantPacker(Packer):
     def residual_numel(self, numel: int) -> int:
         """With rotation whole chunks, because the residual is kept in rotated coordinates."""
         return ops.padded_numel(numel, self.config.rotate)
+
+    def from_residual(self, residual: Tensor, numel: int) -> Tensor:
+        """Rotated back."""
+        if not self.config.rotate:
+            return residual
+        return rotate_chunks_back(residual.view(-1, ops.CHUNK)).reshape(-1)[:numel]
+
+    def to_residual(self, x: Tensor) -> Tensor:
+        """Rotated, in whole chunks."""
+        if not self.config.rotate:
+            return x
+        whole = functional.pad(x, (0, self.residual_numel(x.numel()) - x.numel()))
+        return rotate_chunks(whole.view(-1, ops.CHUNK)).reshape(-1)
 
     @property
     def grain(self) -> int | None:

@@ -44,6 +44,14 @@ class Packer(ABC):
         """The length of the residual that ``pack`` takes for ``numel`` values."""
         return numel
 
+    def from_residual(self, residual: Tensor, numel: int) -> Tensor:
+        """The values that a residual stands for, fp32 ``[numel]``."""
+        return residual
+
+    def to_residual(self, x: Tensor) -> Tensor:
+        """Inverse of ``from_residual``: fp32 ``[n]`` -> ``[residual_numel(n)]``."""
+        return x
+
     @torch.no_grad()
     def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
         """Pack a vector, uint8 ``[nbytes(n)]``.

@@ -224,7 +224,7 @@ def states_that_differ_are_told_in_the_next_step(rank: int, world: int) -> None:
 
     _loaded(step, "int4", "step: '2' on rank 0, '3' on rank 1")
     _loaded(seed, "int4", "seed: '0' on rank 0")
-    _loaded(decision, "auto", "decision of auto: 'True' on rank 0, 'False' on rank")
+    _loaded(decision, "auto", "decision of auto: '1' on rank 0, '0' on rank")
     _loaded(basis, LowRank(rank=2), "basis of 2.weight")
     _loaded(no_basis, LowRank(rank=2, refresh=3), "basis of 2.weight: 'none' on rank 0")
 

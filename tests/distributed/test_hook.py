@@ -26,6 +26,7 @@ OTHERS = (
     "bytes_are_counted_as_they_are",
     "linear_learned_codecs_average_their_codes",
     "nothing_is_lost_only_late",
+    "a_switch_of_codecs_loses_nothing",
 )
 
 LAST = "destroying_the_group_ends_the_thread"

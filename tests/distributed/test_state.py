@@ -6,7 +6,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from gradcodec.codecs import BlockQuant
-from gradcodec.distributed import CompressState, LowRank, Residuals, trial
+from gradcodec.distributed import CompressState, LowRank, Residuals
 from gradcodec.distributed.coding import CodecCoder
 from gradcodec.distributed.meter import Traffic
 from gradcodec.errors import ConfigError
@@ -68,17 +68,6 @@ def test_states_of_other_models_are_refused() -> None:
         state.load_state_dict({})
     with pytest.raises(ConfigError, match="not of this model"):
         state.load_state_dict({"step": 1, "seed": 0, "first.other": torch.zeros(3)})
-
-
-def test_auto_measures_both_ways_after_warming_up() -> None:
-    choice = trial.Trial()
-    ways = []
-    for _ in range(trial.WARM + 2 * trial.ROUNDS):
-        assert choice.measuring
-        ways.append(choice.compress)
-        choice._steps += 1
-    assert ways[: trial.WARM] == [False] * trial.WARM
-    assert ways[trial.WARM :] == [False, True] * trial.ROUNDS
 
 
 def test_traffic_adds_up() -> None:

@@ -33,7 +33,7 @@ _POWER = RawCoder(torch.bfloat16)
 
 _RESIDUALS = ("first", "second")
 _OF_A_BASIS = ("start", "basis", "error")
-_COUNTS = ("step", "seed", "auto", "world", "rank")
+_COUNTS = ("step", "seed", "auto", "rung", "world", "rank")
 
 
 # -- where each gradient lies in a bucket ---------------------------------------------------------
@@ -157,6 +157,31 @@ class BucketReducer:
         broken = [one.slot for one in sent if not self._take(one, link.size)]
         if broken:
             self.reduce_raw(broken, link, step)
+
+    @torch.no_grad()
+    def use(self, plan: Plan, rank: int, world: int) -> None:
+        """Code by another plan from now on; residuals are expressed as its codecs keep them.
+
+        A codec without error feedback leaves them alone, until another one or a dense step comes.
+        """
+        before, self.plan = self.plan, plan
+        for name, new in plan.entries.items():
+            old = before.entries[name]
+            ends = old.route.coder, new.route.coder
+            if ends[0] is ends[1] or not self.residuals.has([name]):
+                continue
+            assert ends[0] is not None
+            assert ends[1] is not None
+            numel = math.prod(plan.shapes[name])
+            self.residuals.recode(name, numel, ends[0], ends[1], rank, world)
+
+    @torch.no_grad()
+    def send_rest(self, slots: list[Slot], rank: int, world: int) -> None:
+        """Add what coding has lost so far to gradients that are averaged exactly."""
+        for slot in slots:
+            coder = self.plan.entries[slot.name].route.coder
+            if coder is not None and self.residuals.has([slot.name]):
+                self.residuals.take(slot.name, slot.flat, coder, rank, world)
 
     @torch.no_grad()
     def reduce_raw(self, slots: list[Slot], link: Link, step: int) -> None:

@@ -26,7 +26,7 @@ from gradcodec.distributed.exchange.link import Link, control_link, place
 from gradcodec.distributed.exchange.terms import choice_text, rules_text, tensor_text
 from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
 from gradcodec.distributed.plan import Choice, Plan, Rules
-from gradcodec.distributed.trial import Trial
+from gradcodec.distributed.trial import AUTO, QUALITY, Trial, is_auto, ladder
 from gradcodec.distributed.wrappers.bucket import BucketReducer, ParameterNames, Slot
 from gradcodec.distributed.wrappers.fsdp1 import is_fsdp1
 from gradcodec.distributed.wrappers.torch_compat import sister_group
@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 
 Future = torch.futures.Future
 
-AUTO = "auto"
-_AUTO_CODEC = "int4"
 _WHAT = "CompressState"
 
 
@@ -59,10 +57,11 @@ class CompressState(Closing):
 
     Args:
         model: the model (plain, compiled or in ``DistributedDataParallel``), or named parameters.
-        codec: a codec, a name of ``make_codec``, ``LowRank(...)``, ``"lowrank"``, or ``"auto"``
-            (also ``"auto:int8"`` and so on; plain ``"auto"`` tries ``"int4"``), which times a few
-            steps and does not compress if that would lose time. ``"fp32"`` leaves gradients
-            to the group's own all-reduce, as DDP without a hook does.
+        codec: a codec, a name of ``make_codec``, ``LowRank(...)``, ``"lowrank"``, or ``"auto"``,
+            which times a few steps with narrower and narrower codecs, keeps the fastest, does not
+            compress if that would lose time, and looks again every 2,000 steps (``trial``).
+            ``"auto:int8,int4"`` names the codecs. ``"fp32"`` leaves gradients to the group's own
+            all-reduce, as DDP without a hook does.
         process_group: the group of the data-parallel ranks; by default that of ``model`` if it is
             wrapped, else the default group. Exchanges run on a new group of the same ranks.
         error_feedback: ``True``, ``False``, or ``"auto"``: on for codecs that need it (see
@@ -72,6 +71,8 @@ class CompressState(Closing):
         rules: ``(pattern, codec)`` by parameter name, the first match wins:
             ``[("*.bias", "fp32"), ("*embed*", "int8")]``.
         seed: of stochastic rounding and first bases; equal on all ranks.
+        quality: what ``"auto"`` may lose: the largest relative squared error of a codec on Gaussian
+            values. 0.02 allows ``"int4"``, 0.15 ``"int2-rotated"`` too, 0.4 ``"sign-rotated"``.
         log_every: steps between log lines, at level INFO.
         nmse_every: steps between measurements of what coding loses of each gradient, for ``stats``.
 
@@ -107,6 +108,7 @@ class CompressState(Closing):
         seed: int = 0,
         log_every: int | None = None,
         nmse_every: int | None = None,
+        quality: float = QUALITY,
     ) -> None:
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
@@ -130,13 +132,16 @@ class CompressState(Closing):
             shapes = {n: real_shape(p) for n, p in parameters.items()}
             self.codec = codec
             self.auto: Trial | None = None
-            if isinstance(codec, str) and codec.split(":")[0] == AUTO:
-                self.auto = Trial()
-                codec = _AUTO_CODEC if codec == AUTO else codec.partition(":")[2]
+            choices: tuple[Choice, ...] = (codec,)
+            if is_auto(codec):
+                choices = ladder(str(codec), quality)
+                self.auto = Trial([str(choice) for choice in choices])
             feedback = None if error_feedback == AUTO else bool(error_feedback)
-            plan = Plan(shapes, codec, min_numel, rules, feedback)
+            self._plans = [Plan(shapes, c, min_numel, rules, feedback) for c in choices]
+            plan = self._plans[0]
+            texts = [choice_text(choice) for choice in choices]
             self._terms = {
-                "codec": (f"{AUTO}, " if self.auto else "") + choice_text(codec),
+                "codec": ", ".join([AUTO, *texts] if self.auto else texts),
                 "error_feedback": str(error_feedback),
                 "start_step": str(start_step),
                 "min_numel": str(min_numel),
@@ -178,7 +183,7 @@ class CompressState(Closing):
         buffer, last = bucket.buffer(), bool(bucket.is_last())
         slots = [] if buffer.is_sparse else self._names.slots(bucket)
         names = self._names.names(bucket)
-        coded, dense = self._way(step)
+        rung, dense = self._way(step)
         if last:
             self._step += 1
         if worker is None:  # a world of one
@@ -187,19 +192,20 @@ class CompressState(Closing):
             return alone
         key = (names, buffer.dtype, buffer.is_sparse)
         measuring = self.auto is not None and self.auto.measuring
-        if dense and not measuring and not buffer.is_sparse and key in self._agreed:
+        plain = dense and not measuring and not self.reducer.residuals.has(names)
+        if plain and not buffer.is_sparse and key in self._agreed:
             future = self._left_to_ddp(buffer)
             if last:
                 worker.finish()
-                self.counters.log(step + 1)
+                self._step_done(step, buffer.device)
             return future
 
         def work() -> Tensor:
-            self._agree(key, names, buffer, step, coded)
+            self._agree(key, names, buffer, step, rung)
             if buffer.is_sparse or dense:
-                mean = self._all_reduce(buffer)
+                mean = self._all_reduce(buffer, slots)
             else:
-                mean = self._reduce(buffer, slots, step, coded)
+                mean = self._reduce(buffer, slots, step, rung)
             if last:
                 self._step_done(step, buffer.device)
             return mean
@@ -209,14 +215,15 @@ class CompressState(Closing):
             worker.finish()
         return future
 
-    def _way(self, step: int) -> tuple[bool, bool]:
-        """Whether a step's gradients are coded, and whether they go through a dense all-reduce.
+    def _way(self, step: int) -> tuple[int, bool]:
+        """By which plan a step's gradients are coded, and whether a dense all-reduce takes them.
 
-        If neither (before ``start_step``), they are averaged exactly, by our own two shots.
+        Plans count from 1. If neither (before ``start_step``), gradients are averaged exactly, by
+        our own two shots.
         """
         started = step >= self.start_step
-        coded = started and (self.auto is None or self.auto.compress)
-        return coded, self._exact or (started and not coded)
+        rung = 0 if not started else 1 if self.auto is None else self.auto.rung
+        return rung, self._exact or (started and not rung)
 
     def _left_to_ddp(self, buffer: Tensor) -> Future[Tensor]:
         """What ``DistributedDataParallel`` does without a hook; its seconds are not counted."""
@@ -231,7 +238,7 @@ class CompressState(Closing):
     # -- the worker's side ------------------------------------------------------------------
 
     def _agree(
-        self, key: object, names: Sequence[str], buffer: Tensor, step: int, coded: bool
+        self, key: object, names: Sequence[str], buffer: Tensor, step: int, rung: int
     ) -> None:
         """Compare ranks before a bucket that is new: DDP's first, rebuilt and resumed ones."""
         if key in self._agreed:
@@ -245,7 +252,7 @@ class CompressState(Closing):
                 "parameters": ", ".join(names),
                 "gradients": tensor_text(buffer),
                 "step": str(step),
-                "compressed": str(coded),
+                "compressed": str(bool(rung)) if self.auto is None else self.auto.names[rung],
                 "decision of auto": str(self.auto and self.auto.decision),
                 "seed": str(self.reducer.seed),
                 **self.reducer.terms(names),
@@ -253,10 +260,13 @@ class CompressState(Closing):
         )
         self.counters.traffic += link.meter.traffic
 
-    def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, coded: bool) -> Tensor:
+    def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, rung: int) -> Tensor:
         link = Link(self._own_group, buffer.device)
         link.meter.dense = buffer.numel() * buffer.element_size()
-        if coded:
+        if rung:
+            plan = self._plans[rung - 1]
+            if plan is not self.reducer.plan:
+                self.reducer.use(plan, link.rank, link.size)
             measure = self.nmse_every is not None and step % self.nmse_every == 0
             self.reducer.reduce(slots, link, step, measure=measure)
         else:
@@ -264,8 +274,9 @@ class CompressState(Closing):
         self.counters.traffic += link.meter.traffic
         return buffer
 
-    def _all_reduce(self, buffer: Tensor) -> Tensor:
+    def _all_reduce(self, buffer: Tensor, slots: list[Slot]) -> Tensor:
         link = Link(self._own_group, buffer.device)
+        self.reducer.send_rest(slots, link.rank, link.size)
         size = buffer._values().numel() if buffer.is_sparse else buffer.numel()
         link.meter.dense = size * buffer.element_size()
         link.meter.wire = ring_nbytes(link.meter.dense, self._world)
@@ -299,7 +310,7 @@ class CompressState(Closing):
             self._worker = Worker()
             weakref.finalize(self, self._worker.stop)
         elif self.auto is not None:
-            self.auto.decision = False  # nothing is exchanged
+            self.auto.settle(0)  # nothing is exchanged
         self._rank = rank
         if self._pending is not None:
             self._load(*self._pending)
@@ -343,12 +354,14 @@ class CompressState(Closing):
         """What a resumed run needs to go on with equal bits: a flat dict of CPU tensors and ints.
 
         Every rank has its own. Keys: ``step``, ``seed``, ``world``, ``rank``, ``auto`` (-1 no
-        decision, 0, 1), ``first.NAME`` and ``second.NAME`` (residuals), ``start.NAME``,
-        ``basis.NAME`` and ``error.NAME`` (low rank). Call it between steps.
+        decision, 0 dense, else the rung), ``rung`` (the codec whose residuals these are),
+        ``first.NAME`` and ``second.NAME`` (residuals), ``start.NAME``, ``basis.NAME`` and
+        ``error.NAME`` (low rank). Call it between steps.
         """
         out: State = {"step": self.step, "seed": self.reducer.seed}
         if self.auto is not None:
-            out["auto"] = -1 if self.auto.decision is None else int(self.auto.decision)
+            out["auto"] = -1 if self.auto.decision is None else self.auto.decision
+            out["rung"] = 1 + self._plans.index(self.reducer.plan)
         out.update(self.reducer.state_dict())
         if self._world:
             out["world"], out["rank"] = self._world, self._rank
@@ -380,13 +393,21 @@ class CompressState(Closing):
             self._pending = (known, strict)
 
     def _load(self, state: Mapping[str, Tensor | int], strict: bool) -> None:
+        decision = int(state.get("auto", -1))
+        if self.auto is not None:
+            rung = int(state.get("rung", 1))  # states of earlier versions had one codec
+            if not (1 <= rung <= len(self._plans) and decision <= len(self._plans)):
+                raise ConfigError(
+                    f"expected a state of auto with {', '.join(self.auto.names[1:])}, got one that "
+                    f"uses codec {max(rung, decision)} of its own list"
+                )
+            self.reducer.plan = self._plans[rung - 1]
         self.reducer.load_state_dict(state, rank=self._rank, world=self._world, strict=strict)
         self._agreed.forget()
         self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
-        decision = int(state.get("auto", -1))
         if self.auto is not None and decision >= 0:
-            self.auto.decision = bool(decision)
+            self.auto.settle(decision)
 
     def __deepcopy__(self, memo: object) -> CopiedState:
         # A copy of a DDP model has its own reducer, without a hook. What this state holds (a

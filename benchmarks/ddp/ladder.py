@@ -1,0 +1,59 @@
+"""What ``codec="auto"`` chooses on links of three rates, and whether that is the best.
+
+    python -m benchmarks.run ddp_auto
+
+Plain DDP, each codec of the ladder and ``auto`` with ``quality=0.4`` take turns of a few steps in
+one run of two ranks, so that a busy machine slows all of them. Rows: ``ddp_auto.jsonl``, one per
+link, with the seconds of each turn and the line that ``auto`` logs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from benchmarks import rows
+from benchmarks.ddp.case import Run, execute
+from benchmarks.ddp.rank import BLOCK, Phase
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES
+from benchmarks.ddp.work import work_named
+from benchmarks.report import Table, aligned
+from benchmarks.run import Options
+
+CASE = "ddp_auto"
+AUTO = "auto-wide"
+BESIDE = (REFERENCE, "int4", "int2-rot", "sign-rot", AUTO)
+BLOCKS: Mapping[str, int] = {"100mbit": 4, "1gbit": 8, "unshaped": 12}
+"""Turns on each link; a step of plain DDP takes seconds on the slowest."""
+
+
+def main(options: Options) -> list[str]:
+    """Measure what is missing, then print the table."""
+    work = work_named("llama")
+    path = options.out / f"{CASE}.jsonl"
+    phases = tuple(Phase(link, BLOCK * count, BESIDE) for link, count in BLOCKS.items())
+    steps = max(phase.steps for phase in phases)
+    name = "+".join(BESIDE)
+    run = Run(work.name, 2, name, 0, work.recipe.lr, steps, phases, case=CASE)
+    failed = execute([run], path, again=options.again)
+    print(aligned(table(rows.read(path))))
+    for row in rows.read(path):
+        print(f"{row['link']}: {row['notes'][AUTO]['auto']}")
+    return failed
+
+
+def table(measured: Sequence[rows.Row]) -> Table:
+    """Steps as fast as plain DDP's, median of the turns' ratios."""
+    head = ["link", *(SCHEMES[name].title for name in BESIDE[1:]), "auto / best of them"]
+    out: Table = [tuple(head)]
+    for row in measured:
+        blocks = row["blocks"]
+        plain = blocks[REFERENCE]
+        speed = {
+            name: statistics.median(p / s for p, s in zip(plain, blocks[name], strict=True))
+            for name in BESIDE[1:]
+        }
+        best = max([1.0, *(v for name, v in speed.items() if name != AUTO)])
+        cells = [f"{speed[name]:.2f}x" for name in BESIDE[1:]]
+        out.append((row["link"], *cells, f"{speed[AUTO] / best:.0%}"))
+    return out

@@ -1,0 +1,152 @@
+"""``codec="auto"`` without other processes: which codecs it tries, and what it makes of times."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradcodec.distributed import trial
+from gradcodec.distributed.trial import RUNGS, Trial, ladder
+from gradcodec.errors import ConfigError
+from gradcodec.registry import make_codec
+
+
+class Clock:
+    """Steps of given lengths; one rank alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(trial.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
+
+    def play(self, auto: Trial, seconds: Sequence[float], steps: int = 10_000) -> list[int]:
+        """The rungs of all steps until it decides; a step of rung ``r`` takes ``seconds[r]``."""
+        rungs = []
+        for _ in range(steps):
+            rungs.append(auto.rung)
+            self.now += seconds[auto.rung]
+            if auto.step_done(None, torch.device("cpu")):  # type: ignore[arg-type]
+                break
+        return rungs
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+NAMES = ("int4", "int2-rotated", "sign-rotated")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "decision"),
+    [
+        ([1.0, 1.0, 0.1, 0.1], 0),  # it stops where the next rung does not help
+        ([1.0, 0.98, 0.1, 0.1], 0),  # too little to tell from noise
+        ([1.0, 0.5, 0.5, 0.1], 1),
+        ([1.0, 0.5, 0.3, 0.4], 2),
+        ([1.0, 0.5, 0.3, 0.2], 3),
+        ([1.0, 3.0, 0.3, 0.2], 0),
+    ],
+)
+def test_it_climbs_while_steps_get_faster(
+    clock: Clock, seconds: list[float], decision: int
+) -> None:
+    auto = Trial(NAMES)
+    rungs = clock.play(auto, seconds)
+    assert auto.decision == decision
+    assert rungs[: trial.WARM + trial.ROUNDS] == [0] * (trial.WARM + trial.ROUNDS)
+    assert len(rungs) <= trial.WARM + trial.ROUNDS + len(NAMES) * (trial.ROUNDS + 1)
+    assert sorted(rungs) == rungs
+    assert auto.times == {r: pytest.approx(seconds[r]) for r in set(rungs)}
+
+
+@given(st.lists(st.floats(1e-4, 10), min_size=4, max_size=4))
+def test_its_choice_is_never_slower_than_dense(seconds: list[float]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        auto = Trial(NAMES)
+        Clock(patch).play(auto, seconds)
+    assert auto.decision is not None
+    assert seconds[auto.decision] <= seconds[0]
+
+
+def test_a_slow_step_among_fast_ones_does_not_count(clock: Clock) -> None:
+    auto = Trial(("int4",))
+    lengths = iter([1.0] * 5 + [5.0] + [7.0, 0.5, 9.0])
+    while True:
+        clock.now += next(lengths)
+        if auto.step_done(None, torch.device("cpu")):  # type: ignore[arg-type]
+            break
+    assert auto.decision == 1
+
+
+def test_what_a_change_of_the_link_is_worth_is_seen_at_the_next_look(clock: Clock) -> None:
+    auto = Trial(NAMES)
+    clock.play(auto, [1.0, 0.5, 0.3, 0.2])
+    assert auto.decision == 3
+    decided = []
+    for _ in range(3):
+        rungs = clock.play(auto, [0.1, 0.15, 0.2, 0.25])
+        assert rungs[: trial.RECHECK] == [rungs[0]] * trial.RECHECK
+        decided.append(auto.decision)
+    assert decided == [2, 1, 0]
+    clock.play(auto, [1.0, 0.5, 0.3, 0.2])
+    assert auto.decision == 3  # and all the way up in one
+
+
+def test_what_it_says_names_times_and_the_gain(clock: Clock) -> None:
+    auto = Trial(NAMES)
+    assert auto.describe() == "auto: still measuring"
+    clock.play(auto, [1.0, 0.5, 0.25, 0.25])
+    assert auto.describe() == (
+        "auto: compressing by int2-rotated, 4.00x as fast as dense; a step took 1.0000 s dense, "
+        "0.5000 s int4, 0.2500 s int2-rotated, 0.2500 s sign-rotated"
+    )
+    declined = Trial(NAMES)
+    clock.play(declined, [1.0, 1.5, 0.25, 0.25])
+    assert declined.describe() == (
+        "auto: not compressing: it would lose time; a step took 1.0000 s dense, 1.5000 s int4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("codec", "quality", "names"),
+    [
+        ("auto", trial.QUALITY, ("int4",)),
+        ("auto", 1e-3, ("int8",)),
+        ("auto", 0.15, ("int4", "int2-rotated")),
+        ("auto", 1.0, ("int4", "int2-rotated", "sign-rotated")),
+        ("auto:int8", 1e-9, ("int8",)),
+        ("auto:int8,sign-rotated", 1e-9, ("int8", "sign-rotated")),
+    ],
+)
+def test_quality_bounds_the_ladder(codec: str, quality: float, names: tuple[str, ...]) -> None:
+    assert ladder(codec, quality) == names
+
+
+@pytest.mark.parametrize(
+    ("codec", "quality", "what"),
+    [
+        ("auto", 1e-6, "at least 5e-05"),
+        ("auto", 0, "quality"),
+        ("auto", float("nan"), "quality"),
+        ("auto:", 1, "different names"),
+        ("auto:int4,int4", 1, "different names"),
+        ("auto:int4,fp32", 1, "dense steps"),
+        ("auto:int4,lowrank", 1, "alone"),
+    ],
+)
+def test_ladders_that_make_no_sense_are_refused(codec: str, quality: float, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        ladder(codec, quality)
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_the_errors_of_the_rungs_are_what_they_say(name: str) -> None:
+    packer = make_codec(name).packer
+    x = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+    error = (packer.unpack(packer.pack(x), x.numel()) - x).square().sum() / x.square().sum()
+    assert 0.9 * RUNGS[name] < error < 1.01 * RUNGS[name]
