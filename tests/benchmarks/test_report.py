@@ -12,7 +12,7 @@ from gradcodec.errors import ConfigError
 
 #: Name of the rows, and the case that makes them.
 REPORTED = [(name, name) for name, case in CASES.items() if case.page]
-REPORTED.append(("llama-gsm8k", "llama"))
+REPORTED += [(f"llama-{name}", "llama") for name in ("gsm8k", "gsm8k-cpu", "mmlu")]
 
 
 def _page(name: str, case: str) -> Page:
