@@ -166,6 +166,17 @@ _ALL = (
         "benchmarks.ddp.page:page",
     ),
     Case(
+        "local-tune",
+        "rates of every scheme of `local`, on a seed that is never reported",
+        "benchmarks.local.case:tune",
+    ),
+    Case(
+        "local",
+        "pretraining that exchanges seldom: DiLoCo, SparseLoCo, DeMo and `LocalSteps`; loss, bytes",
+        "benchmarks.local.case:main",
+        "benchmarks.local.page:page",
+    ),
+    Case(
         "link_swap",
         "two ranks swapping bytes over shaped links: gloo's all-to-all and ours",
         "benchmarks.links.swap:main",
