@@ -108,7 +108,10 @@ def tune(options: Options) -> list[str]:
     steps = _steps(options)
     schemes = [s for s in available(choose(SCHEMES, options, REFERENCE)) if s.like is None]
     _prepare((TUNE_SEED,))
-    jobs = [job(TUNE, s.name, TUNE_SEED, steps, rates) for s in schemes for rates in s.grid]
+    # The first point of every grid before the second of any: broken off, all had the same effort.
+    longest = max(len(s.grid) for s in schemes)
+    points = [(s, s.grid[i]) for i in range(longest) for s in schemes if i < len(s.grid)]
+    jobs = [job(TUNE, s.name, TUNE_SEED, steps, rates) for s, rates in points]
     return execute(jobs, options.out / f"{TUNE}.jsonl", options.workers, again=options.again)
 
 
