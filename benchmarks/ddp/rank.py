@@ -140,7 +140,7 @@ class _Rank:
         """Fresh: the same on every rank and for every phase."""
         torch.manual_seed(self.spec.seed)
         model = self.work.model(self.spec.seed)
-        trainer = self.scheme_named(name).make(model, self.recipe)
+        trainer: Trainer = self.scheme_named(name).make(model, self.recipe)
         self.place.pace(LINKS[link])  # groups that it made
         # What is drawn from now on (QSGD's rounding) is each rank's own.
         torch.manual_seed(1000 * self.spec.seed + self.rank)

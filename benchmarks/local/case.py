@@ -3,9 +3,10 @@
     python -m benchmarks.run local-tune local --workers 4       # 16 cores
     python -m benchmarks.run local --quick --workers 1          # 2 cores, minutes
 
-The embedded LLaMA (5.8 M parameters) from random weights, 4 gloo ranks of one thread, 256 steps of 8
-sequences of 64 tokens, the same tokens for every scheme. A run is 4 processes; ``--workers`` counts
-runs side by side. What is finished is not run again, so a command that was broken off goes on.
+The embedded LLaMA (5.8 M parameters) from random weights, 4 gloo ranks of one thread, 256 steps of
+8 sequences of 64 tokens, the same tokens for every scheme. A run is 4 processes; ``--workers``
+counts runs side by side. What is finished is not run again, so a command that was broken off goes
+on.
 
 Rates: for each scheme the best of its grid on a seed that is not reported (``local-tune.jsonl``);
 without those rows the first of the grid. Schemes that differ in ``H`` alone share them.

@@ -135,9 +135,7 @@ def _dense(codec: str, every: int, momentum: float = 0.0, **options: Any) -> Mak
 
 _ALL = (
     Scheme(REFERENCE, "plain DDP, fp32", "reference", _plain, quick=True),
-    Scheme(
-        "diloco-32", "DiLoCo fp32, H 32", "peer", _diloco(32), outer=NESTEROV, cite=_DILOCO
-    ),
+    Scheme("diloco-32", "DiLoCo fp32, H 32", "peer", _diloco(32), outer=NESTEROV, cite=_DILOCO),
     Scheme(
         "streaming-32",
         "Streaming DiLoCo, 4 bit, H 32",
