@@ -169,6 +169,15 @@ _ALL = (
         "ddp_auto",
         "codec='auto' beside each codec that it may choose, on links of three rates",
         "benchmarks.ddp.ladder:main",
+        "local-tune",
+        "rates of every scheme of `local`, on a seed that is never reported",
+        "benchmarks.local.case:tune",
+    ),
+    Case(
+        "local",
+        "pretraining that exchanges seldom: DiLoCo, SparseLoCo, DeMo and `LocalSteps`; loss, bytes",
+        "benchmarks.local.case:main",
+        "benchmarks.local.page:page",
     ),
     Case(
         "link_swap",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib
 import math
 import os
 import statistics
@@ -65,6 +66,7 @@ class Spec:
         phases: in order.
         data: the work's file.
         timeout: seconds that a collective may take.
+        schemes: the module whose ``scheme_named`` knows the schemes by name.
     """
 
     work: str
@@ -76,6 +78,7 @@ class Spec:
     phases: tuple[Phase, ...]
     data: Path
     timeout: float = 120.0
+    schemes: str = "benchmarks.ddp.schemes"
 
 
 def main(rank: int, world: int, place: Place, port: int, spec: Spec, pipe: Connection) -> None:
@@ -110,6 +113,7 @@ class _Rank:
         self.work: Work = work_named(spec.work)
         self.recipe = replace(self.work.recipe, lr=spec.lr)
         self.batches = Batches(spec.data, self.recipe, spec.seed, rank, world)
+        self.scheme_named = importlib.import_module(spec.schemes).scheme_named
 
     def run(self) -> None:
         self.shape(LINKS["unshaped"].name)
@@ -136,7 +140,7 @@ class _Rank:
         """Fresh: the same on every rank and for every phase."""
         torch.manual_seed(self.spec.seed)
         model = self.work.model(self.spec.seed)
-        trainer = ddp_schemes.scheme_named(name).make(model, self.recipe)
+        trainer: Trainer = self.scheme_named(name).make(model, self.recipe)
         self.place.pace(LINKS[link])  # groups that it made
         # What is drawn from now on (QSGD's rounding) is each rank's own.
         torch.manual_seed(1000 * self.spec.seed + self.rank)
@@ -159,7 +163,7 @@ class _Rank:
 
     def train(self, phase: Phase) -> dict[str, Any]:
         """A training; what came of it."""
-        scheme = ddp_schemes.scheme_named(self.spec.scheme)
+        scheme = self.scheme_named(self.spec.scheme)
         settle = max(0, min(scheme.settle, phase.steps - 3))
         trainer = self.trainer(self.spec.scheme, phase.link)
         model = _bare(trainer.model)
@@ -176,6 +180,10 @@ class _Rank:
                 settled_bytes = self.place.sent() - aside
                 settled_times = trainer.times()
             loss, taken = self.step(trainer, step)
+            if step + 1 == phase.steps:
+                began = time.perf_counter()
+                trainer.finish()
+                taken += time.perf_counter() - began
             losses.append(loss)
             seconds.append(taken)
             if step < 3:
@@ -221,7 +229,7 @@ class _Rank:
         at = dict.fromkeys(trainers, 0)
         blocks: dict[str, list[float]] = {name: [] for name in trainers}
         for name, trainer in trainers.items():
-            for _ in range(ddp_schemes.scheme_named(name).settle):
+            for _ in range(self.scheme_named(name).settle):
                 self.step(trainer, at[name])
                 at[name] += 1
         for _ in range(max(1, phase.steps // BLOCK)):

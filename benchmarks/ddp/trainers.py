@@ -34,6 +34,9 @@ class Trainer(Protocol):
     def step(self, batch: list[Tensor], rate: float) -> float:
         """Train at ``rate`` times the peak learning rate; this rank's loss before the step."""
 
+    def finish(self) -> None:
+        """Called after the last step: replicas that train apart become one."""
+
     def times(self) -> Times:
         """Sums over all steps so far."""
 
@@ -80,9 +83,12 @@ class HookTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(*batch)
         loss.backward()
-        _set_rate(self.optimizer, self.peak * rate)
+        set_rate(self.optimizer, self.peak * rate)
         self.optimizer.step()
         return float(loss.detach())
+
+    def finish(self) -> None:
+        """Replicas are one after every step."""
 
     def times(self) -> Times:
         """The hook's own; none for a hook that keeps none."""
@@ -116,7 +122,7 @@ class AggregateTrainer:
         """Forward, backward, aggregation, update."""
         loss = self.model(*batch)
         loss.backward()
-        _set_rate(self.optimizer, self.peak * rate)
+        set_rate(self.optimizer, self.peak * rate)
         with self.aggregating():
             self.aggregate()
         self.update()
@@ -138,6 +144,9 @@ class AggregateTrainer:
         """The optimiser's step; gradients are gone after it."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def finish(self) -> None:
+        """Replicas are one after every step, or are never to be."""
 
     def times(self) -> Times:
         """Exchange and coding."""
@@ -204,6 +213,7 @@ class _TimedWork:
         return out
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr

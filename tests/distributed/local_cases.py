@@ -223,6 +223,33 @@ def resume_is_exact(rank: int, world: int) -> None:
         resumed.close()
 
 
+def a_padded_residual_that_is_gathered_resumes_exactly(rank: int, world: int) -> None:
+    for codec in ("int2-rotated", "rotsign"):
+        options = {"codec": codec, "exchange": "gather", "decay": 0.9, "min_numel": 1}
+        options["error_feedback"] = True
+        model, optimizer, local = made(2, **options)
+        for step in range(5):
+            one_step(model, optimizer, local, step)
+        state = through_a_file(local.state_dict())
+        sizes = {n: (state[f"first.{n}"].numel(), p.numel()) for n, p in model.named_parameters()}
+        assert any(kept > values for kept, values in sizes.values()), (
+            sizes
+        )  # else nothing is padded
+        parts = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        for step in range(5, 9):
+            one_step(model, optimizer, local, step)
+        expected = anchors(local)
+        local.close()
+        again, inner, resumed = made(2, **options)
+        again.load_state_dict(parts[0])
+        inner.load_state_dict(parts[1])
+        resumed.load_state_dict(state)
+        for step in range(5, 9):
+            one_step(again, inner, resumed, step)
+        assert torch.equal(anchors(resumed), expected), codec
+        resumed.close()
+
+
 def a_rank_that_lost_everything_comes_back(rank: int, world: int) -> None:
     for options in (METHODS["sign"], METHODS["streaming"]):
         model, optimizer, local = made(4, **options)

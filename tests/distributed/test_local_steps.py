@@ -17,7 +17,12 @@ from gradcodec.errors import ConfigError
 SHARDED = "sharded_modules_take_local_steps"
 """Needs four ranks."""
 
-OTHERS = ("anchors_are_equal_to_the_bit", "ranks_leave_and_come_back", "resume_is_exact")
+OTHERS = (
+    "anchors_are_equal_to_the_bit",
+    "a_padded_residual_that_is_gathered_resumes_exactly",
+    "ranks_leave_and_come_back",
+    "resume_is_exact",
+)
 
 CASES = [
     name

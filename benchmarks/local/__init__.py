@@ -1,0 +1,1 @@
+"""Pretraining by ranks that exchange seldom."""
