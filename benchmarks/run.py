@@ -169,6 +169,8 @@ _ALL = (
         "ddp_auto",
         "codec='auto' beside each codec that it may choose, on links of three rates",
         "benchmarks.ddp.ladder:main",
+    ),
+    Case(
         "local-tune",
         "rates of every scheme of `local`, on a seed that is never reported",
         "benchmarks.local.case:tune",
