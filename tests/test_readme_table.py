@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.federated import readme_table
+from benchmarks.llama import readme_table
 from gradcodec.registry import UNTRAINED
 
 
