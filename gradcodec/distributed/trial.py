@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -23,6 +23,9 @@ GAIN = 0.97
 
 RECHECK = 2000
 """Steps after a decision until it is looked at again: links change, and so do jobs beside this."""
+
+FAR = 10.0
+"""A second look leaves out what took this many times as long: it would cost too much."""
 
 AUTO, QUALITY = "auto", 0.02
 
@@ -66,16 +69,20 @@ def ladder(codec: str, quality: float) -> tuple[str, ...]:
 
 
 class Trial:
-    """Climbs the ladder while a narrower codec makes steps faster, and stops where it does not.
+    """Times dense steps and those of every codec of the ladder, and takes the fastest.
 
-        dense -- faster? --> int4 -- faster? --> int2-rotated -- faster? --> ...
+        dense, dense, .. | int4, int4, .. | int2-rotated, .. | sign-rotated, ..   -> the fastest
 
     Whole steps are timed, because they include all that matters: the link, encoding and decoding,
     and how much of these is hidden behind the backward pass or takes cores from it. Some steps
     also hold other work (a validation, a checkpoint), so the fastest step of each way is compared.
-    The slowest rank's times count, so that all ranks decide the same. After ``RECHECK`` steps it
-    looks again, from one rung below its decision. What a codec has lost is expressed as the next
-    one keeps it, or added to the gradients of a dense step: a switch loses nothing.
+    The slowest rank's times count, so that all ranks decide the same. A narrower codec is taken
+    only if it gains 3 % over the ways before it.
+
+    After ``RECHECK`` steps it looks again, at all ways that took at most ``FAR`` times as long as
+    the one in use: on a slow link dense steps are not timed twice. What a codec has lost is
+    expressed as the next one keeps it, or added to the gradients of a dense step: a switch loses
+    nothing.
 
     Args:
         rungs: names of the codecs, from wide to narrow; rung 0, before them, is dense.
@@ -90,17 +97,18 @@ class Trial:
         self.decision: int | None = None
         self.times: dict[int, float] = {}
         self._steps = 0
-        self._begin(0)
+        self._begin(range(len(self.names)), WARM)
 
-    def _begin(self, best: int) -> None:
-        self._best, self._challenger = best, best + 1
-        self._plan = [(best, False)] * WARM + [(best, True)] * ROUNDS + self._challenge()
+    def _begin(self, rungs: Iterable[int], warm: int) -> None:
+        """Plan the steps: of each way some that are timed, after one that is not.
+
+        In that one residuals change their form.
+        """
+        self._plan: list[tuple[int, bool]] = []
+        for rung in rungs:
+            self._plan += [(rung, False)] * (1 if self._plan else warm) + [(rung, True)] * ROUNDS
         self._since: float | None = None
         self._taken: dict[int, list[float]] = {}
-
-    def _challenge(self) -> list[tuple[int, bool]]:
-        """Steps of the challenger; the first is not timed, since residuals change their form."""
-        return [(self._challenger, False)] + [(self._challenger, True)] * ROUNDS
 
     @property
     def measuring(self) -> bool:
@@ -121,29 +129,31 @@ class Trial:
         if not self._plan:
             self._steps += 1
             if self._steps >= RECHECK:
-                self._begin(max(0, min((self.decision or 0) - 1, len(self.names) - 2)))
+                used = self.times.get(self.decision or 0, math.inf)
+                near = (r for r in range(len(self.names)) if self.times.get(r, 0.0) <= FAR * used)
+                self._begin(near, 1)
             return False
         now = time.perf_counter()
         rung, timed = self._plan.pop(0)
         if timed and self._since is not None:
             self._taken.setdefault(rung, []).append(now - self._since)
         self._since = now
-        return not self._plan and self._compare(group, device)
-
-    def _compare(self, group: dist.ProcessGroup, device: torch.device) -> bool:
-        """Take the faster of two ways; decide, or go on to the next rung."""
-        pair = (self._best, self._challenger)
-        both = torch.tensor([min(self._taken[rung]) for rung in pair], device=device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-        best, other = both.tolist()
-        self.times.update(zip(pair, (best, other), strict=True))
-        faster = other < GAIN * best
-        if faster and self._challenger + 1 < len(self.names):
-            self._best, self._challenger = self._challenger, self._challenger + 1
-            self._plan = self._challenge()
+        if self._plan:
             return False
-        self.settle(self._challenger if faster else self._best)
+        self._decide(group, device)
         return True
+
+    def _decide(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Take the fastest way, by the slowest rank's times."""
+        rungs = sorted(self._taken)
+        seconds = torch.tensor([min(self._taken[rung]) for rung in rungs], device=device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
+        self.times.update(zip(rungs, seconds.tolist(), strict=True))
+        best = rungs[0]
+        for rung in rungs[1:]:
+            if self.times[rung] < GAIN * self.times[best]:
+                best = rung
+        self.settle(best)
 
     def describe(self) -> str:
         """One sentence for a log: what it chose, and what it expects of that."""

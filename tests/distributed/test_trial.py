@@ -44,33 +44,32 @@ NAMES = ("int4", "int2-rotated", "sign-rotated")
 @pytest.mark.parametrize(
     ("seconds", "decision"),
     [
-        ([1.0, 1.0, 0.1, 0.1], 0),  # it stops where the next rung does not help
-        ([1.0, 0.98, 0.1, 0.1], 0),  # too little to tell from noise
-        ([1.0, 0.5, 0.5, 0.1], 1),
+        ([1.0, 1.1, 1.2, 1.3], 0),
+        ([1.0, 0.98, 0.99, 1.0], 0),  # too little to tell from noise
+        ([1.0, 1.1, 0.8, 0.7], 3),  # a rung that does not help is no end
+        ([1.0, 0.5, 0.5, 0.6], 1),
+        ([1.0, 0.5, 0.49, 0.4], 3),
         ([1.0, 0.5, 0.3, 0.4], 2),
-        ([1.0, 0.5, 0.3, 0.2], 3),
-        ([1.0, 3.0, 0.3, 0.2], 0),
     ],
 )
-def test_it_climbs_while_steps_get_faster(
-    clock: Clock, seconds: list[float], decision: int
-) -> None:
+def test_it_takes_the_fastest_way(clock: Clock, seconds: list[float], decision: int) -> None:
     auto = Trial(NAMES)
     rungs = clock.play(auto, seconds)
     assert auto.decision == decision
     assert rungs[: trial.WARM + trial.ROUNDS] == [0] * (trial.WARM + trial.ROUNDS)
-    assert len(rungs) <= trial.WARM + trial.ROUNDS + len(NAMES) * (trial.ROUNDS + 1)
+    assert len(rungs) == trial.WARM + trial.ROUNDS + len(NAMES) * (trial.ROUNDS + 1)
     assert sorted(rungs) == rungs
-    assert auto.times == {r: pytest.approx(seconds[r]) for r in set(rungs)}
+    assert auto.times == {r: pytest.approx(s) for r, s in enumerate(seconds)}
 
 
 @given(st.lists(st.floats(1e-4, 10), min_size=4, max_size=4))
-def test_its_choice_is_never_slower_than_dense(seconds: list[float]) -> None:
+def test_its_choice_is_within_3_percent_a_rung_of_the_best(seconds: list[float]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         auto = Trial(NAMES)
         Clock(patch).play(auto, seconds)
     assert auto.decision is not None
     assert seconds[auto.decision] <= seconds[0]
+    assert seconds[auto.decision] <= min(seconds) / trial.GAIN * (1 + 1e-6)
 
 
 def test_a_slow_step_among_fast_ones_does_not_count(clock: Clock) -> None:
@@ -85,16 +84,23 @@ def test_a_slow_step_among_fast_ones_does_not_count(clock: Clock) -> None:
 
 def test_what_a_change_of_the_link_is_worth_is_seen_at_the_next_look(clock: Clock) -> None:
     auto = Trial(NAMES)
-    clock.play(auto, [1.0, 0.5, 0.3, 0.2])
+    for seconds, decision in (
+        ([1.0, 0.5, 0.3, 0.2], 3),
+        ([0.1, 0.15, 0.2, 0.25], 0),
+        ([1.0, 0.5, 0.3, 0.4], 2),
+    ):
+        rungs = clock.play(auto, seconds)
+        assert auto.decision == decision
+        assert set(rungs) == {0, 1, 2, 3}
+
+
+def test_a_second_look_leaves_out_what_took_far_longer(clock: Clock) -> None:
+    auto = Trial(NAMES)
+    clock.play(auto, [30.0, 4.0, 2.0, 1.0])
+    rungs = clock.play(auto, [30.0, 4.0, 2.0, 1.0])
+    assert rungs[: trial.RECHECK] == [3] * trial.RECHECK
+    assert set(rungs) == {1, 2, 3}
     assert auto.decision == 3
-    decided = []
-    for _ in range(3):
-        rungs = clock.play(auto, [0.1, 0.15, 0.2, 0.25])
-        assert rungs[: trial.RECHECK] == [rungs[0]] * trial.RECHECK
-        decided.append(auto.decision)
-    assert decided == [2, 1, 0]
-    clock.play(auto, [1.0, 0.5, 0.3, 0.2])
-    assert auto.decision == 3  # and all the way up in one
 
 
 def test_what_it_says_names_times_and_the_gain(clock: Clock) -> None:
@@ -105,8 +111,8 @@ def test_what_it_says_names_times_and_the_gain(clock: Clock) -> None:
         "auto: compressing by int2-rotated, 4.00x as fast as dense; a step took 1.0000 s dense, "
         "0.5000 s int4, 0.2500 s int2-rotated, 0.2500 s sign-rotated"
     )
-    declined = Trial(NAMES)
-    clock.play(declined, [1.0, 1.5, 0.25, 0.25])
+    declined = Trial(NAMES[:1])
+    clock.play(declined, [1.0, 1.5])
     assert declined.describe() == (
         "auto: not compressing: it would lose time; a step took 1.0000 s dense, 1.5000 s int4"
     )

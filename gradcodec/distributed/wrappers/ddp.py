@@ -58,8 +58,8 @@ class CompressState(Closing):
     Args:
         model: the model (plain, compiled or in ``DistributedDataParallel``), or named parameters.
         codec: a codec, a name of ``make_codec``, ``LowRank(...)``, ``"lowrank"``, or ``"auto"``,
-            which times a few steps with narrower and narrower codecs, keeps the fastest, does not
-            compress if that would lose time, and looks again every 2,000 steps (``trial``).
+            which times a few steps of each codec of a ladder, keeps the fastest, does not compress
+            if that would lose time, and looks again every 2,000 steps (``trial``).
             ``"auto:int8,int4"`` names the codecs. ``"fp32"`` leaves gradients to the group's own
             all-reduce, as DDP without a hook does.
         process_group: the group of the data-parallel ranks; by default that of ``model`` if it is
@@ -289,7 +289,7 @@ class CompressState(Closing):
     def _step_done(self, step: int, device: torch.device) -> None:
         if self.auto is not None and step >= self.start_step:
             assert self._own_group is not None
-            if self.auto.step_done(self._own_group, device):
+            if self.auto.step_done(self._own_group, device) and not self._rank:
                 _log.info("gradcodec: %s", self.auto.describe())
         self.counters.log(step + 1)
 
