@@ -232,8 +232,9 @@ def a_padded_residual_that_is_gathered_resumes_exactly(rank: int, world: int) ->
             one_step(model, optimizer, local, step)
         state = through_a_file(local.state_dict())
         sizes = {n: (state[f"first.{n}"].numel(), p.numel()) for n, p in model.named_parameters()}
-        padded = [name for name, (kept, values) in sizes.items() if kept > values]
-        assert padded, f"{codec} pads nothing, so nothing is tested: {sizes}"
+        assert any(kept > values for kept, values in sizes.values()), (
+            sizes
+        )  # else nothing is padded
         parts = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         for step in range(5, 9):
             one_step(model, optimizer, local, step)
