@@ -224,7 +224,7 @@ def resume_is_exact(rank: int, world: int) -> None:
 
 
 def a_padded_residual_that_is_gathered_resumes_exactly(rank: int, world: int) -> None:
-    for codec in ("int2-rotated", "rotsign"):
+    for codec in ("int2-rotated", "sign-rotated"):
         options = {"codec": codec, "exchange": "gather", "decay": 0.9, "min_numel": 1}
         options["error_feedback"] = True
         model, optimizer, local = made(2, **options)

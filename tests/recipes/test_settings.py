@@ -159,7 +159,7 @@ def test_some_clients_take_part_in_each_round(clients: int, fraction: float, wan
         ({"ae_steps": -1}, "ae_steps"),
         ({"d1": 0.0}, "d1"),
         ({"d1": 1.0}, "d1"),
-        ({"aggregation": "median"}, "'median'"),
+        ({"aggregation": "mode"}, "'mode'"),
         ({"server_lr": 0.0}, "lr > 0"),
         ({"server_momentum": 1.0}, "momentum"),
         ({"representation": "state", "server_lr": 0.5}, "not on states"),
