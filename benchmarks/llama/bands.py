@@ -12,6 +12,8 @@ and they lose nothing more.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +25,16 @@ from benchmarks.federated.scheme import Make
 from benchmarks.federated.world import World
 from benchmarks.peers.federated.base import Peer, flat
 from benchmarks.peers.federated.downlink import States
-from benchmarks.peers.federated.envelope import Broadcast
+from benchmarks.peers.federated.envelope import Broadcast, Reply
 from gradcodec import layout
 from gradcodec.codecs import Subspace
+from gradcodec.errors import CodecMismatchError, MalformedBodyError
 from gradcodec.packers.rotsign import RotatedSignConfig, RotatedSignPacker
 from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import raw_bytes, raw_tensor
 
-_WEIGHT_BYTES = 8  # of one reply in a broadcast: whose share it is
+_EXAMPLES = struct.Struct("<Q")  # before each reply in a broadcast: its weight
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class Bands:
     inside: RotatedSignPacker
     outside: RotatedSignPacker
     shrink: float
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a body."""
+        rest = self.outside.nbytes(self.spec.numel)
+        if self.subspace is None:
+            return rest
+        return rest + self.inside.nbytes(self.subspace.code_numel(self.spec))
 
     def encode(self, update: Tensor, seed: int) -> bytes:
         """The body of an update."""
@@ -78,10 +89,16 @@ class Bands:
 
 
 class Relayed(States):
-    """Every round's replies, as they came; a client averages those of the rounds that it missed."""
+    """Every round's replies, as they came; a client averages those of the rounds that it missed.
 
-    def __init__(self, start: Tensor) -> None:
+    Args:
+        start: the initial vector ``[n]``.
+        step_of: the server's step ``[n]`` from the bytes of a round's replies.
+    """
+
+    def __init__(self, start: Tensor, step_of: Callable[[bytes], Tensor]) -> None:
         super().__init__(start, relative=True)
+        self.step_of = step_of
         self.rounds: list[bytes] = []
 
     def broadcast(self, version: int) -> bytes:
@@ -89,8 +106,15 @@ class Relayed(States):
         return Broadcast(self.version, tuple(self.rounds[version:])).to_bytes()
 
     def arrive(self, held: Tensor, version: int, blob: bytes) -> tuple[int, Tensor]:
-        """What a client comes to: it decodes and adds the same numbers as the server did."""
-        return self.version, self.vector.clone()
+        """Add the steps that the server took, from bytes alone."""
+        message = Broadcast.from_bytes(blob)
+        if version + len(message.parts) != message.round:
+            raise CodecMismatchError(
+                f"expected the rounds from {version} to {message.round}, got {len(message.parts)}"
+            )
+        for part in message.parts:
+            held = held + self.step_of(part)
+        return message.round, held
 
 
 class Banded(Peer):
@@ -103,25 +127,38 @@ class Banded(Peer):
     """
 
     def __init__(self, initial: State, bands: Bands, codec_bytes: int) -> None:
-        self.relayed = Relayed(flat(initial))
+        self.relayed = Relayed(flat(initial), self._step_of)
         super().__init__(initial, self.relayed)
         self.bands, self.codec_bytes = bands, codec_bytes
-        self._bodies: list[bytes] = []
+        self._came: dict[int, bytes] = {}
 
     def encode(self, client: int, update: Tensor) -> bytes:
         """The two bands."""
         return self.bands.encode(update, (client << 12) + self.memory(client).version)
 
-    def decode(self, body: bytes) -> Tensor:
-        """Their sum; the body is kept for the broadcast."""
-        self._bodies.append(body)
-        return self.bands.decode(body)
+    def read(self, reply: Reply) -> Tensor:
+        """The sum of the bands; the body is kept for the broadcast."""
+        self._came[reply.client] = _EXAMPLES.pack(reply.examples) + reply.body
+        return self.bands.decode(reply.body)
 
     def close_round(self) -> None:
-        """As of every peer; the round's bodies become its increment."""
-        self.relayed.rounds.append(b"".join(bytes(_WEIGHT_BYTES) + b for b in self._bodies))
-        self._bodies = []
+        """As of every peer; the bodies that counted become the round's increment."""
+        counted = sorted(self._replies)
         super().close_round()
+        self.relayed.rounds.append(b"".join(self._came[client] for client in counted))
+        self._came = {}
+
+    def _step_of(self, part: bytes) -> Tensor:
+        """The server's own arithmetic, on the replies in the order of its sum."""
+        size = _EXAMPLES.size + self.bands.nbytes
+        if not part or len(part) % size:
+            raise MalformedBodyError(f"expected replies of {size} bytes each, got {len(part)}")
+        replies = {}
+        for i, at in enumerate(range(0, len(part), size)):
+            (examples,) = _EXAMPLES.unpack_from(part, at)
+            body = part[at + _EXAMPLES.size : at + size]
+            replies[i] = (examples, self.bands.decode(body))
+        return self.lr * self.aggregate(replies)
 
 
 def banded(
