@@ -171,22 +171,22 @@ def _subspaces() -> Iterator[LlamaScheme]:
     for ratio in (64, 8):
         make = latent(dataclasses.replace(OWN, ratio=ratio), "rotsign-256")
         yield scheme(f"sub-{ratio}-own", f"subspace 1/{ratio}, 1 bit, {own}", make, ratio == 64)
-    yield scheme("signal-64", f"subspace 1/64, 1 bit, {own}; int2 down", _own_64())
+    yield scheme("signal-64", f"subspace 1/64, 1 bit, {own}; int2 down", signal(64, 1))
     for ratio in (4, 8, 16):
         make = latent(shared(ratio), "rotsign-64")
         yield scheme(f"sub-{ratio}-k64", f"subspace 1/{ratio}, 1/4 bit", make)
     at_8 = shared(8)
     yield scheme("sub-8-2bit", "subspace 1/8, 2 bit", latent(at_8, "int2"))
     yield scheme("sub-8-fp32", "subspace 1/8, fp32", latent(at_8, "fp32", "fp32"))
-    for records, ratio in (("update", 8), ("gradient", 8), ("gradient", 64)):
+    for name, records, ratio in (
+        ("upd-8", "update", 8),
+        ("grad-8", "gradient", 8),
+        ("grad-64", "gradient", 64),
+    ):
         make = latent(shared(ratio), "rotsign-256", records=records)
         title = f"subspace 1/{ratio}, 1 bit, fitted on single {records}s"
-        yield scheme(f"{records[:4].removesuffix('a')}-{ratio}", title, make)
+        yield scheme(name, title, make)
     yield LlamaScheme("auto-64", "subspace:auto 1/64, 1 bit", "ours", auto(64), family="auto-64")
-
-
-def _own_64() -> Make:
-    return signal(64, 1)
 
 
 def _progressive() -> Iterator[LlamaScheme]:

@@ -924,6 +924,12 @@ def a_state_within_a_trial_goes_on(rank: int, world: int) -> None:
         state.load_state_dict(kept)
         assert state.reducer.plan is state._plans[1]
         assert all(torch.equal(t, residuals[n]) for n, t in state.reducer.residuals.first.items())
+    with wrapped("auto") as (_, state):  # a state of an earlier version: int4, and no "rung"
+        assert state is not None
+        assert state.auto is not None
+        earlier = {k: v for k, v in state.state_dict().items() if k != "rung"}
+        state.load_state_dict({**earlier, "auto": 1})
+        assert (state.auto.decision, state.reducer.plan) == (1, state._plans[0])
     with wrapped("auto:int4") as (_, state):
         assert state is not None
         with pytest.raises(ConfigError, match="a state of auto with int4"):
