@@ -91,7 +91,7 @@ class CompressState(Closing):
       residual is added to it there. Gradients with NaN or Inf travel as they are; residuals stay
       finite.
     - Sparse gradients are averaged uncompressed.
-    - Error feedback takes 4 bytes per parameter and rank.
+    - Error feedback takes 4 bytes per parameter, and 4 per value of the shards that a rank owns.
     - A copy of the model (``copy.deepcopy``, ``AveragedModel``) is not compressed. That is right
       for an average of weights; to train a copy, call ``compress(copy)`` on all ranks.
     """
