@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 2
 export WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test quick mutants lint
+.PHONY: help demo demo-full test quick mutants lint docs
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ lint: $(STAMP) ## Style and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# It needs no torch. `make DOCS=python3 docs` takes another environment with the extra `docs`.
+DOCS ?= $(BIN)/python
+docs: $(if $(filter $(BIN)/python,$(DOCS)),$(STAMP)) ## Build the site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build --strict
 
 $(STAMP): pyproject.toml setup.py $(wildcard gradcodec/native/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -33,8 +33,6 @@ from gradcodec.wire import Payload
 class LatentOptimizer(torch.optim.Optimizer):
     """Any torch optimiser, run on the code of an update instead of on the parameters.
 
-    .. code-block:: python
-
         opt = LatentOptimizer(model, codec, torch.optim.AdamW, lr=1e-3)   # instead of AdamW(...)
         loss.backward(); opt.step(); opt.zero_grad()                      # the loop stays
         payload = opt.payload()                                           # what to send

@@ -33,18 +33,15 @@ def compress(
 ) -> Compression:
     """Compress the gradients of a wrapped model; all ranks call it once, after wrapping.
 
-    ========================================  ===================================================
-    what the model is                          what is compressed
-    ========================================  ===================================================
-    ``DistributedDataParallel``                its all-reduce, by a communication hook
-    ``FullyShardedDataParallel`` (FSDP1)       its reduce-scatter (``NO_SHARD``: all-reduce)
-    ``fully_shard`` (FSDP2), 1-D mesh          the reduce-scatter of every module
-    ``fully_shard`` on ``mesh["shard"]``,      the all-reduce over the replicas, which this adds;
-    with ``replicas=mesh["replicate"]``        the sharding dimension stays dense
-    ``fully_shard`` on a 2-D mesh (HSDP) or    nothing further: the group of that backend compresses
-    ``replicate()``, over a compressed         already, and this returns that group
-    backend
-    ========================================  ===================================================
+    What is compressed, by what the model is:
+
+    - ``DistributedDataParallel``: its all-reduce, by a communication hook;
+    - ``FullyShardedDataParallel`` (FSDP1): its reduce-scatter (``NO_SHARD``: all-reduce);
+    - ``fully_shard`` (FSDP2), 1-D mesh: the reduce-scatter of every module;
+    - ``fully_shard`` on ``mesh["shard"]``, with ``replicas=mesh["replicate"]``: the all-reduce over
+      the replicas, which this adds; the sharding dimension stays dense;
+    - ``fully_shard`` on a 2-D mesh (HSDP) or ``replicate()``, over a compressed backend: nothing
+      further; the group of that backend compresses already, and this returns that group.
 
     Gradients are averaged as the wrapper averages them without compression.
 

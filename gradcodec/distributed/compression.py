@@ -45,29 +45,21 @@ class Compression(Protocol):
 
         Every compression has all of these keys:
 
-        ``steps``
-            as ``step``.
-        ``dense_bytes``
-            bytes of the gradients before coding.
-        ``dense_wire_bytes``
-            bytes that this rank would have sent without compression, in a ring.
-        ``wire_bytes``
-            bytes that this rank has sent.
-        ``residual_bytes``
-            memory of error feedback.
-        ``encode_seconds``, ``exchange_seconds``, ``decode_seconds``
-            time of each; waiting for slower ranks is part of the exchange.
-        ``codecs``
-            the codec that is used, by parameter, unit or group.
-        ``substituted``
-            names of codecs that were asked for, mapped to the codecs used instead: in a
-            reduce-scatter ``"int4"`` becomes ``"int4-unbiased"`` (see ``plan.scattered_codec``).
-        ``nmse``
-            relative squared error of the coding, by parameter or unit, where it was measured.
-        ``partial``
-            reductions that lacked some parameters of a unit, so that its error feedback paused.
-        ``auto``
-            what ``codec="auto"`` has decided and why, else ``None``.
+        - ``steps``: as ``step``.
+        - ``dense_bytes``: bytes of the gradients before coding.
+        - ``dense_wire_bytes``: bytes that this rank would have sent without compression, in a ring.
+        - ``wire_bytes``: bytes that this rank has sent.
+        - ``residual_bytes``: memory of error feedback.
+        - ``encode_seconds``, ``exchange_seconds``, ``decode_seconds``: time of each; waiting for
+          slower ranks is part of the exchange.
+        - ``codecs``: the codec that is used, by parameter, unit or group.
+        - ``substituted``: names of codecs that were asked for, mapped to the codecs used instead:
+          in a reduce-scatter ``"int4"`` becomes ``"int4-unbiased"`` (see ``plan.scattered_codec``).
+        - ``nmse``: relative squared error of the coding, by parameter or unit, where it was
+          measured.
+        - ``partial``: reductions that lacked some parameters of a unit, so that its error feedback
+          paused.
+        - ``auto``: what ``codec="auto"`` has decided and why, else ``None``.
         """
         ...
 

@@ -18,10 +18,9 @@ def compress_hook(
 ) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket's gradients over all ranks, compressed as ``state`` says.
 
-    Register it with ``ddp.register_comm_hook(state, compress_hook)``, or hand both to whatever
-    wraps DDP (Lightning's ``DDPStrategy(ddp_comm_state=state, ddp_comm_hook=compress_hook)``). The
-    hook enqueues the bucket and returns; the state's thread exchanges it while the backward pass
-    goes on. DDP never passes ``output``; FSDP1 would, and is refused.
+    Register it with ``ddp.register_comm_hook(state, compress_hook)``. It enqueues the bucket and
+    returns; the state's thread exchanges it while the backward pass goes on. DDP never passes
+    ``output``; FSDP1 would, and is refused.
 
     Raises:
         ConfigError: ``state`` is not a ``CompressState`` of this model, or the bucket comes from

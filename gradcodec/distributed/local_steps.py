@@ -51,16 +51,15 @@ class _Flight:
 
 
 class LocalSteps(Closing):
-    r"""Low-communication training (DiLoCo): exchange every ``H`` steps, with any codec.
+    """Low-communication training (DiLoCo): exchange every ``H`` steps, with any codec.
 
-    Every rank trains its copy :math:`\theta_r` with its own optimiser. All ranks keep equal anchors
-    :math:`a`. Every ``H`` steps, for each parameter (:math:`C` is the codec, :math:`e_r` the
-    residual of rank ``r``, :math:`\beta` is ``decay``):
+    Every rank trains its own copy θ_r with its own optimiser. All ranks keep equal anchors a. Every
+    ``H`` steps, for each parameter (C is the codec, e_r the residual of rank r):
 
-    .. math::
-        x_r = (a - \theta_r) + \beta e_r, \quad e_r \leftarrow x_r - C(x_r), \quad
-        a \leftarrow \mathrm{outer}(a, \tfrac1W \sum_r C(x_r)), \quad
-        \theta_r \leftarrow \alpha \theta_r + (1 - \alpha) a
+        x_r = (a - θ_r) + decay * e_r
+        e_r = x_r - C(x_r)
+        a   = outer(a, mean of C(x_r) over the ranks)
+        θ_r = mixing * θ_r + (1 - mixing) * a
 
     ``fragments=P`` exchanges a ``P``-th of the parameters every ``H/P`` steps, and ``overlap=tau``
     does the last step ``tau`` steps later, while training goes on: Streaming DiLoCo. Anchors are
@@ -73,16 +72,13 @@ class LocalSteps(Closing):
             local.step()                        # optimizer.step(), and the exchange when it is due
         local.finish()                          # all ranks end with equal parameters
 
-    ==========================  ===================================================================
-    method                       settings
-    ==========================  ===================================================================
-    local SGD, FedAvg            ``codec="fp32", outer=OuterSGD(lr=1, momentum=0)``
-    DiLoCo (2311.08105)          ``codec="fp32"``
-    Streaming DiLoCo             ``codec=make_codec("int4"), fragments=4, overlap=2,``
-    (2501.18512)                 ``error_feedback=False``
-    SparseLoCo (2508.15706)      ``codec=TopK(TopKConfig(k=64, bits=2)), decay=0.95,``
-                                 ``outer=OuterSGD(lr=1, momentum=0), exchange="gather"``
-    ==========================  ===================================================================
+    Published methods, by their settings:
+
+    - local SGD, FedAvg: ``codec="fp32", outer=OuterSGD(lr=1, momentum=0)``
+    - DiLoCo (arXiv 2311.08105): ``codec="fp32"``
+    - Streaming DiLoCo (2501.18512): ``codec="int4", fragments=4, overlap=2, error_feedback=False``
+    - SparseLoCo (2508.15706): ``codec=TopK(TopKConfig(k=64, bits=2)), decay=0.95,
+      outer=OuterSGD(lr=1, momentum=0), exchange="gather"``
 
     Deviations: Streaming DiLoCo sends 4-bit floats, here ``"int4"`` has 15 integer levels and a
     scale for each block; its fragments are layers, here they are of equal size. SparseLoCo
@@ -98,8 +94,9 @@ class LocalSteps(Closing):
         codec: a codec that needs no fitting, a fitted ``Subspace``, or a name of ``make_codec``.
         fragments: ``P``; it divides ``H``.
         overlap: ``tau``, under ``H``: steps during which an exchange runs in the background.
-        mixing: :math:`\alpha`, under 1; by default 0, and 0.5 with overlap.
-        decay: :math:`\beta`, from 0 to 1.
+        mixing: share of its own parameters that a rank keeps, under 1; by default 0, and 0.5 with
+            overlap.
+        decay: share of the residual that is fed back, from 0 to 1.
         exchange: ``"two-shot"`` sends shards to their owners and codes the means again (each rank
             sends ``2 (W - 1) / W`` codes); ``"gather"`` sends each rank's code to all others
             (``W - 1`` codes), and loses nothing of the mean.

@@ -45,8 +45,6 @@ class AutoServer(Server):
     bound to the digest of that state, which proves that all replicas agree to the bit. Clients
     only need to know the first codec; the stream tells them every later one.
 
-    .. code-block:: python
-
         server = AutoServer(initial)
         client = AutoClient(7, initial)
         state = client.receive(server.broadcast(client.version))

@@ -46,8 +46,6 @@ from gradcodec.wire import Payload
 class Client:
     """One participant; given the server's arguments, it makes the same codecs.
 
-    .. code-block:: python
-
         client = Client(7, initial, uplink, downlink, config)
         state = client.receive(server.broadcast(client.version))     # bytes -> named tensors
         ...                                                          # load them, train, any loop
@@ -143,8 +141,6 @@ class Client:
         """A broadcast that brings a new client to this one's state, to the bit.
 
         A node whose process ends after each round keeps it, and receives it in the next:
-
-        .. code-block:: python
 
             saved = client.snapshot()
             client = Client(7, initial, uplink, downlink, config)

@@ -22,8 +22,6 @@ def compress(
 ) -> Compression | None:
     """Compress a model's gradients, and their state in the accelerator's checkpoints.
 
-    .. code-block:: python
-
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
         compression = compress(accelerator, model, "int4")
 
@@ -62,11 +60,11 @@ def compress(
 class Log:
     """What steps cost, for ``accelerator.log``.
 
-    .. code-block:: python
-
         figures = Log(accelerator, compression)
         ...
-        figures(step)          # as often as you like: ratio and milliseconds a step since the last
+        figures(step)          # as often as you like
+
+    It logs the ratio, and milliseconds a step, since it was called last.
     """
 
     def __init__(self, accelerator: Accelerator, compression: Compression | None) -> None:

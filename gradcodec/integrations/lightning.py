@@ -22,8 +22,6 @@ KEY = "gradcodec"
 class CompressCallback(Callback):
     """Compresses the gradients of a Lightning Trainer, on any device.
 
-    .. code-block:: python
-
         trainer = lightning.Trainer(strategy="ddp", callbacks=[CompressCallback("int4")])
         trainer.fit(module, data)
 

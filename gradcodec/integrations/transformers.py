@@ -17,8 +17,6 @@ from gradcodec.integrations import training
 class CompressCallback(TrainerCallback):
     """Compresses the gradients of a Trainer, or of one derived from it (trl's ``SFTTrainer``).
 
-    .. code-block:: python
-
         trainer = Trainer(model=model, args=arguments, train_dataset=data)
         trainer.add_callback(CompressCallback(trainer, "int4"))
         trainer.train()

@@ -29,8 +29,6 @@ from gradcodec.types import UpdateSpec
 class GradientRecorder:
     """Record gradients of a model over time; use it as a context manager around training.
 
-    .. code-block:: python
-
         recorder = GradientRecorder(model, SubspaceConfig(ratio=32))
         for client in clients:
             with recorder:

@@ -47,8 +47,6 @@ class _Sent:
 class CodecGrid(Grid):
     """A grid that compresses both directions, for every strategy and for hand-written loops.
 
-    .. code-block:: python
-
         strategy.start(grid=CodecGrid(grid, "int4"), initial_arrays=arrays, num_rounds=10)
 
     Clients need ``CompressMod``; one without it is sent plain arrays and answers plainly, and takes

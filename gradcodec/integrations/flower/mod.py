@@ -39,8 +39,6 @@ App = Callable[[Message, Context], Message]
 class CompressMod:
     """Compresses what a ``ClientApp`` receives and sends, if the server has a ``CodecGrid``.
 
-    .. code-block:: python
-
         app = ClientApp(mods=[CompressMod()])
 
     Put it first in the list: then other mods (clipping, noise) see plain arrays. The app is given

@@ -32,8 +32,6 @@ STATE = "gradcodec.participant"
 class Participant:
     """One node in one round of a federation whose strategy is ``CodecFedAvg``.
 
-    .. code-block:: python
-
         @app.train()
         def train(message, context):
             model = build_model()                            # the same at every node and the server

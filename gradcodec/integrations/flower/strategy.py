@@ -30,8 +30,6 @@ Choice = str | CodecConfig | Mapping[str, Any]
 class CodecFedAvg(FedAvg):
     """FedAvg in code space: codes both ways, also of codecs that are fitted during training.
 
-    .. code-block:: python
-
         strategy = CodecFedAvg("subspace:auto", fraction_evaluate=0.0)
         strategy.start(grid=grid, initial_arrays=arrays, num_rounds=20)
 

@@ -26,8 +26,6 @@ _NOTE = ("tensors",)
 class EncodeModel(CodecFilter):
     """Encodes the global model, ``WEIGHTS``, for the client that asked for a task.
 
-    .. code-block:: python
-
         recipe.add_server_output_filter(EncodeModel("int4"), tasks=["train"])
 
     A client gets the whole model once, bit for bit. Then it gets the difference to what it holds,
@@ -74,8 +72,6 @@ class EncodeModel(CodecFilter):
 
 class DecodeModel(CodecFilter):
     """Restores the global model at a client, before the task is executed.
-
-    .. code-block:: python
 
         recipe.add_client_input_filter(DecodeModel("int4"), tasks=["train"])
 

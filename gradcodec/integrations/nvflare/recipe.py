@@ -25,8 +25,6 @@ def compress(
 ) -> None:
     """Send updates, and with ``downlink`` also models, through a codec.
 
-    .. code-block:: python
-
         recipe = FedAvgRecipe(..., params_transfer_type=TransferType.DIFF)
         compress(recipe, "int4", downlink="int4")
 

@@ -22,8 +22,6 @@ _NOTE = ("tensors",)
 class EncodeUpdate(CodecFilter):
     """Encodes a client's ``WEIGHT_DIFF``: a task result, before it leaves the site.
 
-    .. code-block:: python
-
         recipe.add_client_output_filter(EncodeUpdate("int4"), tasks=["train"])
 
     The filter of a site lives as long as its job. So error feedback is kept here, from round to
@@ -82,8 +80,6 @@ class EncodeUpdate(CodecFilter):
 
 class DecodeUpdate(CodecFilter):
     """Decodes a client's update on the server, before it is aggregated.
-
-    .. code-block:: python
 
         recipe.add_server_input_filter(DecodeUpdate("int4"), tasks=["train"])
 
