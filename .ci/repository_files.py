@@ -96,8 +96,10 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Rewrite the links of a page of docs/; the others have theirs already."""
+    if page.parent is None and page.file.src_uri in leaves(config.nav):
+        page.meta.setdefault("hide", ["navigation"])  # a column with this page alone in it
     if page.file.generated_by:
         return markdown
     return rewritten(f"docs/{page.file.src_uri}", markdown)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -155,3 +156,49 @@ def test_a_page_that_loads_from_another_host_is_refused(hook: ModuleType) -> Non
     assert hook.FETCHED.search('<link rel="stylesheet" href="//fonts.example/x">')
     assert not hook.FETCHED.search('<a href="https://arxiv.org/abs/2405.13746">paper</a>')
     assert not hook.FETCHED.search('<script src="assets/x.js"></script>')
+
+
+def numbers(text: str) -> list[tuple[str, str]]:
+    """Figures in a cell with their unit: ``("5.90", "x")``. Whole numbers without one are not."""
+    found = re.findall(
+        r"(?<![\w./])([+-]?\d[\d,]*(?:\.\d+)?)(?: ?(x\b|%|kB\b|MB\b|ms\b|s\b))?", text
+    )
+    return [(number, unit) for number, unit in found if unit or "." in number]
+
+
+def leaves(value: object) -> list[float]:
+    """Every number in a row."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [leaf for item in inner for leaf in leaves(item)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def is_in(number: str, unit: str, results: Path) -> bool:
+    """Whether a page of results has this figure as it is, or a row one that is rounded to it."""
+    if results.suffix == ".md":
+        space = r" ?" if unit in ("kB", "MB", "ms", "s") else ""
+        pattern = rf"(?<![\d.,]){re.escape(number)}{space}{unit}(?![\d])"
+        return re.search(pattern, results.read_text()) is not None
+    decimals = len(number.partition(".")[2])
+    scale = {"MB": 1e-6, "kB": 1e-3}.get(unit, 1.0)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    return any(f"{leaf * scale:.{decimals}f}" == number for leaf in leaves(rows))
+
+
+def rows_of_choosing() -> list[tuple[str, Path]]:
+    """Rows of docs/choosing.md that link to results: the cells with figures, and these results."""
+    page = ROOT / "docs" / "choosing.md"
+    out = []
+    for line in page.read_text().replace("&nbsp;", " ").splitlines():
+        link = re.search(r"\]\((\.\./benchmarks/results/[\w.-]+)[^)]*\) \|$", line)
+        if link:
+            cells = re.sub(r"`[^`]*`|\d+/\d+ bit", "", " | ".join(line.split(" | ")[2:-1]))
+            cells = re.sub(r"[\d.]+ [MG]bit/s", "", cells)
+            out.append((cells, (page.parent / link[1]).resolve()))
+    return out
+
+
+@pytest.mark.parametrize(("cells", "results"), rows_of_choosing())
+def test_figures_of_choosing_are_in_the_results(cells: str, results: Path) -> None:
+    assert [f"{n} {u}" for n, u in numbers(cells) if not is_in(n, u, results)] == []

@@ -1,4 +1,4 @@
-"""What is shown is run: the multi-process examples and the programs of docs/frameworks.md."""
+"""What is shown is run: the multi-process examples, the programs of frameworks.md and index.md."""
 
 import json
 import os
@@ -100,6 +100,19 @@ def test_programs_of_the_page_train_with_compressed_gradients(name: str, tmp_pat
     assert float(loss) < (4.2 if name == "trainer" else 1.2)
     # Small tensors pay for a header in every message.
     assert times_less(out) > (7.0 if name == "trainer" else 3.0)
+
+
+@slow
+def test_the_first_program_of_the_site_runs_as_its_first_line_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "index.md").read_text()
+    source = page.partition("```python\n")[2].partition("```")[0]
+    assert source.startswith("# torchrun --nproc-per-node 2 quick_ddp.py\n")
+    program = tmp_path / "quick_ddp.py"
+    program.write_text(source)
+    shown = re.compile(r"^ *loss (\d\.\d+), ([\d,]+) bytes sent instead of ([\d,]+)$", re.MULTILINE)
+    (printed,), (promised,) = shown.findall(launched(program)), shown.findall(page)
+    assert printed[1:] == promised[1:]
+    assert float(printed[0]) == pytest.approx(float(promised[0]), abs=0.05)
 
 
 @slow
