@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from gradcodec.errors import GradcodecError
 
@@ -45,12 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     inspect = commands.add_parser(
-        "inspect", help="what is in a payload, a codec or an architecture"
+        "inspect",
+        help="what is in a payload, a codec, an update or an architecture, and what is lost",
     )
     inspect.add_argument(
         "target",
-        help="payload file, codec (bundled name, folder, Hub id), or resnet3, cnn1d, uformer",
+        help="payload file, update (.safetensors), codec (int4, ..., bundled name, folder, Hub "
+        "id), or resnet3, cnn1d, uformer",
     )
+    inspect.add_argument(
+        "--update", metavar="FILE", help="what is lost of this update (.safetensors)"
+    )
+    inspect.add_argument("--codec", help="what wrote a payload, if that is not bundled")
+    inspect.add_argument(
+        "--tensors", action="store_true", help="a line for each tensor, not for each kind"
+    )
+    inspect.add_argument("--plot", metavar="FILE.png", help="draw the charts (needs matplotlib)")
     inspect.add_argument("--revision", help="of a Hub repository")
     inspect.add_argument("--image", default="4096x2048", help="input of an architecture, HxW")
 
@@ -141,16 +151,29 @@ def _info() -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from gradcodec import describe
+    from gradcodec import describe, picture
 
-    path = Path(options.target)
-    if options.target in describe.ARCHITECTURES:
-        rows = describe.architecture(options.target, options.image)
-    elif path.is_file():
-        rows = describe.payload(path.read_bytes())
-    else:
-        rows = describe.codec(options.target, options.revision)
-    width = max(len(k) for k in rows)
-    for key, value in rows.items():
+    if options.plot is not None:
+        picture.check(options.plot)  # now, not after the work
+    found = describe.report(
+        options.target,
+        revision=options.revision,
+        image=options.image,
+        update=options.update,
+        codec=options.codec,
+        each=options.tensors,
+    )
+    if options.plot is not None:
+        of = "" if options.update is None else f" --update {options.update}"
+        said = [f"{k}: {found.rows[k]}" for k in ("sent", "error", "cosine") if k in found.rows]
+        title = f"gradcodec inspect {options.target}{of}"
+        picture.save(found.charts, title, said, options.plot)
+        found.rows["picture"] = options.plot
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # bars, on a terminal that cannot show them
+    width = max(len(k) for k in found.rows)
+    for key, value in found.rows.items():
         print(f"{key:{width}}  {value}")
+    for chart in found.charts:
+        print("", *describe.draw(chart), sep="\n")
     return 0

@@ -87,7 +87,7 @@ class PartsTransform(Transform):
     def __init__(self, parts: Sequence[Codec], spec: UpdateSpec) -> None:
         super().__init__(spec)
         self.linear = all(p.linear for p in parts)  # type: ignore[misc]
-        self._parts = parts
+        self.parts = tuple(parts)
         self.sizes = [p.code_numel() for p in parts]
 
     def code_numel(self, spec: UpdateSpec | None = None) -> int:
@@ -98,23 +98,23 @@ class PartsTransform(Transform):
     def to_code(self, update: Update, spec: UpdateSpec | None = None) -> Tensor:
         """The code of each part's tensors, concatenated."""
         self.table(spec)
-        return torch.cat([p.transform.to_code(_some(update, p)) for p in self._parts])
+        return torch.cat([p.transform.to_code(_some(update, p)) for p in self.parts])
 
     def from_code(self, z: Tensor, spec: UpdateSpec | None = None) -> dict[str, Tensor]:
         """Each part's tensors, in the table's order."""
         out: dict[str, Tensor] = {}
-        for part, code in zip(self._parts, torch.split(z, self.sizes), strict=True):
+        for part, code in zip(self.parts, torch.split(z, self.sizes), strict=True):
             out.update(part.transform.from_code(code))
         return {t.name: out[t.name] for t in self.table(spec)}
 
     def pullback(self, z: Tensor, gradients: Update) -> Tensor:
         """Each part's pullback, concatenated."""
-        codes = zip(self._parts, torch.split(z, self.sizes), strict=True)
+        codes = zip(self.parts, torch.split(z, self.sizes), strict=True)
         return torch.cat([p.transform.pullback(c, _some(gradients, p)) for p, c in codes])
 
     def step_scales(self) -> Tensor:
         """Each part's step scales, concatenated."""
-        return torch.cat([p.transform.step_scales() for p in self._parts])
+        return torch.cat([p.transform.step_scales() for p in self.parts])
 
 
 class PartsPacker(Packer):

@@ -16,6 +16,7 @@ from benchmarks.federated.world import World
 from benchmarks.llama.bands import banded
 from benchmarks.llama.gradients import frames
 from benchmarks.llama.stages import Plan, Planned, PlannedServer
+from benchmarks.llama.transfer import bundled, elsewhere, unfitted
 from benchmarks.peers.federated import FedSB, Ferret
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
@@ -231,6 +232,24 @@ def _stage(first: int, kind: str) -> str:
     return f"1/{ratio}{bits} from round {first}"
 
 
+def _transferred() -> Iterator[LlamaScheme]:
+    """Codecs that were not fitted on what they are used on; see ``benchmarks.llama.transfer``."""
+    for ratio, how in ((8, SHARED), (64, OWN)):
+        config = dataclasses.replace(how, ratio=ratio)
+        for name, title, make in (
+            ("bundled", "as bundled", bundled(f"smollm2-135m-lora-r8-qv-{ratio}x")),
+            ("mmlu", "fitted on MMLU", elsewhere(config, "mmlu")),
+            ("random", "random bases", unfitted(config)),
+        ):
+            yield LlamaScheme(
+                f"{name}-{ratio}",
+                f"subspace 1/{ratio}, 1 bit, {title}",
+                "ours",
+                make,
+                family="sub-8",
+            )
+
+
 def _bands() -> Iterator[LlamaScheme]:
     def scheme(name: str, title: str, make: Make) -> LlamaScheme:
         return LlamaScheme(name, title, "ours", make, family=name)
@@ -314,6 +333,14 @@ def _known(name: str, quick: bool = False) -> LlamaScheme:
 
 SCHEMES = {
     scheme.name: scheme
-    for group in (_reference, _rotated_signs, _subspaces, _progressive, _bands, _peers)
+    for group in (
+        _reference,
+        _rotated_signs,
+        _subspaces,
+        _transferred,
+        _progressive,
+        _bands,
+        _peers,
+    )
     for scheme in group()
 }

@@ -19,6 +19,7 @@ from benchmarks.peers.federated import (
     FLASC,
     Cast,
     EcoLoRA,
+    Ferret,
     FFALoRA,
     Peer,
     SignEF,
@@ -95,6 +96,12 @@ PEERS: dict[str, tuple[Callable[[], Peer], tuple[float, float], tuple[int, int]]
     "sign": (lambda: SignEF(initial()), (0.55, 0.65), (7 * 2 + 200, 7 * 2 + 200)),
     "sign-down": (lambda: SignEF(initial(), downlink="sign"), (0.55, 0.65), (214, 214)),
     "ffa": (lambda: FFALoRA(initial()), (0, 0), (3200, 3200)),
+    # Unbiased from 64 Gaussian directions for 400 values: sqrt(401 / 64) = 2.5.
+    "ferret": (
+        lambda: Ferret(initial(), kept=64, block=400),
+        (2.2, 2.8),
+        (4 + 4 * 64 * 4, 4 + 4 * 64 * 4),
+    ),
     "float16": (lambda: cast("float16"), (1e-5, 5e-4), (3200, 3200)),
     "blockwise8": (lambda: cast("blockwise8"), (1e-3, 0.02), (1600 + 4 * 4, 1600 + 4 * 4)),
     "normfloat4": (lambda: cast("normfloat4"), (0.07, 0.12), (800 + 28 * 4, 800 + 28 * 4)),

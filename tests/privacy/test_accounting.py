@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +55,29 @@ def test_sampling_helps_and_more_rounds_cost() -> None:
     sampled = spend(1.0, 20, delta=1e-5, rate=0.2, sampling="poisson")
     longer = spend(1.0, 40, delta=1e-5, rate=0.2, sampling="poisson")
     assert sampled.epsilon < longer.epsilon < whole.epsilon
+
+
+@pytest.mark.parametrize(
+    ("noise", "limit_noise", "epochs", "epsilon", "mu"),
+    [(1.3, 1.06, 20, 1.34, 0.35), (0.7, 0.638, 70, 8.68, 1.78)],
+)
+def test_sampled_rounds_come_to_published_values(
+    noise: float, limit_noise: float, epochs: int, epsilon: float, mu: float
+) -> None:
+    """Bu et al. (arXiv 1911.11607), figure 4: batches of 256 of 60,000, delta 1e-5.
+
+    Their moments accountant gives ``epsilon`` for ``noise``, the central limit for ``limit_noise``.
+    """
+    rounds = epochs * 60_000 // 256
+    options: dict[str, Any] = {"delta": 1e-5, "rate": 256 / 60_000, "sampling": "poisson"}
+    limit = spend(limit_noise, rounds, **options)
+    assert limit.mu == pytest.approx(mu, abs=0.005)
+    assert limit.gdp == pytest.approx(epsilon, rel=0.005)
+    spent = spend(noise, rounds, **options)
+    # The conversion from RDP has become tighter since (Canonne et al., arXiv 2004.00010).
+    assert 0.8 * epsilon < spent.rdp < epsilon
+    assert spent.pld is not None
+    assert spent.gdp < spent.pld < spent.rdp
 
 
 def test_a_fixed_number_of_clients_has_rdp_alone() -> None:

@@ -1,4 +1,4 @@
-"""What ``gradcodec inspect`` prints about payloads, codecs and architectures, as label -> text."""
+"""What there is to say in words about payloads, codecs and architectures, as label -> text."""
 
 from __future__ import annotations
 
@@ -25,24 +25,36 @@ def payload(blob: bytes) -> Rows:
     Raises:
         WireError: the bytes are not a payload.
     """
-    p = Payload.from_bytes(blob)
+    return payload_itself(Payload.from_bytes(blob), len(blob))
+
+
+def payload_itself(p: Payload, size: int) -> Rows:
+    """Header fields and sizes of a payload of so many bytes.
+
+    Raises:
+        WireError: its tensor table is not valid.
+    """
     rows = {
         "payload": f"wire version {WIRE_VERSION}, codec {p.codec!r}",
         "codec digest": p.digest.hex(),
         "base digest": p.base.hex() if p.base else "none",
-        "wire bytes": f"{len(blob):,}: {len(p.body):,} body, {len(blob) - len(p.body):,} around it",
+        "wire bytes": f"{size:,}: {len(p.body):,} body, {size - len(p.body):,} around it",
     }
     if p.spec is None:
         rows["tensor table"] = "pinned by the codec digest"
     else:
         rows["tensor table"] = f"{len(p.spec)} tensors, {p.spec.numel:,} elements, inline"
-        rows["ratio"] = f"{p.spec.nbytes / len(blob):.2f}x of {p.spec.nbytes:,} raw bytes"
+        rows["ratio"] = f"{p.spec.nbytes / size:.2f}x of {p.spec.nbytes:,} raw bytes"
     return rows
 
 
 def codec(name: str, revision: str | None = None) -> Rows:
-    """Config, sizes and provenance of a codec."""
-    c = Codec.from_pretrained(name, revision=revision)
+    """Config, sizes and provenance of a codec, by the name it is loaded under."""
+    return codec_itself(Codec.from_pretrained(name, revision=revision))
+
+
+def codec_itself(c: Codec) -> Rows:
+    """Config, sizes and provenance of a codec; sizes only if it is bound to a tensor table."""
     rows = {"codec": repr(c), "digest": c.digest.hex()}
     if c.spec is not None:
         m = c.code_numel(c.spec)
