@@ -13,10 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAV = re.findall(r"^ +- (?:[^#\n]*: )?([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-ELSEWHERE = ("README.md", "WIRE.md", "CONTRIBUTING.md", "CHANGELOG.md", "*/README.md")
+FOLDERS = ("benchmarks", "examples", "kernels")
+ELSEWHERE = ("README.md", "WIRE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [
     *DOCS,
-    *sorted(path for pattern in ELSEWHERE for path in ROOT.glob(pattern)),
+    *(ROOT / name for name in ELSEWHERE),
+    *(ROOT / folder / "README.md" for folder in FOLDERS),
     *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
 ]
 
