@@ -47,7 +47,7 @@ def fidelity(update: Update, decoded: Update, each: bool = False) -> Chart | Non
             f"{len(names)}",
             f"{_energy(x) / energy:.1%}" if energy else "none",
             _number(error),
-            f"{_number(max(errors))}",
+            _number(max(errors)),
             f"{metrics.cosine(x, y):.3f}",
         )
         rows.append(Row(short[kind], error, tuple(errors), columns))
