@@ -16,7 +16,7 @@ from benchmarks.federated.world import World
 from benchmarks.llama.bands import banded
 from benchmarks.llama.gradients import frames
 from benchmarks.llama.stages import Plan, Planned, PlannedServer
-from benchmarks.llama.transfer import bundled, elsewhere, unfitted
+from benchmarks.llama.transfer import other_task, unfitted
 from benchmarks.peers.federated import FedSB, Ferret
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
@@ -237,17 +237,11 @@ def _transferred() -> Iterator[LlamaScheme]:
     for ratio, how in ((8, SHARED), (64, OWN)):
         config = dataclasses.replace(how, ratio=ratio)
         for name, title, make in (
-            ("bundled", "as bundled", bundled(f"smollm2-135m-lora-r8-qv-{ratio}x")),
-            ("mmlu", "fitted on MMLU", elsewhere(config, "mmlu")),
+            ("other", "fitted on the other task", other_task(config)),
             ("random", "random bases", unfitted(config)),
         ):
-            yield LlamaScheme(
-                f"{name}-{ratio}",
-                f"subspace 1/{ratio}, 1 bit, {title}",
-                "ours",
-                make,
-                family="sub-8",
-            )
+            title = f"subspace 1/{ratio}, 1 bit, {title}"
+            yield LlamaScheme(f"{name}-{ratio}", title, "ours", make, family="sub-8")
 
 
 def _bands() -> Iterator[LlamaScheme]:

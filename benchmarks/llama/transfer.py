@@ -1,4 +1,4 @@
-"""Subspaces that come from elsewhere: out of the package, from other data, from nothing.
+"""Subspaces that were fitted on another task, or on nothing.
 
 Each is used as the fitted ones are: training in its code space, one bit a code value up, two down.
 """
@@ -9,38 +9,23 @@ from benchmarks.federated import fitted
 from benchmarks.federated.methods import Coded, Method
 from benchmarks.federated.scheme import Make
 from benchmarks.federated.world import World, world_of
-from benchmarks.llama.tasks import settings
+from benchmarks.llama.tasks import TASKS, settings
 from benchmarks.peers.federated.random_subspace import random_bases
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import RotatedSign
-from gradcodec.errors import ConfigError
 from gradcodec.federated import ServerConfig
-from gradcodec.hub.local import bundled_path
 from gradcodec.registry import make_codec
 from gradcodec.transforms.subspace.config import SubspaceConfig
 
 
-def bundled(name: str) -> Make:
-    """A codec of the package; its whole folder counts as downloaded, though it came with pip."""
-
-    def make(world: World) -> Method:
-        codec = Codec.from_pretrained(name)
-        if not isinstance(codec, Chain):
-            raise ConfigError(f"expected a subspace and a packer in {name!r}, got {codec!r}")
-        files = ("config.json", "model.safetensors")
-        nbytes = sum((bundled_path(name) / file).stat().st_size for file in files)
-        return _latent(world, codec.outer, nbytes)
-
-    return make
-
-
-def elsewhere(config: SubspaceConfig, task: str) -> Make:
-    """Fitted on D1 of a task with the same seed, used on whatever is played."""
+def other_task(config: SubspaceConfig) -> Make:
+    """Fitted on D1 of the task that is not played, with the same seed."""
 
     def make(world: World) -> Method:
         s = world.settings
-        there = world_of(settings(task, s.seed, s.rounds))
+        worlds = (settings(task, s.seed, s.rounds) for task in TASKS)
+        there = world_of(next(other for other in worlds if other.dataset != s.dataset))
         name = f"signal-{config.ratio:g}-{config.share}-{config.basis_dtype}"
         return _latent(world, *fitted.kept(there, name, lambda: fitted.signal(there, config)))
 
