@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import UPDATES
 from safetensors.torch import save_file
 from test_cli import SPEC, codec, refused, run, succeed
 from torch import Tensor
@@ -309,3 +310,18 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["inspect", "--help"])
     out = capsys.readouterr().out
     assert all(option in out for option in ("--update", "--plot", "--tensors", "--codec"))
+
+
+@pytest.mark.parametrize("which", UPDATES)
+@pytest.mark.parametrize("name", ["fp32", "rotsign"])
+def test_payloads_of_every_kind_of_update_are_shown(
+    which: str, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    update = UPDATES[which]()
+    if name != "fp32" and not all(t.is_floating_point() for t in update.values()):
+        pytest.skip("integers travel bit for bit only")
+    path = tmp_path / "payload.bin"
+    path.write_bytes(make_codec(name).encoder.encode(update).to_bytes())
+    out = succeed(capsys, "inspect", str(path), "--tensors")
+    shown = chart(out, "allocation of the code")
+    assert len(shown) == sum(t.numel() > 0 for t in update.values())
