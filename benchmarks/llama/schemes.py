@@ -16,7 +16,7 @@ from benchmarks.federated.world import World
 from benchmarks.llama.bands import banded
 from benchmarks.llama.gradients import frames
 from benchmarks.llama.stages import Plan, Planned, PlannedServer
-from benchmarks.llama.transfer import other_task, unfitted
+from benchmarks.llama.transfer import bundled, other_task, unfitted
 from benchmarks.peers.federated import FedSB, Ferret
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
@@ -237,6 +237,7 @@ def _transferred() -> Iterator[LlamaScheme]:
     for ratio, how in ((8, SHARED), (64, OWN)):
         config = dataclasses.replace(how, ratio=ratio)
         for name, title, make in (
+            ("bundled", "of the package", bundled(f"smollm2-135m-lora-r8-qv-{ratio}x")),
             ("other", "fitted on the other task", other_task(config)),
             ("random", "random bases", unfitted(config)),
         ):

@@ -1,4 +1,4 @@
-"""Subspaces that were fitted on another task, or on nothing.
+"""Subspaces that were fitted on another task, or once for all users, or on nothing.
 
 Each is used as the fitted ones are: training in its code space, one bit a code value up, two down.
 """
@@ -11,6 +11,7 @@ from benchmarks.federated.scheme import Make
 from benchmarks.federated.world import World, world_of
 from benchmarks.llama.tasks import TASKS, settings
 from benchmarks.peers.federated.random_subspace import random_bases
+from gradcodec import hub
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import RotatedSign
@@ -28,6 +29,18 @@ def other_task(config: SubspaceConfig) -> Make:
         there = world_of(next(other for other in worlds if other.dataset != s.dataset))
         name = f"signal-{config.ratio:g}-{config.share}-{config.basis_dtype}"
         return _latent(world, *fitted.kept(there, name, lambda: fitted.signal(there, config)))
+
+    return make
+
+
+def bundled(name: str) -> Make:
+    """A codec of the package: fitted on GSM8K with seed 0, whatever is played."""
+
+    def make(world: World) -> Method:
+        codec = Codec.from_pretrained(name)
+        assert isinstance(codec, Chain)
+        files = (hub.bundled_path(name) / f for f in ("config.json", "model.safetensors"))
+        return _latent(world, codec.outer, sum(file.stat().st_size for file in files))
 
     return make
 

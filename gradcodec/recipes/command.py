@@ -33,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
     add("--full", action="store_true", help="compare all schemes, for 20 rounds")
     add("--schemes", help=f"comma-separated, of: {', '.join(schemes.SCHEMES)}")
+    add("--codecs", help="comma-separated codecs to compare too: bundled, folders or Hub ids")
     _add_settings(parser)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings")
     for field in (*dataclasses.fields(Settings), *_local_fields()):
-        if field.name in ("local", "schemes"):
+        if field.name in ("local", "schemes", "codecs"):
             continue
         flag = "--" + field.name.replace("_", "-")
         if field.type == "bool":
@@ -121,7 +122,7 @@ def run_tgap(options: argparse.Namespace) -> int:
     out = _out(options.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"expected a folder for the codec (--out), got {out}: it is a file")
-    settings = dataclasses.replace(settings_of(options), schemes=("fp32",))
+    settings = dataclasses.replace(settings_of(options), schemes=("fp32",), codecs=())
     config: SubspaceConfig | AutoencoderConfig
     if options.family == "subspace":
         config = SubspaceConfig(
@@ -155,10 +156,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if getattr(options, "full", False):
         settings = dataclasses.replace(settings, schemes=schemes.FULL, rounds=20)
     given = {k: v for k, v in vars(options).items() if v is not None}
-    if "targets" in given:
-        given["targets"] = _names(given["targets"])
-    if "schemes" in given:
-        given["schemes"] = _names(given["schemes"])
+    for several in ("targets", "schemes", "codecs"):
+        if several in given:
+            given[several] = _names(given[several])
     local = {f.name: given[f.name] for f in _local_fields() if f.name in given}
     own = {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
     return dataclasses.replace(settings, **own, local=dataclasses.replace(settings.local, **local))

@@ -25,7 +25,7 @@ from gradcodec.federated import checkpoint
 from gradcodec.federated.collect import collect
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
 from gradcodec.federated.server import Server
-from gradcodec.recipes import data, models
+from gradcodec.recipes import data, models, pretrained
 from gradcodec.recipes.centralised import load_training, save_training
 from gradcodec.recipes.evaluate import choice_accuracy
 from gradcodec.recipes.results import Result
@@ -61,7 +61,6 @@ class Experiment:
 
     def __init__(self, settings: Settings, folder: RunFolder, progress: Progress) -> None:
         self.settings, self.folder, self.progress = settings, folder, progress
-        self.schemes = choose(settings.schemes)
         s = settings
         self.device = models.resolve_device(s.device)
         self.model, self.tokenizer = models.load_base(
@@ -74,6 +73,9 @@ class Experiment:
             model.enable_input_require_grads()
         self.parameters = models.adapter_parameters(self.model)
         self.initial = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+        self.codecs = pretrained.load(s.codecs, UpdateSpec.of(self.initial))
+        more = [pretrained.scheme_of(key, codec) for key, codec in self.codecs.items()]
+        self.schemes = [*choose(s.schemes), *more]
         self._deal()
 
     def _deal(self) -> None:
@@ -117,7 +119,10 @@ class Experiment:
     @cached_property
     def trained(self) -> dict[str, Codec]:
         """The codecs that the chosen schemes need, fitted on D1 or loaded from the run's folder."""
-        names = list(dict.fromkeys(n for s in self.schemes for n in s.needs))
+        for key, codec in self.codecs.items():  # a run holds what it used
+            if codec.spec is not None:
+                codec.save_pretrained(self.folder.path / "codecs" / key)
+        names = list(dict.fromkeys(n for s in self.schemes for n in s.needs if n in TRAINED))
         return self.fit({n: TRAINED[n] for n in names}, "codecs") if names else {}
 
     def fit(
@@ -321,7 +326,7 @@ class Experiment:
         server_config = replace(scheme.server, lr=s.server_lr, momentum=s.server_momentum)
         if scheme.server.mode == "post":
             # These two settings are readings of the paper's scheme; the others send updates.
-            paper = any(isinstance(TRAINED[n], AutoencoderConfig) for n in scheme.needs)
+            paper = any(isinstance(TRAINED.get(n), AutoencoderConfig) for n in scheme.needs)
             server_config = replace(
                 server_config,
                 representation=s.representation if paper else "update",

@@ -40,6 +40,8 @@ class Settings:
         ae_steps: training steps of each autoencoder.
         seed: of adapter, partition, sampling and batches.
         schemes: names from ``gradcodec.recipes.schemes``.
+        codecs: more schemes, one for each of these codecs: ``rotsign`` and the like, a bundled
+            name, a folder or a Hub id.
     """
 
     model: str = "embedded"
@@ -72,6 +74,7 @@ class Settings:
     ae_steps: int = 300
     seed: int = 0
     schemes: tuple[str, ...] = schemes.DEFAULT
+    codecs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self.tgap_records, ("auto", "signal", *RECORDED))
@@ -186,6 +189,8 @@ _SMOLLM2 = Settings(
     rounds=10,
     held_out=128,
     local=LocalTraining(lr=4e-3, batch=4, micro_batch=4, steps=6),
+    schemes=("fp32",),
+    codecs=("rotsign", "smollm2-135m-lora-r8-qv-8x", "smollm2-135m-lora-r8-qv-64x"),
 )
 PRESETS["smollm2-gsm8k"] = _SMOLLM2
 PRESETS["smollm2-mmlu"] = dataclasses.replace(

@@ -71,7 +71,7 @@ def as_arguments(name: str, value: Any) -> list[str]:
 
 def test_every_field_is_tried() -> None:
     fields = {f.name for f in dataclasses.fields(Settings)}
-    assert set(OTHER) == fields - {"local", "schemes"}
+    assert set(OTHER) == fields - {"local", "schemes", "codecs"}
     assert set(OTHER_LOCAL) == {f.name for f in dataclasses.fields(LocalTraining)}
 
 
@@ -90,6 +90,10 @@ def test_every_local_option_reaches_its_field_and_no_other(name: str) -> None:
     local = dataclasses.replace(Settings().local, **{name: OTHER_LOCAL[name]})
     assert settings == dataclasses.replace(Settings(), local=local)
     assert settings != Settings()
+
+
+def test_codecs_are_separated_by_commas() -> None:
+    assert parsed("--codecs", "rotsign, user/mine,").codecs == ("rotsign", "user/mine")
 
 
 def test_switches_can_be_switched_off() -> None:
@@ -188,7 +192,7 @@ def test_a_bad_local_setting_is_named(options: dict[str, Any], named: str) -> No
         LocalTraining(**options)
 
 
-@pytest.mark.parametrize("flag", ["--targets", "--schemes"])
+@pytest.mark.parametrize("flag", ["--targets", "--schemes", "--codecs"])
 def test_an_empty_list_is_named(flag: str) -> None:
     with pytest.raises(ConfigError, match="comma-separated"):
         parsed(flag, " , ")
