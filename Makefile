@@ -4,8 +4,9 @@ PYTHON ?= python3
 
 # What .venv gets when it has no torch yet: the version this project is tested with. Any torch
 # that pyproject.toml allows will do; for one CUDA version or a CPU-only build, choose it here
-# (`make TORCH=torch==2.10.0 test`) or make .venv yourself first.
-TORCH ?= torch==2.13.0
+# (`make TORCH=torch==2.10.0 test`) or make .venv yourself first. The empty environments of
+# `make dist` get it too.
+export TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 STAMP := .venv/.gradcodec-dev
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 2
 export WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-llama test quick mutants lint docs
+.PHONY: help demo demo-full demo-llama test quick mutants lint docs dist
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,11 @@ lint: $(STAMP) ## Style and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# `make DIST=python3 dist` takes another environment with the extra `dist`.
+DIST ?= $(BIN)/python
+dist: $(if $(filter $(BIN)/python,$(DIST)),$(STAMP)) ## Build sdist and wheel; try each in an empty environment
+	bash .ci/dist $(DIST)
 
 # It needs no torch. `make DOCS=python3 docs` takes another environment with the extra `docs`.
 DOCS ?= $(BIN)/python
