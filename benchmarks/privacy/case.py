@@ -15,8 +15,9 @@ on a seed that is not reported. The autoencoder and ``signal-128`` are fitted on
 
 from __future__ import annotations
 
+import bisect
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,17 +30,14 @@ from benchmarks.federated.figures import load
 from benchmarks.federated.methods import Coded
 from benchmarks.federated.world import World, play
 from benchmarks.jobs import Job
-from benchmarks.peers.federated.random_subspace import random_bases
+from benchmarks.privacy import subspaces
 from benchmarks.run import Options, check_names
-from gradcodec.chain import Chain
 from gradcodec.codec import Codec
-from gradcodec.codecs import BlockQuant, Identity, RotatedSign
+from gradcodec.codecs import Identity, RotatedSign
 from gradcodec.federated import ServerConfig
 from gradcodec.federated.envelope import Reply
-from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.privacy import EPSILONS, ClientPrivacy, calibrate
-from gradcodec.transforms.subspace.config import SubspaceConfig
 
 CASE = "privacy"
 SEEDS = (0,)
@@ -80,11 +78,9 @@ def scheme(name: str, world: World, privacy: ClientPrivacy | None) -> Coded:
         return Coded(world.initial, codec, Identity(), config, codec_bytes=nbytes)
     nbytes = 0
     if kind == "random":
-        transform: Codec = random_bases(world.initial, ratio=float(ratio), seed=world.settings.seed)
+        coded = subspaces.random(world, float(ratio))
     else:
-        config_of = SubspaceConfig(ratio=float(ratio), allocation="tempered", side="long")
-        transform, nbytes = fitted.kept(world, name, lambda: fitted.signal(world, config_of))
-    coded = Chain(transform, BlockQuant(BlockQuantConfig(8)))
+        coded, nbytes = subspaces.signal(world, float(ratio))
     rule = ServerConfig(mode="latent", privacy=privacy)
     return Coded(world.initial, coded, coded, rule, codec_bytes=nbytes)
 
@@ -104,11 +100,8 @@ class Measured(Coded):
 
 
 def clip_of(name: str, out: Path) -> float:
-    """The bound of a scheme; measured once and kept beside the rows.
-
-    Signs are made of the same vector as ``fp32`` sends, after it was clipped.
-    """
-    name = "fp32" if name.startswith("rotsign") else name
+    """The bound of a scheme; measured once and kept beside the rows."""
+    name = _clipped_as(name)
     path = out / f"{CASE}-clip.jsonl"
     stamp = rows.stamp(CASE, name, TUNING_SEED, {"rounds": 1, "lr": LR})
     for run in rows.runs(path).values():
@@ -122,6 +115,11 @@ def clip_of(name: str, out: Path) -> float:
     found = statistics.median(method.norms)
     rows.append(path, {**stamp, "clip": found, "round": 1, "diverged": False})
     return found
+
+
+def _clipped_as(name: str) -> str:
+    """Signs are made of the same vector as ``fp32`` sends, after it was clipped."""
+    return "fp32" if name.startswith("rotsign") else name
 
 
 def job(name: str, epsilon: float | None, seed: int, clip: float) -> Job:
@@ -179,7 +177,9 @@ def page(path: Path) -> report.Page:
         lines[title] = losses
         first = next(iter(found[0].values()))[0]  # type: ignore[union-attr]
         bound = first["config"]["clip"]
-        table.append((title, VALUES[name], f"{bound:.3g}", *(f"{loss:.3f}" for loss in losses)))
+        values = _values(runs[_clipped_as(name)])
+        cells = (f"{loss:.3f}" for loss in losses)
+        table.append((title, f"{values:,}", f"{bound:.3g}", *cells))
         for epsilon, by_seed in zip(LEVELS, found, strict=True):
             if epsilon is not None and by_seed:
                 guarantees[epsilon] = next(iter(by_seed.values()))[0]["guarantee"]
@@ -204,14 +204,17 @@ def page(path: Path) -> report.Page:
     return out
 
 
-VALUES = {
-    "fp32": "98,304",
-    "rotsign-64": "98,304",
-    "paper-working": "1,536",
-    "random-128": "768",
-    "signal-128": "768",
-    "random-1024": "384",
-}
+def _values(by_seed: Mapping[int, Sequence[rows.Row]]) -> int:
+    """How many values a client clips: those that it sends, counted by their bytes.
+
+    Subspaces send 8 bits a value and a scale for each block, the others 4 bytes.
+    """
+    first = next(iter(by_seed.values()))[0]
+    nbytes = first["uplink_payload_bytes"] // first["participations"]
+    if first["scheme"].partition("-")[0] in ("random", "signal"):
+        packer = subspaces.PACKED.packer
+        return bisect.bisect_left(range(nbytes), nbytes, key=packer.nbytes)
+    return nbytes // 4
 
 
 def _loss(last: list[rows.Row]) -> float:

@@ -24,47 +24,23 @@ from torch import Tensor
 
 from benchmarks import jobs, report, rows
 from benchmarks.federated import case as federated
-from benchmarks.federated import fitted
 from benchmarks.federated.figures import load
 from benchmarks.federated.world import World, world_of
 from benchmarks.jobs import Job
-from benchmarks.peers.federated.random_subspace import random_bases
+from benchmarks.privacy import subspaces
 from benchmarks.run import Options
-from gradcodec.chain import Chain
 from gradcodec.codec import Codec
-from gradcodec.codecs import BlockQuant, Identity, RotatedSign
-from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.codecs import Identity, RotatedSign
 from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.privacy import ClientPrivacy
 from gradcodec.recipes.data import Encoded
 from gradcodec.registry import make_codec
-from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
 
 CASE = "leakage"
 SENTENCES, TOKENS = 40, 8
 
 Make = Callable[[World], Codec]
-
-
-def _fitted(ratio: float) -> Make:
-    config = SubspaceConfig(ratio=ratio, allocation="tempered", side="long")
-
-    def make(world: World) -> Codec:
-        transform = fitted.kept(
-            world, f"signal-{ratio:g}", lambda: fitted.signal(world, config)
-        ).codec
-        return Chain(transform, BlockQuant(BlockQuantConfig(8)))
-
-    return make
-
-
-def _random(ratio: float) -> Make:
-    def make(world: World) -> Codec:
-        bases = random_bases(world.initial, ratio=ratio, seed=0)
-        return Chain(bases, BlockQuant(BlockQuantConfig(8)))
-
-    return make
 
 
 SCHEMES: Mapping[str, tuple[str, Make, ClientPrivacy | None]] = {
@@ -78,9 +54,9 @@ SCHEMES: Mapping[str, tuple[str, Make, ClientPrivacy | None]] = {
         None,
     ),
     "topk": ("top 64 of 4096", lambda w: make_codec("topk"), None),
-    "signal-17": ("fitted subspace 1/17, 8 bit", _fitted(17.46), None),
-    "signal-128": ("fitted subspace 1/128, 8 bit", _fitted(128), None),
-    "random-17": ("random subspace 1/17, 8 bit", _random(17.46), None),
+    "signal-17": ("fitted subspace 1/17, 8 bit", lambda w: subspaces.signal(w, 17.46).codec, None),
+    "signal-128": ("fitted subspace 1/128, 8 bit", lambda w: subspaces.signal(w, 128).codec, None),
+    "random-17": ("random subspace 1/17, 8 bit", lambda w: subspaces.random(w, 17.46), None),
     "fp32-noise": (
         "fp32, clipped to 1, noise 0.01 a value",
         lambda w: Identity(),

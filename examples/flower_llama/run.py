@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -62,16 +63,6 @@ class Proxy:
             pass
 
 
-def wait_for(condition: object, what: str, seconds: float, processes: list) -> None:
-    """Poll a function until it is true; complain if it takes too long or a process has ended."""
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        dead = [p.args[0] for p in processes if p.poll() is not None]
-        if dead or time.monotonic() > end:
-            raise SystemExit(f"{what} did not happen; ended: {dead or 'nothing'}")
-        time.sleep(0.2)
-
-
 def listening(port: int) -> bool:
     """Whether somebody accepts connections."""
     try:
@@ -81,63 +72,126 @@ def listening(port: int) -> bool:
     return True
 
 
-def run(settings: dict, folder: Path, app: Path = HERE) -> dict:
-    """One federation of a Flower app with this run config; its report, TCP bytes and seconds."""
-    api, report = free_port(), folder / "report.json"
-    environment = dict(
-        os.environ,
-        FLWR_HOME=str(folder / "flwr"),
-        FLWR_TELEMETRY_ENABLED="0",
-        FLWR_DISABLE_UPDATE_CHECK="1",
-        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
-        OMP_NUM_THREADS="1",
-        PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        PYTHONPATH=os.pathsep.join([str(app.resolve()), *filter(None, sys.path)]),
-    )
-    (folder / "flwr").mkdir(parents=True)
-    (folder / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{api}"\n'
-        "insecure = true\n"
-    )
-    processes: list[subprocess.Popen] = []
+class Deployment:
+    """A SuperLink and SuperNodes on this machine, which reach it through a ``Proxy``.
 
-    def start(name: str, *command: str) -> None:
-        log = (folder / f"{name}.log").open("wb")
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        with Deployment(folder) as here:
+            here.start_link()
+            here.start_node(0)
+            here.submit(app, {"rounds": 3})
 
-    try:
-        start("link", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(api))
-        wait_for(lambda: listening(api), "the SuperLink's start", 60, processes)
-        proxy = Proxy(api)
-        for node in range(2):
-            start(
-                f"node{node}",
-                "flower-supernode",
-                *("--insecure", "--superlink", f"127.0.0.1:{proxy.port}"),
-                *("--port", str(free_port())),
-                *("--node-config", f"partition-id={node} num-partitions=2"),
-            )
-        time.sleep(4)
-        began = time.monotonic()
-        values = {**settings, "report": str(report)}
-        text = " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())
-        flwr = ["flwr", "run", str(app), "here", "--run-config", text]
-        done = subprocess.run(flwr, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stdout + done.stderr)
-        wait_for(report.exists, "the end of the run", LIMIT, processes)
-        seconds = time.monotonic() - began
-        time.sleep(1)
-    finally:
-        for process in reversed(processes):
+    Args:
+        folder: for logs (``link.log``, ``node0.log``) and Flower's own files; made if need be.
+        paths: where ``ServerApp`` and ``ClientApp`` find modules, beside this process's own.
+    """
+
+    def __init__(self, folder: Path, *paths: Path) -> None:
+        self.folder, self.api = folder, free_port()
+        self.proxy = Proxy(self.api)
+        self.processes: dict[str, subprocess.Popen] = {}
+        self._environment = dict(
+            os.environ,
+            FLWR_HOME=str(folder / "flwr"),
+            FLWR_TELEMETRY_ENABLED="0",
+            FLWR_DISABLE_UPDATE_CHECK="1",
+            FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+            OMP_NUM_THREADS="1",
+            PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            PYTHONPATH=os.pathsep.join([*map(str, paths), *filter(None, sys.path)]),
+        )
+        (folder / "flwr").mkdir(parents=True)
+        (folder / "flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.api}"\n'
+            "insecure = true\n"
+        )
+
+    def __enter__(self) -> "Deployment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self.processes.values()):
             process.terminate()
-        for process in processes:
+        for process in self.processes.values():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+    def start_link(self, *options: str) -> None:
+        """Start the SuperLink, and wait until it listens."""
+        address = ("--host", "127.0.0.1", "--port", str(self.api))
+        self._start("link", "flower-superlink", "--insecure", *address, *options)
+        self.wait_for(lambda: listening(self.api), "the SuperLink's start", 60)
+
+    def start_node(self, number: int) -> None:
+        """Start the SuperNode of one part of the data."""
+        self._start(
+            f"node{number}",
+            "flower-supernode",
+            *("--insecure", "--superlink", f"127.0.0.1:{self.proxy.port}"),
+            *("--port", str(free_port())),
+            *("--node-config", f"partition-id={number} num-partitions=2"),
+        )
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, env=self._environment, stdout=log, stderr=log
+            )
+
+    def kill(self, name: str) -> None:
+        """End a process as a crash would, without a word to anybody."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def flwr(self, *command: str) -> str:
+        """What the command line tool says.
+
+        Raises:
+            SystemExit: it fails.
+        """
+        done = subprocess.run(
+            ["flwr", *command], env=self._environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(done.stdout + done.stderr)
+        return done.stdout
+
+    def submit(self, app: Path, settings: dict) -> str:
+        """Start a run of an app, and do not wait for its end; what Flower says."""
+        text = " ".join(f"{k}={json.dumps(v)}" for k, v in settings.items())
+        return self.flwr("run", str(app), "here", "--run-config", text)
+
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float) -> None:
+        """Poll a function until it is true.
+
+        Raises:
+            SystemExit: it takes too long, or a process has ended.
+        """
+        end = time.monotonic() + seconds
+        while not condition():
+            dead = [name for name, p in self.processes.items() if p.poll() is not None]
+            if dead or time.monotonic() > end:
+                raise SystemExit(f"{what} did not happen; ended: {dead or 'nothing'}")
+            time.sleep(0.2)
+
+
+def run(settings: dict, folder: Path, app: Path = HERE) -> dict:
+    """One federation of a Flower app with this run config; its report, TCP bytes and seconds."""
+    report = folder / "report.json"
+    with Deployment(folder, app.resolve()) as here:
+        here.start_link()
+        for node in range(2):
+            here.start_node(node)
+        time.sleep(4)
+        began = time.monotonic()
+        here.submit(app, {**settings, "report": str(report)})
+        here.wait_for(report.exists, "the end of the run", LIMIT)
+        seconds = time.monotonic() - began
+        time.sleep(1)
     found = json.loads(report.read_text())
-    return {**found, "up": proxy.up, "down": proxy.down, "seconds": round(seconds, 1)}
+    return {**found, "up": here.proxy.up, "down": here.proxy.down, "seconds": round(seconds, 1)}
 
 
 def main() -> None:

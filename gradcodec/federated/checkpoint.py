@@ -12,6 +12,7 @@ from gradcodec import files
 from gradcodec.errors import ConfigError
 from gradcodec.federated.loop import Federation, RoundReport
 from gradcodec.federated.participants import client_id
+from gradcodec.federated.server import Server
 
 ANEW = "delete it to start again from round 0"
 
@@ -88,6 +89,40 @@ def load(
         raise ConfigError(f"{path} is not a checkpoint of this federation: {text}; {ANEW}") from err
     federation.finished, federation.versions, federation.clients = finished, versions, {}
     return reports
+
+
+def save_server(path: str | Path, server: Server, settings: str) -> None:
+    """Write a server alone, for frameworks that have a loop of their own.
+
+    Args:
+        path: the file, written as by ``save``.
+        server: between two rounds.
+        settings: what makes it, as text; ``load_server`` compares it.
+
+    Raises:
+        OSError: the file cannot be written; the previous checkpoint is unchanged.
+    """
+    tensors = prefixed("server", server.state_dict())
+    files.save_tensors(path, tensors, {"settings": settings}, keep=True)
+
+
+def load_server(path: str | Path, server: Server, settings: str) -> None:
+    """Put a server of the same settings back where ``save_server`` left it.
+
+    If the file is damaged, the previous checkpoint is read instead, as by ``load``.
+
+    Raises:
+        ConfigError: the file and the previous one are damaged, or of another federation. Nothing
+            has changed then.
+    """
+    tensors, meta = files.load_tensors(path, ANEW)
+    try:
+        if meta["settings"] != settings:
+            raise ConfigError(f"its settings are {meta['settings']}, here they are {settings}")
+        server.load_state_dict(unprefixed("server", tensors))
+    except (AttributeError, KeyError, TypeError, ValueError) as err:
+        text = str(err) if isinstance(err, ConfigError) else repr(err)
+        raise ConfigError(f"{path} is not a checkpoint of this federation: {text}; {ANEW}") from err
 
 
 def _load_all(states: Sequence[tuple[Kept, Mapping[str, Tensor]]]) -> None:

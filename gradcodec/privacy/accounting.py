@@ -109,17 +109,7 @@ def spend(
     """
     if not (isinstance(noise, int | float) and 0 < noise < math.inf):
         raise ConfigError(f"expected a finite noise > 0, got {noise!r}")
-    _check(rounds, delta, rate, sampling, adjacency)
-    dp = _library()
-    sigma = noise / _sensitivity(adjacency)
-    event = dp.SelfComposedDpEvent(_event(dp, sigma, rate, sampling), rounds)
-    rdp = float(_rdp(dp, sampling).compose(event).get_epsilon(delta))
-    pld = None
-    if sampling != "fixed":
-        pld = float(_pld(dp, sigma).compose(event).get_epsilon(delta))
-    mu = gdp_mu(sigma, rounds, rate)
-    gdp = float(dp.get_epsilon_gaussian(1 / mu, delta))
-    return Spent(float(noise), rounds, delta, sampling, rate, adjacency, rdp, pld, gdp, mu)
+    return _Releases(rounds, delta, rate, sampling, adjacency).spend(float(noise))
 
 
 def calibrate(
@@ -138,20 +128,7 @@ def calibrate(
     """
     if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
         raise ConfigError(f"expected a finite epsilon > 0, got {epsilon!r}")
-    _check(rounds, delta, rate, sampling, adjacency)
-    dp = _library()
-    # Without sampling, rounds are one release with the root of their number: the most noise needed.
-    most = math.sqrt(rounds) * float(dp.get_sigma_gaussian(epsilon, delta)) * 1.05
-    sigma = dp.calibrate_dp_mechanism(
-        lambda: _rdp(dp, sampling) if sampling == "fixed" else _pld(dp, most),
-        lambda s: dp.SelfComposedDpEvent(_event(dp, s, rate, sampling), rounds),
-        epsilon,
-        delta,
-        _bracket(dp, epsilon, most, rounds, delta, rate, sampling),
-        tol=1e-4 * most,
-    )
-    noise = float(sigma) * _sensitivity(adjacency)
-    return spend(noise, rounds, delta=delta, rate=rate, sampling=sampling, adjacency=adjacency)
+    return _Releases(rounds, delta, rate, sampling, adjacency).calibrate(float(epsilon))
 
 
 def presets(
@@ -163,10 +140,8 @@ def presets(
     adjacency: str = "add-remove",
 ) -> dict[float, Spent]:
     """``calibrate`` for each of ``EPSILONS``."""
-    return {
-        e: calibrate(e, rounds, delta=delta, rate=rate, sampling=sampling, adjacency=adjacency)
-        for e in EPSILONS
-    }
+    releases = _Releases(rounds, delta, rate, sampling, adjacency)
+    return {epsilon: releases.calibrate(epsilon) for epsilon in EPSILONS}
 
 
 def gdp_mu(sigma: float, rounds: int, rate: float = 1.0) -> float:
@@ -181,30 +156,105 @@ def gdp_mu(sigma: float, rounds: int, rate: float = 1.0) -> float:
     return rate * math.sqrt(rounds * math.expm1(inverse)) if inverse < 700 else math.inf
 
 
-def _check(rounds: int, delta: float, rate: float, sampling: str, adjacency: str) -> None:
-    if type(rounds) is not int or rounds < 1:
-        raise ConfigError(f"expected rounds of at least 1, got {rounds!r}")
-    if not (isinstance(delta, float) and 0 < delta < 1):
-        raise ConfigError(f"expected a delta within (0, 1), got {delta!r}")
-    if adjacency not in ADJACENCIES:
-        raise ConfigError(f"expected an adjacency of {tuple(ADJACENCIES)}, got {adjacency!r}")
-    if sampling not in SAMPLINGS:
-        raise ConfigError(f"expected a sampling of {tuple(SAMPLINGS)}, got {sampling!r}")
-    if adjacency not in SAMPLINGS[sampling]:
-        raise ConfigError(
-            f"sampling {sampling!r} is accounted for with adjacency {SAMPLINGS[sampling]}, "
-            f"got {adjacency!r}"
-        )
-    if not 0 < rate <= 1 or (sampling == "all") != (rate == 1):
-        raise ConfigError(
-            f"expected a rate of 1 for 'all', or within (0, 1) for the others, got {rate!r} "
-            f"for {sampling!r}"
-        )
+@dataclass(frozen=True)
+class _Releases:
+    """All that a guarantee depends on but the noise; ``sigma`` is in units of the sensitivity.
 
+    Raises:
+        ConfigError: a value is out of range, or two do not go together.
+    """
 
-def _sensitivity(adjacency: str) -> float:
-    """How far one client moves the sum, in units of ``clip``."""
-    return 2.0 if adjacency == "replace" else 1.0
+    rounds: int
+    delta: float
+    rate: float
+    sampling: str
+    adjacency: str
+
+    def __post_init__(self) -> None:
+        rounds, delta, rate, sampling = self.rounds, self.delta, self.rate, self.sampling
+        if type(rounds) is not int or rounds < 1:
+            raise ConfigError(f"expected rounds of at least 1, got {rounds!r}")
+        if not (isinstance(delta, float) and 0 < delta < 1):
+            raise ConfigError(f"expected a delta within (0, 1), got {delta!r}")
+        if self.adjacency not in ADJACENCIES:
+            raise ConfigError(
+                f"expected an adjacency of {tuple(ADJACENCIES)}, got {self.adjacency!r}"
+            )
+        if sampling not in SAMPLINGS:
+            raise ConfigError(f"expected a sampling of {tuple(SAMPLINGS)}, got {sampling!r}")
+        if self.adjacency not in SAMPLINGS[sampling]:
+            raise ConfigError(
+                f"sampling {sampling!r} is accounted for with adjacency {SAMPLINGS[sampling]}, "
+                f"got {self.adjacency!r}"
+            )
+        if not 0 < rate <= 1 or (sampling == "all") != (rate == 1):
+            raise ConfigError(
+                f"expected a rate of 1 for 'all', or within (0, 1) for the others, got {rate!r} "
+                f"for {sampling!r}"
+            )
+
+    def spend(self, noise: float) -> Spent:
+        """By all three accountants."""
+        dp = _library()
+        sigma = noise / self._sensitivity
+        rdp = self._epsilon(dp, self._rdp(dp), sigma)
+        pld = None if self.sampling == "fixed" else self._epsilon(dp, _pld(dp, sigma), sigma)
+        mu = gdp_mu(sigma, self.rounds, self.rate)
+        gdp = float(dp.get_epsilon_gaussian(1 / mu, self.delta))
+        of = (self.rounds, self.delta, self.sampling, self.rate, self.adjacency)
+        return Spent(noise, *of, rdp, pld, gdp, mu)
+
+    def calibrate(self, epsilon: float) -> Spent:
+        """The least noise for ``epsilon``."""
+        dp = _library()
+        # The most noise needed: without sampling, rounds are one release with their number's root.
+        gaussian = float(dp.get_sigma_gaussian(epsilon, self.delta))
+        most = math.sqrt(self.rounds) * gaussian * 1.05
+        sigma = dp.calibrate_dp_mechanism(
+            lambda: self._rdp(dp) if self.sampling == "fixed" else _pld(dp, most),
+            lambda s: self._event(dp, s),
+            epsilon,
+            self.delta,
+            self._bracket(dp, epsilon, most),
+            tol=1e-4 * most,
+        )
+        return self.spend(float(sigma) * self._sensitivity)
+
+    @property
+    def _sensitivity(self) -> float:
+        """How far one client moves the sum, in units of ``clip``."""
+        return 2.0 if self.adjacency == "replace" else 1.0
+
+    def _event(self, dp: Any, sigma: float) -> Any:
+        """All rounds."""
+        one = dp.GaussianDpEvent(sigma)
+        if self.sampling == "poisson":
+            one = dp.PoissonSampledDpEvent(self.rate, one)
+        if self.sampling == "fixed":
+            # Only the ratio counts; a million clients resolve it.
+            invited = max(1, round(self.rate * 10**6))
+            one = dp.SampledWithoutReplacementDpEvent(10**6, invited, one)
+        return dp.SelfComposedDpEvent(one, self.rounds)
+
+    def _epsilon(self, dp: Any, accountant: Any, sigma: float) -> float:
+        return float(accountant.compose(self._event(dp, sigma)).get_epsilon(self.delta))
+
+    def _rdp(self, dp: Any) -> Any:
+        """The sensitivity is in ``sigma`` already; the relation only admits the sampling."""
+        relation = dp.NeighboringRelation
+        fixed = self.sampling == "fixed"
+        chosen = relation.REPLACE_ONE if fixed else relation.ADD_OR_REMOVE_ONE
+        return dp.rdp.RdpAccountant(neighboring_relation=chosen)
+
+    def _bracket(self, dp: Any, epsilon: float, most: float) -> Any:
+        """An interval with the noise in it; RDP, which is cheap, finds its lower end."""
+        least = most
+        while least > 1e-3 * most:
+            least /= 1.5
+            # PLD's epsilon is at most RDP's, and hardly below two thirds of it.
+            if self._epsilon(dp, self._rdp(dp), least) > 1.5 * epsilon:
+                break
+        return dp.ExplicitBracketInterval(least, 2 * most if self.sampling == "fixed" else most)
 
 
 def _library() -> Any:
@@ -219,39 +269,7 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _event(dp: Any, sigma: float, rate: float, sampling: str) -> Any:
-    """One round; ``sigma`` in units of the sensitivity."""
-    gaussian = dp.GaussianDpEvent(sigma)
-    if sampling == "poisson":
-        return dp.PoissonSampledDpEvent(rate, gaussian)
-    if sampling == "fixed":
-        # Only the ratio counts; a million clients resolve it.
-        return dp.SampledWithoutReplacementDpEvent(10**6, max(1, round(rate * 10**6)), gaussian)
-    return gaussian
-
-
-def _rdp(dp: Any, sampling: str) -> Any:
-    """The sensitivity is in ``sigma`` already; the relation only admits the kind of sampling."""
-    relation = dp.NeighboringRelation
-    chosen = relation.REPLACE_ONE if sampling == "fixed" else relation.ADD_OR_REMOVE_ONE
-    return dp.rdp.RdpAccountant(neighboring_relation=chosen)
-
-
 def _pld(dp: Any, sigma: float) -> Any:
     """Losses are as large as ``1 / sigma^2``: so is the grid's step, or memory would run out."""
     step = 1e-3 * max(1.0, sigma**-2)
     return dp.pld.pld_privacy_accountant.PLDAccountant(value_discretization_interval=step)
-
-
-def _bracket(
-    dp: Any, epsilon: float, most: float, rounds: int, delta: float, rate: float, sampling: str
-) -> Any:
-    """An interval with the noise in it; RDP, which is cheap, finds its lower end."""
-    least = most
-    while least > 1e-3 * most:
-        least /= 1.5
-        event = dp.SelfComposedDpEvent(_event(dp, least, rate, sampling), rounds)
-        # PLD's epsilon is at most RDP's, and hardly below two thirds of it.
-        if float(_rdp(dp, sampling).compose(event).get_epsilon(delta)) > 1.5 * epsilon:
-            break
-    return dp.ExplicitBracketInterval(least, 2 * most if sampling == "fixed" else most)

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 from integrations.flower_loopback import LoopbackGrid
 
 import gradcodec as gc
+from gradcodec import wire
 from gradcodec.errors import ConfigError, GradcodecError, WireError
 from gradcodec.integrations.flower import CodecGrid, CompressMod, container
 from gradcodec.integrations.flower.mod import STATE, VERSION
@@ -235,6 +236,66 @@ def test_a_damaged_reply_costs_that_reply(how: str, caplog: pytest.LogCaptureFix
             sent = replies[0].content["arrays"]
     assert "dropped the reply of node 101" in caplog.text
     assert np.isfinite(sent["lora_A"].numpy()).all()
+
+
+def older(parts: dict[str, bytes], how: str) -> ArrayRecord:
+    """What a node with another version of gradcodec would have sent."""
+    if how == "container":
+        data = container.packed(parts)[container.KEY].data
+        return ArrayRecord({container.KEY: Array("uint8", (len(data),), "gradcodec.0", data)})
+    name, blob = next((n, b) for n, b in parts.items() if b[:2] == wire.MAGIC)
+    return container.packed({**parts, name: blob[:2] + b"\0" + blob[3:]})  # its version
+
+
+@pytest.mark.parametrize("how", ["container", "payload"])
+def test_a_node_of_another_wire_version_is_left_out_and_the_run_goes_on(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def damage(node: int, reply: Message) -> None:
+        if node == 102 and not reply.has_error() and "arrays" in reply.content:
+            parts = container.unpacked(reply.content.array_records["arrays"])
+            reply.content["arrays"] = older(parts, how)
+
+    grid = LoopbackGrid(WITH, 3)
+    grid.damage = damage
+    with caplog.at_level(logging.WARNING):
+        after = run(grid, "int4", evaluated=0.0)
+    assert len(after) == ROUNDS + 1
+    assert np.abs(after[-1]["lora_B"]).max() > 0.1
+    told = [r.message for r in caplog.records if "dropped the reply of node 102" in r.message]
+    assert len(told) == ROUNDS
+    assert all("UnsupportedVersionError" in text for text in told)
+
+
+def test_a_node_of_an_older_version_refuses_a_newer_servers_message() -> None:
+    grid = LoopbackGrid(WITH, 1)
+    data = container.packed({"version": b"x" * 8})[container.KEY].data
+    newer = ArrayRecord({container.KEY: Array("uint8", (len(data),), "gradcodec.2", data)})
+    codecs = CodecGrid(grid, "int4")
+    (message,) = messages(record(model()), [100])
+    ((coded, _),) = codecs._encoded([message])
+    coded.content["arrays"] = newer
+    (reply,) = grid.send_and_receive([coded])
+    assert "different versions of gradcodec" in reply.error.reason
+
+
+def test_a_reply_after_its_round_is_decoded_as_what_it_was_and_costs_no_later_one() -> None:
+    grid = LoopbackGrid(WITH, 2)
+    codecs = CodecGrid(grid, "fp32", downlink="int8")
+    sent = record(model())
+    for _ in range(2):
+        sent = next(iter(codecs.send_and_receive(messages(sent, [100, 101])))).content["arrays"]
+    on_time, late = codecs.push_messages(messages(sent, [100, 101]))
+    (first,) = codecs.pull_messages([on_time])
+    then = list(codecs.send_and_receive(messages(first.content["arrays"], [100])))
+    (reply,) = codecs.pull_messages([late])  # node 101 was slow
+    assert not reply.has_error()
+    goal = np.random.default_rng(101).normal(size=(8, 96)).astype(np.float32)
+    base = goal + (reply.content["arrays"]["lora_A"].numpy() - goal) / 0.7  # inverse of `train`
+    assert np.abs(base - sent["lora_A"].numpy()).max() < 0.05  # of its own round, not of the next
+    after = list(codecs.send_and_receive(messages(then[0].content["arrays"], [100, 101])))
+    assert [r.has_error() for r in after] == [False, False]
+    assert max(row["down"] for row in grid.log[-2:]) < 64 * 64 * 4  # increments, not the model
 
 
 def test_training_that_diverges_costs_that_nodes_reply() -> None:

@@ -1,7 +1,12 @@
 """Laws of ``CodecFedAvg`` and ``Participant``: a federation in code space, inside Flower."""
 
 import logging
+import os
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,7 @@ from flwr.clientapp import ClientApp
 from integrations.flower_loopback import LoopbackGrid
 
 import gradcodec as gc
+from gradcodec import files
 from gradcodec.errors import ConfigError
 from gradcodec.federated import AutoConfig, Federation, LoopConfig, ServerConfig, server_for
 from gradcodec.integrations.flower import CodecFedAvg, Participant, container
@@ -230,11 +236,92 @@ def test_a_damaged_reply_costs_that_reply(caplog: pytest.LogCaptureFixture) -> N
     assert strategy.server.round == 2
 
 
+@pytest.mark.parametrize("how", ["container", "envelope"])
+def test_a_node_of_another_wire_version_is_left_out(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = LoopbackGrid(app(), NODES)
+
+    def damage(node: int, reply: Message) -> None:
+        if node != 101 or reply.has_error() or "arrays" not in reply.content:
+            return
+        array = reply.content["arrays"][container.KEY]
+        if how == "envelope":
+            blob = container.unpacked(reply.content["arrays"])["reply"]
+            blob = blob[:2] + b"\x03" + blob[3:-4]
+            blob += (~zlib.crc32(blob) & 0xFFFFFFFF).to_bytes(4, "little")
+            reply.content["arrays"] = container.packed({"reply": blob})
+        else:
+            old = Array("uint8", array.shape, "gradcodec.0", array.data)
+            reply.content["arrays"] = ArrayRecord({container.KEY: old})
+
+    grid.damage = damage
+    strategy = CodecFedAvg("int8", fraction_evaluate=0.0)
+    run(grid, strategy, 2)
+    told = [r.message for r in caplog.records if "dropped the reply of node 101" in r.message]
+    assert len(told) == 2
+    assert all("UnsupportedVersionError" in text for text in told)
+    assert strategy.server is not None
+    assert strategy.server.round == 2
+
+
 def test_a_restarted_server_takes_its_nodes_back_to_the_start() -> None:
     grid = LoopbackGrid(app(), NODES)
     run(grid, CodecFedAvg("int8"), 2)
     again = run(grid, CodecFedAvg("int8"), ROUNDS)
     assert equal(again, run(LoopbackGrid(app(), NODES), CodecFedAvg("int8"), ROUNDS))
+
+
+@pytest.mark.parametrize("codec", ["int8", "subspace:auto"])
+def test_another_run_goes_on_from_the_checkpoint_to_the_bits_of_a_whole_one(
+    codec: str, tmp_path: Path
+) -> None:
+    config = AUTO if codec == "subspace:auto" else ServerConfig(momentum=0.5)
+    whole = run(LoopbackGrid(app(), NODES), CodecFedAvg(codec, config=config))
+    path = tmp_path / "server.safetensors"
+    rounds: list[int] = []
+    for until in (3, ROUNDS):
+        grid = LoopbackGrid(app(), NODES)  # of another run: nodes know nothing
+        strategy = CodecFedAvg(codec, config=config, checkpoint=path)
+        after = run(grid, strategy, until, at=rounds.append)
+    assert rounds == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert equal(whole, after)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "server.safetensors"
+    run(LoopbackGrid(app(), NODES), CodecFedAvg("int8", checkpoint=path), 1)
+    with pytest.raises(ConfigError, match="not a checkpoint of this federation"):
+        run(LoopbackGrid(app(), NODES), CodecFedAvg("int4", checkpoint=path), 2)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from gradcodec.integrations.flower import CodecFedAvg
+from integrations.flower_loopback import LoopbackGrid
+from integrations.test_flower_code_space import NODES, app, run
+
+path = Path(sys.argv[1]) / "server.safetensors"
+run(LoopbackGrid(app(), NODES), CodecFedAvg("int8", checkpoint=path), 2)
+(path.parent / "before").write_bytes(path.read_bytes())
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # no file may grow further, as on a full disk
+try:
+    run(LoopbackGrid(app(), NODES), CodecFedAvg("int8", checkpoint=path), 3)
+except OSError as err:
+    raise SystemExit(7 if str(path) in str(err) else 1)
+"""
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parents[1])
+    script = [sys.executable, "-c", FULL_DISK, str(tmp_path), tests]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=100, env=env, check=False)
+    assert done.returncode == 7, done.stderr
+    assert (tmp_path / "server.safetensors").read_bytes() == (tmp_path / "before").read_bytes()
+    assert not [p.name for p in tmp_path.iterdir() if files.is_temporary(p.name)]
 
 
 def test_latent_rounds_need_the_participants_optimizer() -> None:

@@ -1,6 +1,8 @@
 """Frameworks that own the loop: two ranks run, are killed, and go on to the bits of a whole run."""
 
 import json
+import struct
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,6 +49,67 @@ def test_a_killed_run_goes_on_to_the_bits_of_a_whole_one(framework: str, tmp_pat
     assert len(figures) == 4
     assert all(2 < f["gradcodec/ratio"] < 9 for f in figures)  # small tensors pay for headers
     assert all(f[f"gradcodec/{k}_ms"] > 0 for f in figures for k in ("encode", "exchange"))
+
+
+def in_tensorboard(folder: Path) -> dict[str, list[float]]:
+    """What its event files hold, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out: dict[str, list[float]] = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        found = EventAccumulator(str(path))
+        found.Reload()
+        for tag in found.Tags()["scalars"]:
+            out.setdefault(tag, []).extend(event.value for event in found.Scalars(tag))
+    return out
+
+
+def in_wandb(folder: Path) -> dict[str, list[float]]:
+    """What an offline run would upload, by name."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    out: dict[str, list[float]] = {}
+    for path in folder.rglob("*.wandb"):
+        for data in in_leveldb_log(path.read_bytes()):
+            for item in Record.FromString(data).history.item:
+                name = item.key or "/".join(item.nested_key)
+                out.setdefault(name, []).append(json.loads(item.value_json))
+    return out
+
+
+def in_leveldb_log(blob: bytes) -> Iterator[bytes]:
+    """The records of a ``.wandb`` file: 7 bytes of its own, then LevelDB's log format."""
+    at, block, whole = 7, 1 << 15, b""
+    header = struct.Struct("<IHB")  # checksum, length, and whether it is the record's last piece
+    while at + header.size <= len(blob):
+        _, length, kind = header.unpack_from(blob, at)
+        if kind == 0:  # the rest of a block is empty
+            at += block - at % block
+            continue
+        at += header.size
+        whole += blob[at : at + length]
+        at += length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+        if block - at % block < header.size:
+            at += block - at % block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("board", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("framework", ["trainer", "lightning", "accelerate"])
+def test_a_board_receives_the_figures(framework: str, board: str, tmp_path: Path) -> None:
+    for package in (PACKAGES[framework], board):
+        if find_spec(package) is None:
+            pytest.skip(f"needs: pip install {package}")
+    ranks(framework, tmp_path, board)
+    found = {"tensorboard": in_tensorboard, "wandb": in_wandb}[board](tmp_path / "board")
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert len(told) == 4
+    for name in (n for n in told[0] if n.startswith("gradcodec/")):
+        (values,) = [v for tag, v in found.items() if tag.removeprefix("train/") == name]
+        assert values == pytest.approx([figures[name] for figures in told]), name
 
 
 @pytest.mark.slow

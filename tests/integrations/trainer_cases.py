@@ -1,7 +1,8 @@
 """Two ranks train with a framework's own loop, and are killed if the test says so.
 
-    torchrun --nproc-per-node 2 trainer_cases.py FRAMEWORK FOLDER [kill|resume] [VALUE]
+    torchrun --nproc-per-node 2 trainer_cases.py FRAMEWORK FOLDER [MODE] [VALUE]
 
+MODE is ``kill`` or ``resume``, or ``tensorboard`` or ``wandb``: log there, to ``FOLDER/board``.
 VALUE, for the Trainer: the learning rate of a run to be killed, the checkpoint to resume from.
 Rank 0 writes ``FOLDER/weights.safetensors`` and ``FOLDER/figures.json`` at the end.
 """
@@ -24,6 +25,12 @@ FRAMEWORK, FOLDER = sys.argv[1], Path(sys.argv[2])
 MODE = sys.argv[3] if len(sys.argv) > 3 else "whole"
 VALUE = sys.argv[4] if len(sys.argv) > 4 else ""
 CODEC = {"codec": "int4", "min_numel": 0}
+BOARD = MODE if MODE in ("tensorboard", "wandb") else None
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["WANDB_DIR"] = os.environ["TENSORBOARD_LOGGING_DIR"] = str(FOLDER / "board")
+if BOARD:
+    (FOLDER / "board").mkdir(exist_ok=True)
 
 
 class Points(Dataset):  # type: ignore[type-arg]
@@ -66,6 +73,10 @@ def finish(model: nn.Module, figures: list[dict[str, float]]) -> None:
     if dist.get_rank() == 0:
         save_file({"weights": weights}, FOLDER / "weights.safetensors")
         (FOLDER / "figures.json").write_text(json.dumps(figures))
+        if BOARD == "wandb":
+            import wandb
+
+            wandb.teardown()  # finishes runs, and ends its process, which `_exit` would leave
     dist.barrier()
     # Gloo aborts now and then when Python ends, without gradcodec too ("terminate called without
     # an active exception"), and more rarely after destroy_process_group. All is checked by now.
@@ -91,7 +102,7 @@ def trainer() -> None:
         optim="sgd",
         lr_scheduler_type="constant",
         use_cpu=True,
-        report_to=[],
+        report_to=BOARD or [],
         save_steps=SAVED,
         save_total_limit=1,
         logging_steps=2,
@@ -141,7 +152,7 @@ def sft() -> None:
 def lightning(sharded: bool = False) -> None:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
@@ -172,6 +183,11 @@ def lightning(sharded: bool = False) -> None:
             seen.append(dict(metrics))
             super().log_metrics(metrics, step)
 
+    loggers: list[Any] = [Logger(FOLDER / "log")]
+    if BOARD == "tensorboard":
+        loggers.append(TensorBoardLogger(FOLDER / "board"))
+    if BOARD == "wandb":
+        loggers.append(WandbLogger(save_dir=FOLDER / "board", offline=True))
     checkpoint = ModelCheckpoint(FOLDER / "out", every_n_train_steps=SAVED, save_last=True)
     strategy = DDPStrategy(process_group_backend="gloo")
     options = dict(CODEC)
@@ -186,7 +202,7 @@ def lightning(sharded: bool = False) -> None:
         devices=2,
         max_steps=STEPS,
         callbacks=[CompressCallback(**options), checkpoint],
-        logger=Logger(FOLDER / "log"),
+        logger=loggers,
         log_every_n_steps=2,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -260,7 +276,8 @@ def accelerate() -> None:
         def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
             figures.append(values)
 
-    here = Accelerator(cpu=True, log_with=[Tracker()])
+    trackers = [Tracker(), BOARD] if BOARD else [Tracker()]
+    here = Accelerator(cpu=True, log_with=trackers, project_dir=FOLDER / "board")
     here.init_trackers("run")
     nets = nn.ModuleList([Net(), Net()])
     optimizer = torch.optim.SGD(nets.parameters(), lr=0.3)
@@ -284,6 +301,8 @@ def accelerate() -> None:
         if (step + 1) % 2 == 0:
             log(step + 1)
         die_at(step + 1)
+    for tracker in here.trackers:  # `end_training` would end the process group as well
+        tracker.finish()
     finish(nets, figures)
 
 

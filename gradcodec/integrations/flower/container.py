@@ -13,11 +13,19 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from gradcodec.encodable import shown
-from gradcodec.errors import MalformedBodyError, TruncatedError, UpdateError
+from gradcodec.errors import (
+    MalformedBodyError,
+    TruncatedError,
+    UnsupportedVersionError,
+    UpdateError,
+)
 from gradcodec.types import Update
 
-STYPE = "gradcodec.1"
-"""Says what is in the array; Flower passes arrays of unknown types on as they are."""
+_FAMILY = "gradcodec."
+
+STYPE = f"{_FAMILY}1"
+"""Says what is in the array, and its version; Flower passes arrays of unknown types on as they
+are."""
 
 KEY = "gradcodec"
 """The name of the array in its record."""
@@ -37,16 +45,22 @@ def packed(parts: Mapping[str, bytes]) -> ArrayRecord:
 
 
 def is_packed(record: ArrayRecord) -> bool:
-    """Whether a record is one that ``packed`` made."""
-    return len(record) == 1 and KEY in record and record[KEY].stype == STYPE
+    """Whether a record is one that ``packed`` made, of this version or of another one."""
+    return len(record) == 1 and KEY in record and record[KEY].stype.startswith(_FAMILY)
 
 
 def unpacked(record: ArrayRecord) -> dict[str, bytes]:
     """The parts of a record.
 
     Raises:
+        UnsupportedVersionError: another version of gradcodec has made it.
         WireError: the bytes are not what ``packed`` makes.
     """
+    if record[KEY].stype != STYPE:
+        raise UnsupportedVersionError(
+            f"expected an array of type {STYPE!r}, got {shown(record[KEY].stype)}: server and node "
+            "have different versions of gradcodec"
+        )
     data = record[KEY].data
     if data[: len(_MAGIC)] != _MAGIC:
         raise MalformedBodyError(f"expected {_MAGIC!r}, got {shown(data[: len(_MAGIC)])}")

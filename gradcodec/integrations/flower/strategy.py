@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 
 from gradcodec.errors import ConfigError, GradcodecError, TrainingError
 from gradcodec.federated import AutoConfig, AutoServer, Server, ServerConfig
+from gradcodec.federated import checkpoint as saved
 from gradcodec.federated.participants import ClientId
 from gradcodec.federated.tensors import State
 from gradcodec.integrations.flower import container
@@ -48,6 +50,10 @@ class CodecFedAvg(FedAvg):
     names the node. A node that has lost its state answers with an error, once, and is sent
     everything from the initial state on in the next round.
 
+    Flower cannot resume a run. With ``checkpoint`` another run of the same app goes on where an
+    ended one was: the file holds the server after its last round, and nodes are sent what they
+    lack, as after any other absence.
+
     Args:
         codec: of replies: ``"subspace:auto"``, a codec's name, the config of one without weights, a
             folder, or a Hub id.
@@ -57,13 +63,17 @@ class CodecFedAvg(FedAvg):
         initial: the initial state, if ``initial_arrays`` does not tell buffers from parameters: the
             same kind of module as nodes give to ``Participant``.
         number: a node's id in the federation by its Flower id; seeds of codecs depend on it.
+        checkpoint: a file, written after each round. If it is there when training starts, training
+            goes on from it. A full path: Flower decides where a ``ServerApp`` runs.
         options: FedAvg's own arguments.
 
     Attributes:
         server: the ``gradcodec.federated`` server, from the first round on.
 
     Raises:
-        ConfigError: an argument is of another kind, or they do not go together.
+        ConfigError: an argument is of another kind, or they do not go together; when training
+            starts, the checkpoint is damaged or of another federation.
+        OSError: after a round, the checkpoint cannot be written; the one before it is unchanged.
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class CodecFedAvg(FedAvg):
         config: ServerConfig | AutoConfig | None = None,
         initial: State | None = None,
         number: Callable[[int], ClientId] = lambda node: node,
+        checkpoint: str | Path | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -81,6 +92,8 @@ class CodecFedAvg(FedAvg):
         self._initial = initial
         self._number = number
         self._versions: dict[int, int] = {}
+        self._checkpoint = checkpoint
+        self._before = 0  # rounds of earlier runs
         if codec == AUTO:
             if downlink is not None or isinstance(config, ServerConfig):
                 raise ConfigError(f"{AUTO!r} takes its codecs from an AutoConfig")
@@ -108,13 +121,46 @@ class CodecFedAvg(FedAvg):
             }
         self._settings = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """As FedAvg. From a checkpoint on, those of ``num_rounds`` rounds that it lacks.
+
+        Rounds are numbered on, for nodes, ``evaluate_fn`` and the result.
+        """
+        fresh = self.server is None
+        self._begin(initial_arrays)
+        assert self.server is not None
+        before = self._before = self.server.round if fresh else 0
+        watch = None if evaluate_fn is None else lambda n, arrays: evaluate_fn(n + before, arrays)
+        if before:
+            logger.info("gradcodec: goes on after round %d of %s", before, self._checkpoint)
+            initial_arrays = container.record_of(self.server.replica.state())
+        left = max(0, num_rounds - before)
+        configs = (train_config, evaluate_config)
+        result = super().start(grid, initial_arrays, left, timeout, *configs, watch)
+        if before:
+            result.arrays = result.arrays or initial_arrays
+            for name, by_round in vars(result).items():
+                if isinstance(by_round, dict):
+                    setattr(result, name, {n + before: found for n, found in by_round.items()})
+        return result
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Invite FedAvg's sample, and bring each of its nodes up to date."""
         self._begin(arrays)
         assert self.server is not None
-        messages = list(super().configure_train(server_round, arrays, config, grid))
+        number = server_round + self._before
+        messages = list(super().configure_train(number, arrays, config, grid))
         self.server.abandon_round()
         self.server.invite(self._number(m.metadata.dst_node_id) for m in messages)
         return [self._coded(m, MessageType.TRAIN) for m in messages]
@@ -124,13 +170,17 @@ class CodecFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """As FedAvg; nodes are sent what they lack of the state, and do not keep it."""
         self._begin(arrays)
-        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        number = server_round + self._before
+        messages = super().configure_evaluate(number, arrays, config, grid)
         return [self._coded(m, MessageType.EVALUATE) for m in messages]
 
     def _begin(self, arrays: ArrayRecord) -> None:
         if self.server is None:
             given = self._initial
-            self.server = self._make(container.tensors_of(arrays) if given is None else given)
+            server = self._make(container.tensors_of(arrays) if given is None else given)
+            if self._checkpoint is not None and Path(self._checkpoint).exists():
+                saved.load_server(self._checkpoint, server, self._settings)
+            self.server = server
 
     def _coded(self, message: Message, kind: str) -> Message:
         assert self.server is not None
@@ -159,6 +209,8 @@ class CodecFedAvg(FedAvg):
         except TrainingError as err:
             logger.warning("gradcodec: round %d was not closed: %s", server_round, err)
             return None, None
+        if self._checkpoint is not None:
+            saved.save_server(self._checkpoint, self.server, self._settings)
         metrics = self.train_metrics_aggr_fn(
             [RecordDict(dict(r.content.metric_records)) for r in good], self.weighted_by_key
         )

@@ -1,0 +1,1 @@
+"""A Flower app that says what it receives, and stops where a test wants to cause a fault."""
