@@ -24,8 +24,11 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         model: What `gradcodec.recipes.models.add_lora` returned.
         folder: Is made; gets ``adapter_config.json`` and ``adapter_model.safetensors``.
     """
+    import peft
+
+    assert isinstance(model, peft.PeftModel)  # the model inside would save all of its weights
     # "auto" would ask the Hub whether the vocabulary was resized; it was not.
-    cast(Any, model).save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ rule and metric stay those of lm-eval's task of that name.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,7 @@ def load_tasks(sources: Sequence[Source], shots: int | None = None) -> dict[str,
         ConfigError: a task is unknown or listed twice, its questions cannot be downloaded, a file
             has other columns or subjects than the task, or there are too few examples.
     """
-    from lm_eval.tasks import TaskManager
-
     tasks: dict[str, Subtask] = {}
-    manager = None
     for source in sources:
         if source.dataset is not None:
             found = _from_file(source, shots)
@@ -122,9 +119,7 @@ def load_tasks(sources: Sequence[Source], shots: int | None = None) -> dict[str,
                 f"of {source.task}, got none"
             )
         else:
-            # Reads thousands of configurations, hence once and only where it is needed.
-            manager = manager or TaskManager()
-            found = _from_hub(source.task, manager, shots)
+            found = _from_hub(source.task, shots)
         again = [name for name in found if name in tasks]
         if again:
             raise ConfigError(f"expected each task once, got {again[0]} twice")
@@ -132,11 +127,31 @@ def load_tasks(sources: Sequence[Source], shots: int | None = None) -> dict[str,
     return tasks
 
 
-def _from_hub(name: str, manager: Any, shots: int | None) -> dict[str, Subtask]:
+def _manager(folder: str) -> Any:
+    """What knows the configurations of one folder of lm-eval."""
+    import lm_eval.tasks
+
+    place = Path(lm_eval.tasks.__file__).parent / folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(place))
+
+
+@functools.cache
+def _whole_manager() -> Any:
+    """What knows all configurations; reading these thousands of files takes many seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _from_hub(name: str, shots: int | None) -> dict[str, Subtask]:
+    near = [k.folder for task, k in _FILES.items() if name == task or name.startswith(f"{task}_")]
+    manager = _manager(near[0]) if near else _whole_manager()
     if name not in manager.task_index:
-        near = [n for n in manager.all_tasks if n.startswith(name[:4])][:8]
+        manager = _whole_manager()
+    if name not in manager.task_index:
+        alike = [n for n in manager.all_tasks if n.startswith(name[:4])][:8]
         raise ConfigError(
-            f"lm-eval has no task {name!r}; names that begin alike: {', '.join(near) or 'none'}"
+            f"lm-eval has no task {name!r}; names that begin alike: {', '.join(alike) or 'none'}"
         )
     try:
         with quiet():
@@ -158,7 +173,6 @@ def _from_hub(name: str, manager: Any, shots: int | None) -> dict[str, Subtask]:
 
 
 def _from_file(source: Source, shots: int | None) -> dict[str, Subtask]:
-    import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
 
     kind = _FILES.get(source.task)
@@ -167,8 +181,7 @@ def _from_file(source: Source, shots: int | None) -> dict[str, Subtask]:
             f"expected a task that reads a file (--dataset), one of {', '.join(_FILES)}, got "
             f"{source.task!r}"
         )
-    folder = Path(lm_eval.tasks.__file__).parent / kind.folder
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
+    manager = _manager(kind.folder)
     questions = _by_task(str(source.dataset), source.task, kind, manager)
     examples = _by_task(source.fewshot, source.task, kind, manager) if source.fewshot else {}
     tasks = {}
@@ -208,7 +221,7 @@ def quiet() -> Iterator[None]:
     log, bar = logging.getLogger("lm_eval"), module.tqdm
     level = log.level
     log.setLevel(logging.ERROR)
-    module.tqdm = partial(bar, disable=True)
+    module.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:

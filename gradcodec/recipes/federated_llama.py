@@ -68,7 +68,9 @@ class Experiment:
         self.model, self.tokenizer = models.load_base(
             s.model, dtype=getattr(torch, s.dtype), device=self.device, revision=s.revision
         )
-        models.add_lora(self.model, r=s.lora_r, alpha=s.lora_alpha, targets=s.targets, seed=s.seed)
+        self.model = models.add_lora(
+            self.model, r=s.lora_r, alpha=s.lora_alpha, targets=s.targets, seed=s.seed
+        )
         if s.gradient_checkpointing:
             model: Any = self.model  # transformers' methods, reached through peft's wrapper
             model.gradient_checkpointing_enable()
