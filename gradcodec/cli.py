@@ -1,4 +1,4 @@
-"""The ``gradcodec`` command: fit, run, inspect, publish."""
+"""The ``gradcodec`` command: fit, run, evaluate, inspect, publish."""
 
 from __future__ import annotations
 

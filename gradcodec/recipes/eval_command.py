@@ -80,6 +80,9 @@ def run_eval(options: argparse.Namespace) -> int:
         device=device,
         revision=base["revision"],
     )
+    for place in filter(None, places.values()):
+        with adapted(model, place):
+            pass  # does it fit? Now, not after hours with the base model
     batch = _BATCH[device.type] if options.batch is None else options.batch
     shots = {t.asked: int(t.task.get_config("num_fewshot")) for t in tasks.values()}
     answers: dict[str, list[Answer]] = {}

@@ -7,6 +7,7 @@ rule and metric stay those of lm-eval's task of that name.
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import importlib.util
 import logging
@@ -149,9 +150,9 @@ def _from_hub(name: str, shots: int | None) -> dict[str, Subtask]:
     if name not in manager.task_index:
         manager = _whole_manager()
     if name not in manager.task_index:
-        alike = [n for n in manager.all_tasks if n.startswith(name[:4])][:8]
+        alike = difflib.get_close_matches(name, manager.all_tasks, n=5)
         raise ConfigError(
-            f"lm-eval has no task {name!r}; names that begin alike: {', '.join(alike) or 'none'}"
+            f"lm-eval has no task {name!r}; similar names: {', '.join(alike) or 'none'}"
         )
     try:
         with quiet():

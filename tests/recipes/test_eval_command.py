@@ -76,6 +76,22 @@ def test_a_base_model_and_its_adapter_stand_side_by_side(
     assert len(document["rows"]) == 2 * len(ANSWERS)
 
 
+@needs_lm_eval
+def test_an_adapter_that_does_not_fit_is_named_before_anything_is_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = refused(
+        capsys,
+        *("--model", str(rigged_llama.save(tmp_path / "base", "B"))),
+        *("--adapter", str(rigged_llama.save_adapter(tmp_path / "wide", width=32))),
+        *("--tasks", "mmlu"),
+        *("--dataset", str(rigged_llama.mmlu(tmp_path / "mmlu.jsonl", ANSWERS))),
+        *("--out", str(tmp_path / "out.json")),
+    )
+    assert "wide' does not fit this LlamaForCausalLM" in line
+    assert not (tmp_path / "out.json").exists()
+
+
 # -- from the Hub ----------------------------------------------------------------------------------
 
 
@@ -86,7 +102,7 @@ def python(tmp_path: Path, *arguments: str, **more: str) -> subprocess.Completed
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=500,
     )
 
 
@@ -112,6 +128,7 @@ def publish(hub: LoopbackHub, folder: Path, questions: Path, examples: Path) -> 
 
 @needs_lm_eval
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_model_adapter_and_questions_come_from_the_hub(tmp_path: Path) -> None:
     questions = rigged_llama.mmlu(tmp_path / "test.jsonl", ANSWERS, ("anatomy",))
     with LoopbackHub() as hub:
@@ -132,14 +149,15 @@ def test_model_adapter_and_questions_come_from_the_hub(tmp_path: Path) -> None:
 
 COMPARE = """
 import json, pathlib, sys
-from lm_eval import simple_evaluate, tasks
+from lm_eval import evaluator, tasks
 from gradcodec.recipes import models
 from gradcodec.recipes.eval_scores import chosen, score
 from gradcodec.recipes.eval_tasks import Source, load_tasks
 
 questions, examples = sys.argv[1:]
 place = str(pathlib.Path(tasks.__file__).parent / "mmlu" / "default")
-theirs = simple_evaluate(
+evaluator.add_env_info = lambda results: None  # asks pip and more, for many seconds
+theirs = evaluator.simple_evaluate(
     model="hf",
     model_args={"pretrained": "user/tiny", "device": "cpu"},
     tasks=["mmlu_anatomy"],
@@ -160,6 +178,7 @@ print(json.dumps(found))
 
 @needs_lm_eval
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_scores_are_lm_evals_own_on_the_same_items(tmp_path: Path) -> None:
     """Of a model with opinions: the shipped one, on answers of which one is a docstring's."""
     examples = data.load_examples("stdlib")[:400]
@@ -189,6 +208,7 @@ def test_scores_are_lm_evals_own_on_the_same_items(tmp_path: Path) -> None:
 
 @needs_lm_eval
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_task_that_cannot_be_downloaded_names_the_option_for_files(tmp_path: Path) -> None:
     base = str(rigged_llama.save(tmp_path / "base", "A"))
     done = command(
@@ -204,9 +224,10 @@ def test_a_task_that_cannot_be_downloaded_names_the_option_for_files(tmp_path: P
 
 @needs_lm_eval
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_unknown_task_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "--model", "embedded", "--tasks", "mmlo")
-    assert "lm-eval has no task 'mmlo'; names that begin alike: mmlu" in line
+    assert "lm-eval has no task 'mmlo'; similar names: mmlu" in line
 
 
 # -- from a run ------------------------------------------------------------------------------------
