@@ -1,4 +1,4 @@
-"""The ``gradcodec`` command: fit, run, inspect, publish."""
+"""The ``gradcodec`` command: fit, run, evaluate, inspect, publish."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, codec families, bundled codecs, who computes")
 
     # The recipes need transformers and peft; their options are declared without importing those.
-    from gradcodec.recipes import command
+    from gradcodec.recipes import command, eval_command
 
     federated = commands.add_parser(
         "run-federated", help="TGAP and FAF end to end, several codecs compared"
@@ -81,16 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_arguments(federated)
     tgap = commands.add_parser("tgap", help="gather gradients of a model and fit a codec")
     command.add_tgap_arguments(tgap)
+    evaluated = commands.add_parser(
+        "eval", help="a model and its adapters on MMLU, C-Eval, GSM8K, ... by lm-eval"
+    )
+    eval_command.add_eval_arguments(evaluated)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gradcodec.recipes import command
+    from gradcodec.recipes import command, eval_command
 
     if options.command == "run-federated":
         return command.run(options)
     if options.command == "tgap":
         return command.run_tgap(options)
+    if options.command == "eval":
+        return eval_command.run_eval(options)
     if options.command == "push":
         return _push(options)
     if options.command == "info":

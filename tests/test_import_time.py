@@ -15,6 +15,7 @@ OPTIONAL = {
     "flwr",
     "huggingface_hub",
     "lightning",
+    "lm_eval",
     "matplotlib",
     "nvflare",
     "peft",

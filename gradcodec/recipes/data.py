@@ -29,9 +29,11 @@ __all__ = [
     "collate",
     "dirichlet_partition",
     "encode_example",
+    "example_of",
     "held_out",
     "load_examples",
     "multiple_choice",
+    "rows_of_file",
     "split_d1_d2",
 ]
 
@@ -102,14 +104,14 @@ def load_examples(source: str, *, limit: int | None = None) -> list[Example]:
     if not source:
         raise ConfigError("expected 'stdlib', a file or the name of a data set, got ''")
     if source.endswith((".jsonl", ".json")):
-        rows: Iterable[Row] = _rows_of_file(Path(source))
+        rows: Iterable[Row] = rows_of_file(Path(source))
     else:
         rows = _rows_of_dataset(source)
     examples = []
     for number, row in enumerate(rows):
         if limit is not None and number >= limit:
             break
-        examples.append(_example(row, f"{source}, row {number}"))
+        examples.append(example_of(row, f"{source}, row {number}"))
     if not examples:
         raise ConfigError(f"{source} holds no rows")
     return examples
@@ -337,7 +339,12 @@ def _draw_partition(
     return [np.sort(np.concatenate([empty, *part]).astype(np.int64)) for part in parts]
 
 
-def _rows_of_file(path: Path) -> Iterable[Row]:
+def rows_of_file(path: Path) -> list[Any]:
+    """Return the values of a ``.jsonl`` file, or of the list in a ``.json`` file.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not JSON.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -464,7 +471,12 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
 }
 
 
-def _example(row: object, where: str) -> Example:
+def example_of(row: object, where: str) -> Example:
+    """Return the example that a row of any known data set holds.
+
+    Raises:
+        ConfigError: The row has no known columns or no valid answer; it begins with `where`.
+    """
     if not isinstance(row, Mapping):
         raise ConfigError(f"{where}: expected an object with columns, got {type(row).__name__}")
     for columns, read in _FORMATS.values():

@@ -26,10 +26,11 @@ from gradcodec.federated.collect import collect
 from gradcodec.federated.loop import Federation, LoopConfig, RoundReport
 from gradcodec.federated.server import Server
 from gradcodec.recipes import data, models, pretrained
+from gradcodec.recipes.adapters import save_adapter
 from gradcodec.recipes.centralised import load_training, save_training
 from gradcodec.recipes.evaluate import choice_accuracy
 from gradcodec.recipes.results import Result
-from gradcodec.recipes.run_folder import SNAPSHOTS, RunFolder
+from gradcodec.recipes.run_folder import ADAPTERS, SNAPSHOTS, RunFolder
 from gradcodec.recipes.schemes import TRAINED, Scheme, choose
 from gradcodec.recipes.settings import Settings
 from gradcodec.recipes.task import LanguageTask, LocalTraining
@@ -66,7 +67,9 @@ class Experiment:
         self.model, self.tokenizer = models.load_base(
             s.model, dtype=getattr(torch, s.dtype), device=self.device, revision=s.revision
         )
-        models.add_lora(self.model, r=s.lora_r, alpha=s.lora_alpha, targets=s.targets, seed=s.seed)
+        self.model = models.add_lora(
+            self.model, r=s.lora_r, alpha=s.lora_alpha, targets=s.targets, seed=s.seed
+        )
         if s.gradient_checkpointing:
             model: Any = self.model  # transformers' methods, reached through peft's wrapper
             model.gradient_checkpointing_enable()
@@ -312,6 +315,8 @@ class Experiment:
             codec_bytes=sum(self._download(n) for n in scheme.needs),
             participants=distinct,
         )
+        if scheme.kind != "base":
+            save_adapter(self.model, self.folder.fresh(f"{ADAPTERS}/{scheme.name}"))
         self.folder.save(name, result.to_dict())
         files.previous(self._checkpoint(scheme)).unlink(missing_ok=True)
         return result

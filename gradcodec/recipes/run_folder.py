@@ -19,8 +19,19 @@ CONFIG, EVENTS = "config.json", "events.jsonl"
 
 SNAPSHOTS = "snapshots"
 
+#: A folder for each finished scheme, which ``peft`` can read.
+ADAPTERS = "adapters"
+
 #: What a run writes besides these and other JSON files; a folder with any of them holds a run.
-PARTS = ("checkpoints", "codecs", "schemes", "tgap.safetensors", "tgap.json", "summary.json")
+PARTS = (
+    ADAPTERS,
+    "checkpoints",
+    "codecs",
+    "schemes",
+    "tgap.safetensors",
+    "tgap.json",
+    "summary.json",
+)
 
 _log = logging.getLogger(__name__)
 
