@@ -354,7 +354,7 @@ class LocalSteps(Closing):
     def _start(self, group: Any) -> None:
         self._rank, self._world = place(group)
         self._group = group
-        self._agreed.forget()
+        self._agreed.clear()  # the terms may have changed
         if self.schedule.overlap and self._world > 1:
             self._group = sister_group(group)  # the worker's thread has its own
             self._worker = Worker()
@@ -457,7 +457,7 @@ class LocalSteps(Closing):
         self._at = Position(int(state["step"]), int(state["merged"]))
         merged = self.schedule.merged(self._at.step)
         self._settled = set() if self.mixing or merged is None else {merged}
-        self._agreed.forget()
+        self._agreed.clear()  # the terms may have changed
 
     def _drop_flights(self) -> None:
         for flight in self._flights.values():
