@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,27 @@ class Page:
 # -- tables ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Goal:
+    """A goal of the project and what came of it; ``met`` is ``None`` if it was not measured."""
+
+    words: str
+    met: bool | None
+    found: str
+
+
+def goal_rows(found: Iterable[Goal]) -> Table:
+    """A table of goals, plainly."""
+    words = {True: "met", False: "**missed**", None: "not measured"}
+    return [("goal", "", "found"), *((g.words, words[g.met], g.found) for g in found)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean over seeds and their standard deviation, if there are several."""
+    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{more}"
+
+
 def times(ratio: float) -> str:
     """A ratio for people: ``9.8x``, ``120x``, ``1,040x``."""
     return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:,.0f}x"
@@ -152,6 +175,13 @@ def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
 
     made: tuple[Any, Any] = plt.subplots(rows, columns, layout="constrained", **options)
     return made
+
+
+def save_with_legend(made: Any, ax: Any, path: Path) -> None:
+    """Write a figure with the legend of one of its axes to its right."""
+    handles, labels = ax.get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
+    save(made, path)
 
 
 def save(made: Any, path: Path) -> None:

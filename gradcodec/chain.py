@@ -116,11 +116,11 @@ class Chain(Codec):
     @classmethod
     def from_config(cls, config: CodecConfig | Mapping[str, Any], **parts: Any) -> Codec:
         """As ``Codec.from_config``; ``parts`` go to the outer codec."""
-        settings = cls._settings(config)
+        settings = cls.Config.of(config)
         outer = codec_class(settings.outer.kind).from_config(settings.outer, **parts)
         return cls(outer, codec_class(settings.inner.kind).from_config(settings.inner))
 
     def _remade(self, **changes: Any) -> Chain:
         made = Chain(self.outer._remade(**changes), self.inner)
-        made._place(self.pipeline.device)
+        made.pipeline.place(self.pipeline.device)
         return made

@@ -117,17 +117,11 @@ class Subspace(Codec):
 
     Config = SubspaceConfig
     config: SubspaceConfig
+    transform: subspaces.SubspaceTransform
 
     def _pipeline(self) -> Pipeline:
         transform = subspaces.SubspaceTransform(self.config, self.spec, self.weights)
         return Pipeline(self.config.kind, transform, RawPacker())
-
-    @property
-    def transform(self) -> subspaces.SubspaceTransform:
-        """The bases."""
-        made = self.pipeline.transform
-        assert isinstance(made, subspaces.SubspaceTransform)
-        return made
 
     @classmethod
     def from_bases(

@@ -89,7 +89,7 @@ class LatentOptimizer(torch.optim.Optimizer):
                 "make_codec(name).bind(UpdateSpec.of(parameters)), or one that was fitted"
             )
         self.codec = codec
-        spec = codec._known_spec(None)
+        spec = codec.transform.table()
         self.named = _trainable(model, spec)
         self._anchor = Anchor(self.named)
         device = self._anchor.device

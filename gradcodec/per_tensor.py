@@ -147,7 +147,7 @@ class PartsPacker(Packer):
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         bodies = torch.split(body, [p.nbytes() for p in self._parts])
         codes = [
-            p.pipeline.unpack_code(wire.raw_bytes(its), p._known_spec(None))
+            p.pipeline.unpack_code(wire.raw_bytes(its), p.transform.table())
             for p, its in zip(self._parts, bodies, strict=True)
         ]
         return torch.cat(codes).to(body.device)
@@ -161,6 +161,12 @@ class PartsPipeline(Pipeline):
         super().__init__("per_tensor", transform, PartsPacker(parts, transform.sizes))
         self._parts = parts
 
+    def place(self, device: torch.device) -> None:
+        """Each part decodes there."""
+        super().place(device)
+        for part in self._parts:
+            part.pipeline.place(device)
+
     def nbytes(self, spec: UpdateSpec | None = None) -> int:
         """Sum over the parts."""
         self.transform.table(spec)
@@ -169,14 +175,14 @@ class PartsPipeline(Pipeline):
     def encode(self, update: Update, spec: UpdateSpec, seed: int) -> bytes:
         """The parts' bodies of their own tensors, concatenated."""
         return b"".join(
-            p.pipeline.encode(_some(update, p), p._known_spec(None), seed) for p in self._parts
+            p.pipeline.encode(_some(update, p), p.transform.table(), seed) for p in self._parts
         )
 
     def decode(self, body: bytes, spec: UpdateSpec) -> dict[str, Tensor]:
         """Each part's tensors, in the table's order."""
         out: dict[str, Tensor] = {}
         for part, its in zip(self._parts, self._bodies(body, spec), strict=True):
-            out.update(part.pipeline.decode(its, part._known_spec(None)))
+            out.update(part.pipeline.decode(its, part.transform.table()))
         return {t.name: out[t.name] for t in spec}
 
     def mean(
@@ -186,7 +192,7 @@ class PartsPipeline(Pipeline):
         out: dict[str, Tensor] = {}
         columns = zip(*(self._bodies(body, spec) for body in bodies), strict=True)
         for part, its in zip(self._parts, columns, strict=True):
-            out.update(part.pipeline.mean(its, shares, part._known_spec(None)))
+            out.update(part.pipeline.mean(its, shares, part.transform.table()))
         return {t.name: out[t.name] for t in spec}
 
     def check_body(self, body: bytes, spec: UpdateSpec) -> None:
@@ -235,7 +241,8 @@ class PerTensor(Codec):
         )
 
     def _pipeline(self) -> Pipeline:
-        return PartsPipeline(self.parts, self._known_spec(None))
+        assert self.spec is not None  # the constructor takes no codec without a table
+        return PartsPipeline(self.parts, self.spec)
 
     @classmethod
     def of(cls, spec: UpdateSpec, groups: Iterable[tuple[Codec, Iterable[str]]]) -> PerTensor:
@@ -267,7 +274,7 @@ class PerTensor(Codec):
         Raises:
             ConfigError: there is no spec.
         """
-        settings, spec = cls._settings(config), given.get("spec")
+        settings, spec = cls.Config.of(config), given.get("spec")
         if spec is None:
             raise ConfigError("per_tensor: a spec is needed; the parts belong to named tensors")
         learned = {n: given.get(n) for n in ("weights", "weight_digests")}
@@ -287,13 +294,8 @@ class PerTensor(Codec):
         if spec is None or len(spec) != len(self.config.part_of):
             raise ConfigError("per_tensor: the parts belong to another tensor table")
         made = PerTensor(parts, self.config.part_of, spec, base)
-        made._place(self.pipeline.device)
+        made.pipeline.place(self.pipeline.device)
         return made
-
-    def _place(self, device: torch.device) -> None:
-        super()._place(device)
-        for part in self.parts:
-            part._place(device)
 
 
 def _tables(spec: UpdateSpec, part_of: Sequence[int], count: int) -> list[UpdateSpec]:
@@ -316,4 +318,4 @@ def _bound(part: Codec, table: UpdateSpec, base: bytes | None) -> Codec:
 
 
 def _some(update: Update, part: Codec) -> dict[str, Tensor]:
-    return {t.name: update[t.name] for t in part._known_spec(None) if t.name in update}
+    return {t.name: update[t.name] for t in part.transform.table() if t.name in update}

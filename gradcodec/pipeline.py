@@ -39,6 +39,10 @@ class Pipeline:
         #: Where bodies are decoded; values are encoded where they are.
         self.device = torch.device("cpu")
 
+    def place(self, device: torch.device) -> None:
+        """Decode on ``device`` from now on."""
+        self.device = device
+
     def nbytes(self, spec: UpdateSpec | None = None) -> int:
         """The exact size of a body for updates of this table."""
         return self.packer.nbytes(self.transform.code_numel(spec))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gradcodec.chain import Chain
-from gradcodec.codec import _KINDS, Codec
+from gradcodec.codec import Codec
+from gradcodec.codec.kinds import KINDS
 from gradcodec.codecs import (
     Autoencoder,
     BlockQuant,
@@ -32,8 +33,8 @@ _CLASSES = {
     )
 }
 
-if not set(_CLASSES) == set(_KINDS) == set(CODEC_IDS):
-    raise ImportError(f"codec classes {sorted(_KINDS)} and wire ids {sorted(CODEC_IDS)} differ")
+if not set(_CLASSES) == set(KINDS) == set(CODEC_IDS):
+    raise ImportError(f"codec classes {sorted(KINDS)} and wire ids {sorted(CODEC_IDS)} differ")
 
 #: Codecs that need no fitting, by the name a user types.
 UNTRAINED: dict[str, Callable[[], Codec]] = {

@@ -45,6 +45,15 @@ class CodecConfig:
         return {"kind": self.kind, **told}
 
     @classmethod
+    def of(cls, given: CodecConfig | Mapping[str, Any]) -> Self:
+        """A config as it is, or the one of a ``to_dict()``; ``ConfigError`` for another kind's."""
+        if isinstance(given, CodecConfig):
+            if not isinstance(given, cls):
+                raise ConfigError(f"{cls.kind}: expected its config, got {shown(given)}")
+            return given
+        return cls.from_dict(given)
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of ``to_dict``; an unknown or missing key is a ``ConfigError``."""
         fields = {f.name: f for f in dataclasses.fields(cls)}

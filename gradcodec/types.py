@@ -156,6 +156,19 @@ class UpdateSpec:
                 )
 
 
+def checked_table(update: Update, table: UpdateSpec | None) -> UpdateSpec:
+    """``table`` if the update has exactly its tensors; the update's own if there is no table.
+
+    Raises:
+        UpdateError: the update does not fit the table, or cannot be encoded at all.
+    """
+    if table is None:
+        check_update(update)
+        return UpdateSpec.of(update)
+    table.check(update)
+    return table
+
+
 def named_digest(rows: Sequence[tuple[str, ...]], between: str) -> bytes:
     """First 8 bytes of SHA-256 over rows, each a name and other fields.
 

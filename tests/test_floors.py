@@ -67,7 +67,10 @@ INSIDE: dict[str, dict[str, tuple[str, ...]]] = {
         "d": ("plan",),
         "e": ("trial", "wrappers"),
         "f": ("hook", "compress"),
-        "g": ("fragments", "anchors", "local_parts", "catch_up", "local_state", "local_steps"),
+        "g": (
+            *("fragments", "anchors", "flights", "local_parts", "catch_up"),
+            *("local_state", "local_steps"),
+        ),
     }
 }
 

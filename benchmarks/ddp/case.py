@@ -33,7 +33,8 @@ from benchmarks import rows
 from benchmarks.ddp.launch import play
 from benchmarks.ddp.page import page
 from benchmarks.ddp.rank import BLOCK, Phase, Spec
-from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme
+from benchmarks.ddp.scheme import available
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES, GradientScheme
 from benchmarks.ddp.work import WORKS, Work, kept_data, work_named
 from benchmarks.links.link import network
 from benchmarks.run import ROOT, Options, choose
@@ -94,7 +95,7 @@ class Run:
         return f"{self.work} x{self.world}: {self.scheme}, seed {self.seed}"
 
 
-def phases(scheme: Scheme, steps: int, *, quick: bool, confirm: bool) -> tuple[Phase, ...]:
+def phases(scheme: GradientScheme, steps: int, *, quick: bool, confirm: bool) -> tuple[Phase, ...]:
     """The links of a run, and how far it goes on each."""
     short = min(steps, scheme.settle + (TIMED // 2 if quick else TIMED))
     out = [Phase("unshaped", steps)]
@@ -104,7 +105,7 @@ def phases(scheme: Scheme, steps: int, *, quick: bool, confirm: bool) -> tuple[P
     return tuple(out)
 
 
-def planned(options: Options, schemes: Sequence[Scheme]) -> list[Run]:
+def planned(options: Options, schemes: Sequence[GradientScheme]) -> list[Run]:
     """All runs, in the order of their importance."""
     out: list[Run] = []
     quick = options.quick
@@ -124,7 +125,7 @@ def planned(options: Options, schemes: Sequence[Scheme]) -> list[Run]:
     return out
 
 
-def _wanted(scheme: Scheme, work: str, world: int, *, quick: bool) -> bool:
+def _wanted(scheme: GradientScheme, work: str, world: int, *, quick: bool) -> bool:
     if scheme.once and (work, world) != ("llama", 2):
         return False
     if world == 4:
@@ -132,7 +133,7 @@ def _wanted(scheme: Scheme, work: str, world: int, *, quick: bool) -> bool:
     return True
 
 
-def _beside(options: Options, schemes: Sequence[Scheme], seed: int) -> list[Run]:
+def _beside(options: Options, schemes: Sequence[GradientScheme], seed: int) -> list[Run]:
     names = tuple(s.name for s in schemes if s.name in BESIDE)
     if len(names) < 2:
         return []
@@ -205,18 +206,6 @@ def _said(row: rows.Row) -> str:
         f"loss {loss:.4f} after {step} steps, {1000 * row['p50_s']:.0f} ms and "
         f"{row['sent']:,} B a step{equal}"
     )
-
-
-def available(schemes: Sequence[Scheme]) -> list[Scheme]:
-    """Those whose code is there; a line about each other one."""
-    out = []
-    for scheme in schemes:
-        reason = scheme.missing()
-        if reason:
-            print(f"left out: {scheme.title}: {reason}", flush=True)
-        else:
-            out.append(scheme)
-    return out
 
 
 def main(options: Options) -> list[str]:

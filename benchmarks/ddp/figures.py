@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.ddp.schemes import REFERENCE, SCHEMES
+from benchmarks.report import Goal
 from benchmarks.rows import Row
 
 WIRE_LINKS = ("100mbit", "1gbit", "unshaped")
@@ -202,15 +203,6 @@ def step_ratio(group: Group, scheme: str, link: str) -> float | None:
     """Plain DDP's median step over the scheme's, on a link."""
     mine, plain = (group[name].links.get(link) for name in (scheme, REFERENCE))
     return None if mine is None or plain is None else plain["p50_s"] / mine["p50_s"]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A goal of the project and what came of it; ``met`` is ``None`` if it was not measured."""
-
-    words: str
-    met: bool | None
-    found: str
 
 
 def goals(group: Group, turns: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Goal]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from benchmarks.ddp import plots
 from benchmarks.ddp.figures import (
     NEAR,
-    Goal,
     Group,
     Trained,
     beside,
@@ -22,10 +21,10 @@ from benchmarks.ddp.figures import (
     step_ratio,
     target,
 )
-from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES, GradientScheme
 from benchmarks.ddp.work import WORKS
 from benchmarks.links.link import LINKS
-from benchmarks.report import Page, Table, times
+from benchmarks.report import Page, Table, goal_rows, spread, times
 from gradcodec.recipes.report import size
 
 
@@ -44,7 +43,7 @@ def loss_rows(by_seed: dict[int, Group]) -> Table:
                 f"{rows[0]['config']['lr']:g}",
                 f"diverged ({bad} of {len(rows)})"
                 if bad
-                else _spread([g[name].loss() for g in groups]),
+                else spread([g[name].loss() for g in groups]),
                 "-" if bad else f"{statistics.fmean(above):+.2%}",
                 size(statistics.fmean(sent)) if sent else "-",
                 times(statistics.fmean(ratios)) if ratios else "-",
@@ -56,11 +55,6 @@ def loss_rows(by_seed: dict[int, Group]) -> Table:
 
 def _all_rows(groups: Sequence[Group], name: str) -> list[dict[str, object]]:
     return [row for g in groups for row in g[name].links.values()]
-
-
-def _spread(values: Sequence[float]) -> str:
-    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{more}"
 
 
 def time_rows(group: Group) -> Table:
@@ -118,12 +112,6 @@ def slower(group: Group) -> list[str]:
                 f"{link}: {len(lost)} of {len(ratios)} have longer steps than plain DDP{which}"
             )
     return out
-
-
-def goal_rows(found: Sequence[Goal]) -> Table:
-    """Goals, plainly."""
-    words = {True: "met", False: "**missed**", None: "not measured"}
-    return [("goal", "", "found"), *((g.words, words[g.met], g.found) for g in found)]
 
 
 def page(path: Path) -> Page | None:
@@ -232,5 +220,5 @@ def _present(by_seed: dict[int, Group]) -> list[tuple[str, list[Group]]]:
     return [(name, groups) for name, groups in found if groups]
 
 
-def _schemes(by_seed: dict[int, Group]) -> list[Scheme]:
+def _schemes(by_seed: dict[int, Group]) -> list[GradientScheme]:
     return [SCHEMES[name] for name, _ in _present(by_seed)]

@@ -36,7 +36,7 @@ def _steps(groups: Mapping[str, Group], path: Path) -> None:
             ax.plot([p[0] for p in points], [p[1] for p in points], label=_label(name), **style)
         _frame(ax, group, "steps")
         ax.set_title(WORKS[work].title)
-    _finish(figure, axes[0][0], path)
+    report.save_with_legend(figure, axes[0][0], path)
 
 
 def _seconds(groups: Mapping[str, Group], path: Path) -> None:
@@ -57,7 +57,7 @@ def _seconds(groups: Mapping[str, Group], path: Path) -> None:
             ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.xaxis.set_minor_formatter(NullFormatter())
-    _finish(figure, axes[0][0], path)
+    report.save_with_legend(figure, axes[0][0], path)
 
 
 def _styles(group: Group) -> dict[str, dict[str, Any]]:
@@ -78,9 +78,3 @@ def _frame(ax: Any, group: Group, along: str) -> None:
     span = max(first - least, 1e-3)
     ax.set(xlabel=along, ylabel="held-out loss", ylim=(least - 0.1 * span, first + 0.1 * span))
     ax.grid(alpha=0.3, linewidth=0.5)
-
-
-def _finish(figure: Any, ax: Any, path: Path) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
-    report.save(figure, path)

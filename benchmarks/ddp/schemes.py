@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from benchmarks.ddp.trainers import HookTrainer, LocalTrainer, Times, Trainer
+from benchmarks.ddp.scheme import Scheme, chosen_codec
+from benchmarks.ddp.trainers import HookTrainer, LocalTrainer, Trainer, library_times
 from benchmarks.ddp.work import Recipe, Work
-from benchmarks.peers.ddp.checkout import DEMO, EPFML, GRACE, Checkout
+from benchmarks.peers.ddp.checkout import DEMO, EPFML, GRACE
 from benchmarks.peers.ddp.demo import Demo
 from benchmarks.peers.ddp.epfml import EpfmlPowerSGD
 from benchmarks.peers.ddp.grace import Grace
@@ -27,42 +29,24 @@ trainings. ``lowrank-warm`` leaves as many."""
 
 
 @dataclass(frozen=True)
-class Scheme:
+class GradientScheme(Scheme):
     """One way of exchanging gradients.
 
     Attributes:
-        name: key in rows and on the command line.
-        title: what a reader of tables and plots sees.
-        kind: ``"reference"`` (plain DDP), ``"ours"`` or ``"peer"``.
-        make: one rank's trainer; all ranks call it at the same time.
-        cite: where it is from.
-        checkout: what must be there to run it.
         rates: by work, the peak learning rate of a scheme that is an optimiser of its own.
         settle: first steps that are not like the others, left out of a step's median time.
         alike: walks the same path on every link, so that one link's losses are all links'.
         few: also run with 4 ranks.
         once: run on the LLaMA with 2 ranks only.
-        quick: part of the short form.
         plotted: has a line in the plots; tables have everything.
     """
 
-    name: str
-    title: str
-    kind: str
-    make: Make
-    cite: str = ""
-    checkout: Checkout | None = None
     rates: dict[str, float] = field(default_factory=dict)
     settle: int = 3
     alike: bool = True
     few: bool = False
     once: bool = False
-    quick: bool = False
     plotted: bool = True
-
-    def missing(self) -> str | None:
-        """What is to be done before it can run, ``None`` if nothing."""
-        return self.checkout.missing() if self.checkout else None
 
     def rate(self, work: Work) -> float:
         """The peak learning rate: the work's, unless the scheme has its own."""
@@ -80,12 +64,7 @@ def ours(codec: str | Callable[[], Any], **options: Any) -> Make:
     def make(model: nn.Module, recipe: Recipe) -> Trainer:
         from gradcodec.distributed import CompressState, compress_hook
 
-        chosen = codec if isinstance(codec, str) else codec()
-        state = CompressState(model, codec=chosen, **options)
-
-        def times() -> Times:
-            stats = state.stats()
-            return {part: stats[f"{part}_seconds"] for part in ("encode", "exchange", "decode")}
+        state = CompressState(model, codec=chosen_codec(codec), **options)
 
         def notes() -> dict[str, Any]:
             stats = state.stats()
@@ -95,7 +74,7 @@ def ours(codec: str | Callable[[], Any], **options: Any) -> Make:
             model,
             recipe,
             lambda ddp: ddp.register_comm_hook(state, compress_hook),
-            report=times,
+            report=partial(library_times, state),
             notes=notes,
             close=state.close,
         )
@@ -136,18 +115,18 @@ _POWER_SGD = "PowerSGD, arXiv 1905.13727"
 _GRACE = "GRACE, ICDCS 2021"
 
 _ALL = (
-    Scheme(REFERENCE, "plain DDP", "reference", _plain, few=True, quick=True),
-    Scheme("identity", "identity hook", "ours", ours("fp32"), once=True, plotted=False),
-    Scheme("int8", "int8", "ours", ours("int8"), once=True, plotted=False),
-    Scheme("int4", "int4", "ours", ours("int4"), few=True, quick=True),
-    Scheme("int4-rot", "int4, rotated", "ours", ours("int4-rotated"), plotted=False),
-    Scheme("int2", "int2", "ours", ours("int2"), once=True, plotted=False),
-    Scheme("int2-rot", "int2, rotated", "ours", ours("int2-rotated"), quick=True),
-    Scheme("sign", "sign", "ours", ours("sign"), plotted=False),
-    Scheme("sign-rot", "sign, rotated", "ours", ours("sign-rotated"), few=True, quick=True),
-    Scheme("topk", "top-k 1/64", "ours", ours("topk")),
-    Scheme("lowrank", "adaptive low rank 4", "ours", ours("lowrank"), few=True, quick=True),
-    Scheme(
+    GradientScheme(REFERENCE, "plain DDP", "reference", _plain, few=True, quick=True),
+    GradientScheme("identity", "identity hook", "ours", ours("fp32"), once=True, plotted=False),
+    GradientScheme("int8", "int8", "ours", ours("int8"), once=True, plotted=False),
+    GradientScheme("int4", "int4", "ours", ours("int4"), few=True, quick=True),
+    GradientScheme("int4-rot", "int4, rotated", "ours", ours("int4-rotated"), plotted=False),
+    GradientScheme("int2", "int2", "ours", ours("int2"), once=True, plotted=False),
+    GradientScheme("int2-rot", "int2, rotated", "ours", ours("int2-rotated"), quick=True),
+    GradientScheme("sign", "sign", "ours", ours("sign"), plotted=False),
+    GradientScheme("sign-rot", "sign, rotated", "ours", ours("sign-rotated"), few=True, quick=True),
+    GradientScheme("topk", "top-k 1/64", "ours", ours("topk")),
+    GradientScheme("lowrank", "adaptive low rank 4", "ours", ours("lowrank"), few=True, quick=True),
+    GradientScheme(
         "lowrank-warm",
         "adaptive low rank 4 after exact steps",
         "ours",
@@ -156,13 +135,13 @@ _ALL = (
         once=True,
         plotted=False,
     ),
-    Scheme(
+    GradientScheme(
         "lowrank-12",
         "adaptive low rank 12, int4",
         "ours",
         _low_rank(rank=12, code="int4"),
     ),
-    Scheme(
+    GradientScheme(
         "lowrank-16",
         "adaptive low rank 16, int8",
         "ours",
@@ -170,8 +149,8 @@ _ALL = (
         once=True,
         plotted=False,
     ),
-    Scheme("auto", "auto", "ours", ours("auto"), alike=False, few=True, settle=10),
-    Scheme(
+    GradientScheme("auto", "auto", "ours", ours("auto"), alike=False, few=True, settle=10),
+    GradientScheme(
         "auto-wide",
         "auto, quality 0.4",
         "ours",
@@ -181,8 +160,8 @@ _ALL = (
         settle=20,
         plotted=False,
     ),
-    Scheme("fp16", "torch's fp16 hook", "peer", fp16, "torch.distributed", quick=True),
-    Scheme(
+    GradientScheme("fp16", "torch's fp16 hook", "peer", fp16, "torch.distributed", quick=True),
+    GradientScheme(
         "powersgd-torch",
         "torch's PowerSGD, rank 4",
         "peer",
@@ -190,7 +169,7 @@ _ALL = (
         f"{_POWER_SGD}, by torch's code",
         settle=WARM + 3,
     ),
-    Scheme(
+    GradientScheme(
         "powersgd",
         "epfml's PowerSGD, rank 4",
         "peer",
@@ -201,7 +180,7 @@ _ALL = (
         few=True,
         quick=True,
     ),
-    Scheme(
+    GradientScheme(
         "powersgd-16",
         "epfml's PowerSGD, rank 16",
         "peer",
@@ -211,7 +190,7 @@ _ALL = (
         settle=WARM + 3,
         once=True,
     ),
-    Scheme(
+    GradientScheme(
         "demo",
         "DeMo",
         "peer",
@@ -221,7 +200,7 @@ _ALL = (
         rates={"llama": 1e-3, "vision": 3e-3},
         quick=True,
     ),
-    Scheme(
+    GradientScheme(
         "grace-topk",
         "GRACE top-k 1 %",
         "peer",
@@ -230,7 +209,7 @@ _ALL = (
         GRACE,
         quick=True,
     ),
-    Scheme(
+    GradientScheme(
         "grace-qsgd",
         "GRACE QSGD, 8 bit",
         "peer",
@@ -243,10 +222,10 @@ _ALL = (
 
 SCHEMES = {scheme.name: scheme for scheme in _ALL}
 
-LOCAL = Scheme("local", "no exchange", "reference", LocalTrainer)
+LOCAL = GradientScheme("local", "no exchange", "reference", LocalTrainer)
 """Not a way of exchanging anything: what a step takes without."""
 
 
-def scheme_named(name: str) -> Scheme:
+def scheme_named(name: str) -> GradientScheme:
     """A scheme of the table, or ``LOCAL``."""
     return LOCAL if name == LOCAL.name else SCHEMES[name]

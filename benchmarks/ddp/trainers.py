@@ -1,7 +1,8 @@
 """One rank's training under one way of exchanging gradients.
 
-Two forms cover every scheme: a hook in DDP's slot (``HookTrainer``), and gradients that are taken
-from a plain backward pass, aggregated, and given to the optimiser (``AggregateTrainer``).
+Two forms cover every scheme that exchanges gradients: a hook in DDP's slot (``HookTrainer``), and
+gradients that are taken from a plain backward pass, aggregated, and given to the optimiser
+(``AggregateTrainer``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ddp.work import Recipe
+from gradcodec import Compression, LocalSteps
 
 Times = dict[str, float]
 """Seconds by part of a step: ``encode``, ``exchange``, ``decode``; ``coding`` where the first and
@@ -47,7 +49,48 @@ class Trainer(Protocol):
         """Threads and groups that were made here end."""
 
 
-class HookTrainer:
+class OptimiserTrainer:
+    """A model and the recipe's optimiser; what exchanges anything comes with the subclass.
+
+    Args:
+        model: the same on all ranks, wrapped if it is to be.
+        recipe: its optimiser.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = model
+        self.optimizer: torch.optim.Optimizer = recipe.optimiser(list(model.parameters()))
+        self.peak = recipe.lr
+
+    def step(self, batch: list[Tensor], rate: float) -> float:
+        """Forward, backward, update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(*batch)
+        loss.backward()
+        set_rate(self.optimizer, self.peak * rate)
+        self.update()
+        return float(loss.detach())
+
+    def update(self) -> None:
+        """The optimiser's step."""
+        self.optimizer.step()
+
+    def finish(self) -> None:
+        """Replicas are one after every step, or are never to be."""
+
+    def times(self) -> Times:
+        """None are kept."""
+        return {}
+
+    def notes(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
+
+class HookTrainer(OptimiserTrainer):
     """A model in DDP, with a hook or without.
 
     Args:
@@ -71,24 +114,11 @@ class HookTrainer:
         close: Callable[[], None] | None = None,
         ddp: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = DistributedDataParallel(model, **(ddp or {}))
+        wrapped = DistributedDataParallel(model, **(ddp or {}))
         if register is not None:
-            register(self.model)
-        self.optimizer = recipe.optimiser(list(self.model.parameters()))
-        self.peak = recipe.lr
+            register(wrapped)
+        super().__init__(wrapped, recipe)
         self._report, self._notes, self._close = report, notes, close
-
-    def step(self, batch: list[Tensor], rate: float) -> float:
-        """Forward, backward with the exchange in it, update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(*batch)
-        loss.backward()
-        set_rate(self.optimizer, self.peak * rate)
-        self.optimizer.step()
-        return float(loss.detach())
-
-    def finish(self) -> None:
-        """Replicas are one after every step."""
 
     def times(self) -> Times:
         """The hook's own; none for a hook that keeps none."""
@@ -104,7 +134,7 @@ class HookTrainer:
             self._close()
 
 
-class AggregateTrainer:
+class AggregateTrainer(OptimiserTrainer):
     """A plain model; what happens between backward and update is the subclass's.
 
     Seconds in collectives are ``exchange`` (the wait for a slower rank among them), the rest of the
@@ -112,9 +142,7 @@ class AggregateTrainer:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model = model
-        self.optimizer = recipe.optimiser(list(model.parameters()))
-        self.peak = recipe.lr
+        super().__init__(model, recipe)
         self._clock = CollectiveClock()
         self._synchronised = 0.0
 
@@ -145,20 +173,10 @@ class AggregateTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def finish(self) -> None:
-        """Replicas are one after every step, or are never to be."""
-
     def times(self) -> Times:
         """Exchange and coding."""
         exchange = self._clock.seconds
         return {"exchange": exchange, "coding": self._synchronised - exchange}
-
-    def notes(self) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing was begun."""
 
 
 class LocalTrainer(AggregateTrainer):
@@ -211,6 +229,12 @@ class _TimedWork:
         out = self._work.wait()
         self._clock.seconds += time.perf_counter() - began
         return out
+
+
+def library_times(compression: Compression | LocalSteps) -> Times:
+    """The library's own."""
+    stats = compression.stats()
+    return {part: stats[f"{part}_seconds"] for part in ("encode", "exchange", "decode")}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -25,11 +25,12 @@ from pathlib import Path
 from benchmarks import rows
 from benchmarks.ddp.launch import play
 from benchmarks.ddp.rank import Phase, Spec
+from benchmarks.ddp.scheme import available
 from benchmarks.ddp.work import kept_data, work_named
 from benchmarks.jobs import Job, execute
 from benchmarks.links.pacing import Paced
 from benchmarks.local.page import page
-from benchmarks.local.schemes import REFERENCE, SCHEMES, Scheme, spelt
+from benchmarks.local.schemes import REFERENCE, SCHEMES, LocalScheme, spelt
 from benchmarks.run import ROOT, Options, choose
 
 CASE, TUNE, WORK = "local", "local-tune", "scratch"
@@ -72,7 +73,7 @@ def perform(asked: Job) -> Iterator[rows.Row]:
             yield {**row, "round": last[0], "loss": last[1], "network": links.kind}
 
 
-def tuned(path: Path, scheme: Scheme, steps: int) -> tuple[float, float | None]:
+def tuned(path: Path, scheme: LocalScheme, steps: int) -> tuple[float, float | None]:
     """Inner and outer rate of the lowest loss in the tuning rows of this many steps."""
     name = scheme.like or scheme.name
     found = [
@@ -124,15 +125,3 @@ def _prepare(seeds: Sequence[int]) -> None:
     """Write the data before runs are side by side, so that none reads half a file."""
     for seed in seeds:
         kept_data(work_named(WORK), seed, DATA)
-
-
-def available(schemes: Sequence[Scheme]) -> list[Scheme]:
-    """Those whose code is there; a line about each other one."""
-    out = []
-    for scheme in schemes:
-        reason = scheme.missing()
-        if reason:
-            print(f"left out: {scheme.title}: {reason}", flush=True)
-        else:
-            out.append(scheme)
-    return out

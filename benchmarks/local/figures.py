@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.local.schemes import REFERENCE, SCHEMES
+from benchmarks.report import Goal
 from benchmarks.rows import Row
 
 NEAR = 0.01
@@ -143,15 +144,6 @@ def mean_seconds(by_seed: Mapping[int, Group], name: str, mbit: int) -> float | 
     ]
     reached = [seconds for seconds in found if seconds is not None]
     return statistics.fmean(reached) if reached and len(reached) == len(found) else None
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A goal of the project and what came of it; ``met`` is ``None`` if it was not measured."""
-
-    words: str
-    met: bool | None
-    found: str
 
 
 def goals(known: Mapping[str, Figures]) -> list[Goal]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from benchmarks.local.figures import (
     LINKS,
     NEAR,
     Figures,
-    Goal,
     Group,
     compute_seconds,
     figures,
@@ -21,7 +19,7 @@ from benchmarks.local.figures import (
     mean_seconds,
 )
 from benchmarks.local.schemes import REFERENCE, SCHEMES
-from benchmarks.report import Page, Table, times
+from benchmarks.report import Page, Table, goal_rows, spread, times
 from gradcodec.recipes.report import size
 
 
@@ -32,7 +30,7 @@ def page(path: Path) -> Page | None:
         return None
     known = figures(by_seed)
     out = Page("Local steps benchmark", "python -m benchmarks.run local-tune local")
-    out.table("Goals", _goal_rows(goals(known)))
+    out.table("Goals", goal_rows(goals(known)))
     out.table("Loss and bytes, the fewest bytes last", _loss_rows(known))
     title = f"Seconds to within {NEAR:.0%} of plain DDP's loss, computed from bytes and steps"
     out.table(title, _time_rows(by_seed, known))
@@ -41,11 +39,6 @@ def page(path: Path) -> Page | None:
     cites = {SCHEMES[name].cite: None for name in known if SCHEMES[name].cite}
     out.sources(cites)
     return out
-
-
-def _goal_rows(found: list[Goal]) -> Table:
-    words = {True: "met", False: "**missed**", None: "not measured"}
-    return [("goal", "", "found"), *((g.words, words[g.met], g.found) for g in found)]
 
 
 def _loss_rows(known: Mapping[str, Figures]) -> Table:
@@ -58,7 +51,7 @@ def _loss_rows(known: Mapping[str, Figures]) -> Table:
                 f"{SCHEMES[f.name].title} ({SCHEMES[f.name].kind})",
                 rates,
                 f"{len(f.losses)}",
-                f"diverged ({f.diverged})" if f.diverged else _spread(f.losses),
+                f"diverged ({f.diverged})" if f.diverged else spread(f.losses),
                 "-" if f.diverged else f"{f.excess:+.2%}",
                 size(f.nbytes),
                 times(f.ratio),
@@ -66,11 +59,6 @@ def _loss_rows(known: Mapping[str, Figures]) -> Table:
             )
         )
     return out
-
-
-def _spread(values: tuple[float, ...]) -> str:
-    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{more}"
 
 
 def _time_rows(by_seed: Mapping[int, Group], known: Mapping[str, Figures]) -> Table:

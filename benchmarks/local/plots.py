@@ -40,7 +40,8 @@ def _bytes(by_seed: Mapping[int, Group], path: Path) -> None:
         xlabel="MB sent by a rank in the training",
         ylabel="held-out loss above plain DDP's, %",
     )
-    _finish(figure, ax, path)
+    ax.grid(alpha=0.3, linewidth=0.5)
+    report.save_with_legend(figure, ax, path)
 
 
 def _losses(group: Group, path: Path) -> None:
@@ -58,11 +59,5 @@ def _losses(group: Group, path: Path) -> None:
     left.set(xlabel="steps", ylabel="held-out loss", ylim=(low - 0.1, low + 2.0))
     right.set(xlabel="MB sent by a rank", xscale="log")
     right.grid(alpha=0.3, linewidth=0.5)
-    _finish(figure, left, path)
-
-
-def _finish(figure: Any, ax: Any, path: Path) -> None:
-    ax.grid(alpha=0.3, linewidth=0.5)
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
-    report.save(figure, path)
+    left.grid(alpha=0.3, linewidth=0.5)
+    report.save_with_legend(figure, left, path)

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from benchmarks.ddp import schemes as ddp_schemes
+from benchmarks.ddp.scheme import Scheme, chosen_codec
 from benchmarks.ddp.trainers import HookTrainer, Trainer
 from benchmarks.ddp.work import Recipe
 from benchmarks.local.trainer import LocalStepsTrainer
-from benchmarks.peers.ddp.checkout import DEMO, Checkout
+from benchmarks.peers.ddp.checkout import DEMO
 from benchmarks.peers.ddp.demo import Demo
 from gradcodec import Codec, OuterSGD, TopK, TopKConfig
 
@@ -27,43 +28,25 @@ INNER = (3e-3, 6e-3)
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """One way of training.
+class LocalScheme(Scheme):
+    """One way of exchanging seldom.
 
     Attributes:
-        name: key in rows and on the command line.
-        title: what a reader of tables and plots sees.
-        kind: ``"reference"`` (plain DDP), ``"ours"`` or ``"peer"``.
-        make: one rank's trainer; all ranks call it at the same time.
         inner: grid of inner learning rates.
         outer: grid of outer learning rates; ``None`` alone where there is no outer step.
         like: the scheme whose tuned rates this one takes; itself by default.
-        cite: where it is from.
-        checkout: what must be there to run it.
-        quick: part of the short form.
         settle: first steps that are not like the others: none, since all bytes count.
     """
 
-    name: str
-    title: str
-    kind: str
-    make: Make
     inner: tuple[float, ...] = INNER
     outer: tuple[float | None, ...] = (None,)
     like: str | None = None
-    cite: str = ""
-    checkout: Checkout | None = None
-    quick: bool = False
     settle: int = 0
 
     @property
     def grid(self) -> list[tuple[float, float | None]]:
         """Inner and outer rates to try, the first ones the defaults."""
         return [(inner, outer) for outer in self.outer for inner in self.inner]
-
-    def missing(self) -> str | None:
-        """What is to be done before it can run, ``None`` if nothing."""
-        return self.checkout.missing() if self.checkout else None
 
 
 @dataclass(frozen=True)
@@ -86,9 +69,8 @@ def local(codec: str | Callable[[], Codec], *, momentum: float, **options: Any) 
     """``gc.LocalSteps``; an outer rate comes when it is made."""
 
     def make(model: nn.Module, recipe: Recipe, outer: float | None) -> Trainer:
-        chosen = codec if isinstance(codec, str) else codec()
         sgd = OuterSGD(lr=1.0 if outer is None else outer, momentum=momentum)
-        return LocalStepsTrainer(model, recipe, codec=chosen, outer=sgd, **options)
+        return LocalStepsTrainer(model, recipe, codec=chosen_codec(codec), outer=sgd, **options)
 
     return make
 
@@ -134,9 +116,11 @@ def _dense(codec: str, every: int, momentum: float = 0.0, **options: Any) -> Mak
 
 
 _ALL = (
-    Scheme(REFERENCE, "plain DDP, fp32", "reference", _plain, quick=True),
-    Scheme("diloco-32", "DiLoCo fp32, H 32", "peer", _diloco(32), outer=NESTEROV, cite=_DILOCO),
-    Scheme(
+    LocalScheme(REFERENCE, "plain DDP, fp32", "reference", _plain, quick=True),
+    LocalScheme(
+        "diloco-32", "DiLoCo fp32, H 32", "peer", _diloco(32), outer=NESTEROV, cite=_DILOCO
+    ),
+    LocalScheme(
         "streaming-32",
         "Streaming DiLoCo, 4 bit, H 32",
         "peer",
@@ -144,7 +128,7 @@ _ALL = (
         outer=NESTEROV,
         cite=_STREAMING,
     ),
-    Scheme(
+    LocalScheme(
         "sparseloco-16",
         "SparseLoCo, H 16",
         "peer",
@@ -153,8 +137,8 @@ _ALL = (
         cite=_SPARSELOCO,
         quick=True,
     ),
-    Scheme("demo", "DeMo", "peer", _demo, inner=(1e-3, 3e-3), cite=_DEMO, checkout=DEMO),
-    Scheme(
+    LocalScheme("demo", "DeMo", "peer", _demo, inner=(1e-3, 3e-3), cite=_DEMO, checkout=DEMO),
+    LocalScheme(
         "sign-32",
         "LocalSteps, rotated signs, H 32",
         "ours",
@@ -162,7 +146,7 @@ _ALL = (
         outer=PLAIN,
         quick=True,
     ),
-    Scheme(
+    LocalScheme(
         "sign-64",
         "LocalSteps, rotated signs, H 64",
         "ours",
@@ -170,7 +154,7 @@ _ALL = (
         outer=PLAIN,
         like="sign-32",
     ),
-    Scheme(
+    LocalScheme(
         "int2-64",
         "LocalSteps, rotated 2 bit, H 64",
         "ours",
@@ -178,7 +162,7 @@ _ALL = (
         outer=PLAIN,
         like="sign-32",
     ),
-    Scheme(
+    LocalScheme(
         "sign-128",
         "LocalSteps, rotated signs, H 128",
         "ours",
@@ -186,14 +170,14 @@ _ALL = (
         outer=PLAIN,
         like="sign-32",
     ),
-    Scheme(
+    LocalScheme(
         "sign-32-momentum",
         "LocalSteps, rotated signs, H 32, Nesterov",
         "ours",
         _dense("sign-rotated", 32, momentum=0.9),
         outer=NESTEROV,
     ),
-    Scheme(
+    LocalScheme(
         "sign-64-fragments",
         "LocalSteps, rotated signs, H 64, 4 fragments, overlap 2",
         "ours",
@@ -201,7 +185,7 @@ _ALL = (
         outer=PLAIN,
         like="sign-32",
     ),
-    Scheme(
+    LocalScheme(
         "topk-32",
         "LocalSteps, top 1.6 % in 1 bit, H 32",
         "ours",
@@ -216,7 +200,7 @@ _ALL = (
         outer=PLAIN,
         like="sign-32",
     ),
-    Scheme(
+    LocalScheme(
         "diloco-64",
         "DiLoCo fp32, H 64",
         "peer",
@@ -225,7 +209,7 @@ _ALL = (
         like="diloco-32",
         cite=_DILOCO,
     ),
-    Scheme(
+    LocalScheme(
         "streaming-64",
         "Streaming DiLoCo, 4 bit, H 64",
         "peer",
@@ -234,7 +218,7 @@ _ALL = (
         like="streaming-32",
         cite=_STREAMING,
     ),
-    Scheme(
+    LocalScheme(
         "sparseloco-32",
         "SparseLoCo, H 32",
         "peer",

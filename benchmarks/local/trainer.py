@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.ddp.trainers import Times, set_rate
+from benchmarks.ddp.trainers import OptimiserTrainer, Times, library_times
 from benchmarks.ddp.work import Recipe
 from gradcodec import LocalSteps
 
 
-class LocalStepsTrainer:
-    """The library's own class around the recipe's optimiser (see ``ddp.trainers.Trainer``).
+class LocalStepsTrainer(OptimiserTrainer):
+    """The library's own class around the recipe's optimiser.
 
     Args:
         model: the same on all ranks.
@@ -21,19 +21,12 @@ class LocalStepsTrainer:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, **options: Any) -> None:
-        self.model = model
-        self.optimizer = recipe.optimiser(list(model.parameters()))
-        self.peak = recipe.lr
+        super().__init__(model, recipe)
         self._local = LocalSteps(model, self.optimizer, **options)
 
-    def step(self, batch: list[Tensor], rate: float) -> float:
-        """Forward, backward, update, and the exchange if it is due."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(*batch)
-        loss.backward()
-        set_rate(self.optimizer, self.peak * rate)
+    def update(self) -> None:
+        """The optimiser's step, and the exchange if it is due."""
         self._local.step()
-        return float(loss.detach())
 
     def finish(self) -> None:
         """What was trained since the last exchange is exchanged as well; its bytes count."""
@@ -41,8 +34,7 @@ class LocalStepsTrainer:
 
     def times(self) -> Times:
         """The library's own."""
-        stats = self._local.stats()
-        return {part: stats[f"{part}_seconds"] for part in ("encode", "exchange", "decode")}
+        return library_times(self._local)
 
     def notes(self) -> dict[str, Any]:
         """The library's own count of bytes, beside what TCP says."""

@@ -101,6 +101,20 @@ class Anchors:
         out = {f"anchor.{n}": t for n, t in self.values.items()}
         return out | {f"momentum.{n}": t for n, t in self.momenta.items()}
 
+    def load(self, found: Mapping[str, Tensor]) -> None:
+        """Take over what ``tensors`` gave, by its keys.
+
+        An anchor that is not there starts where its parameter is, a momentum at zero.
+        """
+        for key, tensor in self.tensors().items():
+            kind, _, name = key.partition(".")
+            if key in found:
+                tensor.copy_(found[key])
+            elif kind == "anchor":
+                tensor.copy_(self.local(name))
+            else:
+                tensor.zero_()
+
 
 def local_part(parameter: Tensor) -> Tensor:
     """The memory that this rank holds of a parameter: the shard of a ``DTensor``."""

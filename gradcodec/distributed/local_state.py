@@ -31,6 +31,18 @@ def check_schedule(state: Mapping[str, Tensor | int], schedule: Schedule) -> Non
             )
 
 
+def ours_and_rest(
+    state: Mapping[str, Tensor | int],
+) -> tuple[dict[str, Tensor | int], dict[str, Tensor | int]]:
+    """What a state holds of anchors and exchanges under way, and what it holds of the reducer."""
+    ours: dict[str, Tensor | int] = {}
+    rest: dict[str, Tensor | int] = {}
+    for key, value in state.items():
+        mine = key in COUNTS or key.partition(".")[0] in KINDS
+        (ours if mine else rest)[key] = value
+    return ours, rest
+
+
 def fitting(
     state: Mapping[str, Tensor | int], wanted: Mapping[str, Tensor], *, strict: bool
 ) -> dict[str, Tensor]:

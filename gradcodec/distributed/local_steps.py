@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,37 +15,28 @@ from gradcodec.distributed.catch_up import Position, catch_up
 from gradcodec.distributed.checks import check_settings, rule_pairs
 from gradcodec.distributed.coding import named_codec
 from gradcodec.distributed.compression import Closing, State
-from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
-from gradcodec.distributed.exchange.link import Link, control_link, place
+from gradcodec.distributed.exchange.agreement import LinkChannel, must_agree
+from gradcodec.distributed.exchange.link import control_link
 from gradcodec.distributed.exchange.terms import choice_text, rules_text, values_text
+from gradcodec.distributed.flights import Flights
 from gradcodec.distributed.fragments import Schedule, fragments_of
 from gradcodec.distributed.local_parts import Replicas, group_of, local_parameters, reshard
 from gradcodec.distributed.local_state import (
     COUNTS,
-    KINDS,
     check_kinds,
     check_schedule,
     fitting,
+    ours_and_rest,
     share,
 )
 from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
 from gradcodec.distributed.plan import Plan
-from gradcodec.distributed.wrappers.bucket import BucketReducer, Slot
-from gradcodec.distributed.wrappers.torch_compat import sister_group
-from gradcodec.distributed.wrappers.worker import Future, Worker
+from gradcodec.distributed.wrappers.bucket import BucketReducer
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.parameters import NamedParameters
 
 _WHAT = "LocalSteps"
 _EXCHANGES = ("two-shot", "gather")
-
-
-@dataclass
-class _Flight:
-    """A fragment under way: pseudo-gradients, and their means once the future is done."""
-
-    tensors: dict[str, Tensor]
-    future: Future[Tensor] | None = None
 
 
 class LocalSteps(Closing):
@@ -178,13 +167,13 @@ class LocalSteps(Closing):
         self._device = next(iter(locals_.values())).device
         self._dense = sum(t.numel() * t.element_size() for t in locals_.values())
         self._at = Position()
-        self._flights: dict[int, _Flight] = {}
+        self._flights = Flights(
+            _WHAT, self.anchors, self.reducer, self.decay, self.counters, self._device
+        )
         self._settled: set[int] = set()  # fragments whose parameters are the anchors now
-        self._agreed = Agreed()
-        self._worker: Worker | None = None
         self._waits_for_join = joining
         if not joining:
-            self._start(group)
+            self._flights.start(group, bool(overlap))
 
     # -- training -----------------------------------------------------------------------------
 
@@ -211,7 +200,7 @@ class LocalSteps(Closing):
         if overlap and (arrived := self.schedule.merged(step)) is not None:
             self._land(arrived, self.mixing)
         if (due := self.schedule.sent(step)) is not None:
-            self._send(due, step)
+            self._flights.send(due, self.fragments[due], step)
             if not overlap:
                 self._land(due, self.mixing)
         self.counters.log(step)
@@ -229,60 +218,20 @@ class LocalSteps(Closing):
             TrainingError: as ``step``.
         """
         self._check_open()
-        for fragment in list(self._flights):
+        for fragment in self._flights:
             self._land(fragment, self.mixing)
         for fragment in range(len(self.fragments)):
             if fragment in self._settled:
                 continue
-            self._send(fragment, self._at.step)
+            self._flights.send(fragment, self.fragments[fragment], self._at.step)
             self._land(fragment, 0.0)
-
-    def _send(self, fragment: int, step: int) -> None:
-        tensors = {n: self.anchors.pseudo_gradient(n) for n in self.fragments[fragment]}
-        work = partial(self._average, fragment, tensors, step)
-        flight = self._flights[fragment] = _Flight(tensors)
-        if self._worker is not None:
-            flight.future = self._worker.enqueue(work, *tensors.values())
-            return
-        try:
-            work()
-        except BaseException:
-            del self._flights[fragment]
-            raise
-
-    @torch.no_grad()
-    def _average(self, fragment: int, tensors: dict[str, Tensor], step: int) -> Tensor:
-        """Replace pseudo-gradients by their means; with overlap, in the worker's thread."""
-        link, control = Link(self._group, self._device), control_link(self._group)
-        link.meter.dense = sum(t.numel() * t.element_size() for t in tensors.values())
-        residuals = self.reducer.residuals
-        saved = residuals.saved(tensors)
-        try:
-            self._agreed.ensure(fragment, control, _WHAT, lambda: self._common(tensors, step))
-            residuals.decay(tensors, self.decay)
-            self.reducer.reduce([Slot(n, t.view(-1), t) for n, t in tensors.items()], link, step)
-            if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-                residuals.restore(saved)  # ``_land`` refuses them, so nothing counts as sent
-        except BaseException:
-            residuals.restore(saved)
-            raise
-        finally:
-            self.counters.traffic += link.meter.traffic + control.meter.traffic
-        return next(iter(tensors.values()))
-
-    def _common(self, names: Mapping[str, Tensor], step: int) -> dict[str, str]:
-        """What ranks compare before a fragment's first exchange, and its first after loading."""
-        anchors = {f"anchor of {n}": values_text(self.anchors.values[n]) for n in names}
-        return {"step": str(step), "seed": str(self.reducer.seed), **anchors}
 
     def _land(self, fragment: int, mixing: float) -> None:
         """The outer step with the means that came, and the merge."""
-        flight = self._flights.pop(fragment, None)
-        if flight is None:
+        means = self._flights.take(fragment)
+        if means is None:
             return  # its exchange failed, and a rank has joined since
-        if flight.future is not None:
-            flight.future.wait()
-        for name, mean in flight.tensors.items():
+        for name, mean in means.items():
             # The same bits came to all ranks, so either all or none of them raise.
             if not bool(torch.isfinite(mean).all()):
                 raise TrainingError(
@@ -290,7 +239,7 @@ class LocalSteps(Closing):
                     "training has diverged on some rank; anchors are as before, load_state_dict "
                     "takes all ranks back"
                 )
-        for name, mean in flight.tensors.items():
+        for name, mean in means.items():
             self.anchors.advance(name, mean)
             self.anchors.merge(name, mixing)
         reshard(self.model)
@@ -323,7 +272,7 @@ class LocalSteps(Closing):
         """
         if self.closed:
             raise _closed()
-        for fragment in list(self._flights):
+        for fragment in self._flights:
             try:
                 self._land(fragment, self.mixing)
             except TrainingError:
@@ -341,23 +290,12 @@ class LocalSteps(Closing):
             reshard(self.model)
         with must_agree(_channel(group), _WHAT) as mine:
             mine.update({n: values_text(t) for n, t in self.anchors.tensors().items()})
-        rank, world = place(group)
+        self._flights.start(group, bool(self.schedule.overlap))
         if residuals.world is not None:
+            rank, world = self._flights.rank, self._flights.world
             residuals.load_state_dict(residuals.state_dict(), rank=rank, world=world)
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
         self._waits_for_join = False
         self._settled.clear()  # ranks that were behind cannot know
-        self._start(group)
-
-    def _start(self, group: Any) -> None:
-        self._rank, self._world = place(group)
-        self._group = group
-        self._agreed.forget()
-        if self.schedule.overlap and self._world > 1:
-            self._group = sister_group(group)  # the worker's thread has its own
-            self._worker = Worker()
 
     def _check_open(self) -> None:
         if self.closed:
@@ -368,8 +306,7 @@ class LocalSteps(Closing):
     def close(self) -> None:
         """End the thread. A step that comes after it raises ``TrainingError``."""
         super().close()
-        if self._worker is not None:
-            self._worker.stop()
+        self._flights.close()
 
     # -- what it knows --------------------------------------------------------------------------
 
@@ -386,7 +323,7 @@ class LocalSteps(Closing):
         """
         return self.counters.stats(
             steps=self._at.step,
-            dense_wire=self._at.step * ring_nbytes(self._dense, self._world),
+            dense_wire=self._at.step * ring_nbytes(self._dense, self._flights.world),
             residual_bytes=self.reducer.residual_nbytes,
             codecs=self.reducer.plan.labels(),
         )
@@ -402,10 +339,7 @@ class LocalSteps(Closing):
         settings = {name: getattr(self.schedule, name) for name in COUNTS[1:]}
         out: State = {"step": self._at.step, "merged": self._at.merged, "seed": self.reducer.seed}
         out |= settings
-        for flight in self._flights.values():
-            if flight.future is not None:
-                flight.future.wait()
-            out |= {f"flight.{n}": t.to("cpu", copy=True) for n, t in flight.tensors.items()}
+        out |= self._flights.tensors()
         out |= {key: t.to("cpu", copy=True) for key, t in self.anchors.tensors().items()}
         return out | self.reducer.state_dict()
 
@@ -427,43 +361,24 @@ class LocalSteps(Closing):
                 or residuals belong to other parameters.
         """
         check_schedule(state, self.schedule)
-        ours: dict[str, Tensor | int] = {}
-        rest: dict[str, Tensor | int] = {}
-        for key, value in state.items():
-            mine = key in COUNTS or key.partition(".")[0] in KINDS
-            (ours if mine else rest)[key] = value
-        flying = self.schedule.in_flight(int(state["step"]))
-        wanted = dict(self.anchors.tensors())
-        for fragment in flying:
-            wanted |= {f"flight.{n}": self.anchors.values[n] for n in self.fragments[fragment]}
+        ours, rest = ours_and_rest(state)
+        flying = {p: self.fragments[p] for p in self.schedule.in_flight(int(state["step"]))}
+        wanted = self.anchors.tensors()
+        for names in flying.values():
+            wanted |= {f"flight.{n}": self.anchors.values[n] for n in names}
         fitted = fitting(ours, wanted, strict=strict)
         known = self.reducer.known(rest, strict)
-        rank, world = self._rank, self._world
+        rank, world = self._flights.rank, self._flights.world
         self.reducer.load_state_dict(known, rank=rank, world=world, strict=strict)
-        self._drop_flights()
-        for key, tensor in self.anchors.tensors().items():
-            kind, _, name = key.partition(".")
-            if key in fitted:
-                tensor.copy_(fitted[key])
-            elif kind == "anchor":
-                tensor.copy_(self.anchors.local(name))
-            else:
-                tensor.zero_()
-        for fragment in flying:
-            names = [n for n in self.fragments[fragment] if f"flight.{n}" in fitted]
-            means = {n: fitted[f"flight.{n}"].to(self._device, copy=True) for n in names}
-            self._flights[fragment] = _Flight(means)
+        self._flights.clear()
+        self.anchors.load(fitted)
+        for fragment, names in flying.items():
+            there = {n: fitted[f"flight.{n}"] for n in names if f"flight.{n}" in fitted}
+            self._flights.load(fragment, there)
         self.reducer.seed = int(state["seed"])
         self._at = Position(int(state["step"]), int(state["merged"]))
         merged = self.schedule.merged(self._at.step)
         self._settled = set() if self.mixing or merged is None else {merged}
-        self._agreed.forget()
-
-    def _drop_flights(self) -> None:
-        for flight in self._flights.values():
-            if flight.future is not None:
-                flight.future.wait()
-        self._flights.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         raise ConfigError("LocalSteps is not picklable; save its state_dict()")

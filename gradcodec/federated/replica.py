@@ -54,7 +54,9 @@ def for_state(codec: Codec, initial: Update) -> Codec:
     if codec.spec is not None:
         codec.spec.check(initial)
     bound = codec.bind(UpdateSpec.of(initial), state_digest(initial))
-    bound._place(torch.device("cpu"))  # replicas are on the host, wherever the codec was moved to
+    bound.pipeline.place(
+        torch.device("cpu")
+    )  # replicas are on the host, wherever the codec was moved to
     return bound
 
 
@@ -80,14 +82,14 @@ class Space:
     @property
     def numel(self) -> int:
         """Length of a position vector."""
-        spec = self.codec._known_spec(None)
+        spec = self.codec.transform.table()
         return self.codec.code_numel(spec) if self.in_code else spec.numel
 
     @property
     def snapshot_codec(self) -> Codec:
         """Lossless codec of positions: fp32 codes, or fp32 values."""
         codec = self.codec
-        spec = codec._known_spec(None)
+        spec = codec.transform.table()
         if self.in_code and codec.code_numel(spec) < spec.numel:
             outer = codec.outer if isinstance(codec, Chain) else codec
             return Chain(outer, Identity())
@@ -114,7 +116,7 @@ class Replica:
     def __init__(self, initial: Update, space: Space, version: int = 0) -> None:
         self.initial = {n: t.detach().clone() for n, t in initial.items()}
         self.space = space
-        self.spec = space.codec._known_spec(None)
+        self.spec = space.codec.transform.table()
         self.coded = {t.name: self.initial[t.name] for t in self.spec}
         self.kept = {n: t for n, t in self.initial.items() if n not in self.coded}
         self.version = version

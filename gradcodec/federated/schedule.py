@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
+from gradcodec.codec.pins import table_of
 from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.config import ServerConfig
@@ -270,7 +271,7 @@ class FitSubspace:
                 if at != last:
                     rounds.append((int(before), []))
                 blob, last = as_bytes(name, state[name]), at
-                reader._open(Payload.from_bytes(blob))
+                table_of(reader, Payload.from_bytes(blob))
                 rounds[-1][1].append(blob)
         except ValueError as err:  # WireError is one
             raise ConfigError(f"server state: not of this federation: {err!r}") from err

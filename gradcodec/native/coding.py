@@ -1,7 +1,7 @@
 """The quantising ops in C; results as in ``gradcodec.reference``, bit for bit.
 
 Every function writes into ``out``, the outputs that the op's declaration made after its checks.
-``memory.at`` gives C the addresses, and checks the tensors' sizes once more.
+``library.at`` gives C the addresses, and checks the tensors' sizes once more.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from gradcodec.errors import ConfigError
-from gradcodec.native.library import current
-from gradcodec.native.memory import at, typed
+from gradcodec.native.library import at, current, typed
 from gradcodec.reference.bitpack import packed_nbytes
-from gradcodec.reference.encode import padded_numel
-from gradcodec.reference.grid import SCALES
+from gradcodec.reference.grid import SCALES, padded_numel
 from gradcodec.reference.hadamard import sign_words
 
 _MASK = (1 << 64) - 1

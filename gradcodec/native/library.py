@@ -1,4 +1,4 @@
-"""Finding, checking and calling the C library.
+"""Finding, checking and calling the C library; tensors as C sees them.
 
 It is an ordinary shared library, called through ``ctypes``, which releases the GIL. A library that
 was built from other sources, or for another version, is refused: its results may differ.
@@ -11,6 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from gradcodec.errors import ConfigError
 from gradcodec.native import sources
@@ -43,6 +46,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "sparse_mean": (_INT, *_TYPED, _AT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _AT),
 }
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers by which C knows dtypes."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,30 @@ def available() -> bool:
 def status() -> str:
     """``"built, avx2"``, ``"off: .."`` or ``"not built: .."``, for people."""
     return f"built, {_current.level}" if _current else _reason
+
+
+def at(what: str, tensor: Tensor | None, numel: int, *dtypes: torch.dtype) -> int | None:
+    """Address of a tensor of ``numel`` values; ``None``, a null pointer, if there is none."""
+    if tensor is None:
+        return None
+    if (
+        tensor.numel() != numel
+        or tensor.dtype not in dtypes
+        or not tensor.is_contiguous()
+        or tensor.device.type != "cpu"
+    ):
+        raise ConfigError(
+            f"{what}: expected {numel} contiguous values of {dtypes} on the CPU, got "
+            f"{tensor.numel()} of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()
+
+
+def typed(what: str, tensor: Tensor | None, numel: int) -> tuple[int | None, int]:
+    """Address of a floating tensor, and the number by which C knows its dtype."""
+    if tensor is None:
+        return None, 0
+    return at(what, tensor, numel, *_DTYPES), _DTYPES[tensor.dtype]
 
 
 def _start() -> None:

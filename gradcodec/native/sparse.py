@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from gradcodec.errors import MalformedBodyError
-from gradcodec.native.library import current
-from gradcodec.native.memory import at, typed
+from gradcodec.native.library import at, current, typed
 from gradcodec.reference.top_rows import ROW
 
 

@@ -26,7 +26,7 @@ from gradcodec.ops.declared import (
 )
 from gradcodec.ops.words import random_sign_words
 from gradcodec.reference.bitpack import packed_nbytes
-from gradcodec.reference.encode import padded_numel
+from gradcodec.reference.grid import padded_numel
 from gradcodec.reference.hadamard import CHUNK, sign_words
 
 __all__ = [

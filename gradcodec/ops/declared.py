@@ -29,7 +29,7 @@ from gradcodec.reference import top_rows as _top_rows
 from gradcodec.reference import topk_encode as _topk_encode
 from gradcodec.reference import two_means as _two_means
 from gradcodec.reference.bitpack import packed_nbytes
-from gradcodec.reference.encode import padded_numel
+from gradcodec.reference.grid import padded_numel
 from gradcodec.reference.hadamard import CHUNK, sign_words
 from gradcodec.reference.top_rows import ROW
 

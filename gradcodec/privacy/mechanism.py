@@ -114,7 +114,7 @@ class ClientPrivacy:
         """
         if self.place == "code":
             return self.write_code(codec, codec.to_code(update), seed=seed)
-        spec = codec._known_spec(None)
+        spec = codec.transform.table()
         spec.check(update)
         released = self.release(layout.flatten(update, spec), draw=seed)
         return codec.encoder.encode(layout.unflatten(released, spec), seed=seed)

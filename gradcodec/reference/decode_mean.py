@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gradcodec.reference import grid
 from gradcodec.reference.bitpack import unpack_bits
-from gradcodec.reference.encode import padded_numel, segment_of
+from gradcodec.reference.encode import segment_of
+from gradcodec.reference.grid import padded_numel
 from gradcodec.reference.hadamard import CHUNK, rotate_chunks_back
 
 

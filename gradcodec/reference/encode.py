@@ -14,11 +14,6 @@ SEGMENT = 1 << 18
 """Values processed at a time, about: avoids copies of the whole vector, and fits a cache."""
 
 
-def padded_numel(numel: int, rotate: bool) -> int:
-    """How many values are coded: with rotation, ``numel`` rounded up to whole chunks."""
-    return -(-numel // CHUNK) * CHUNK if rotate else numel
-
-
 def segment_of(block: int) -> int:
     """Values of a segment: whole blocks, whole bytes and whole calls of Philox."""
     return 16 * block * max(1, SEGMENT // (16 * block))
@@ -60,7 +55,7 @@ def encode(
         packed uint8 ``[ceil(N bits / 8)]`` and scales bf16 ``[ceil(N / block)]``, with ``N`` the
         padded number of values. NaN and Inf spoil their block (rotated: chunk) and no other.
     """
-    total = padded_numel(values.numel(), rotate)
+    total = grid.padded_numel(values.numel(), rotate)
     segment = segment_of(block)
     packed = torch.empty(packed_nbytes(total, bits), dtype=torch.uint8, device=values.device)
     used = torch.empty(-(-total // block), dtype=torch.bfloat16, device=values.device)

@@ -42,6 +42,11 @@ HEADROOM = 1.0 + 2.0**-7
 _LARGEST = 3e38
 
 
+def padded_numel(numel: int, rotate: bool) -> int:
+    """How many values are coded: with rotation, ``numel`` rounded up to whole chunks."""
+    return -(-numel // CHUNK) * CHUNK if rotate else numel
+
+
 def check_grid(bits: int, block: int, rotate: bool = False) -> None:
     """Raise ``ConfigError`` unless values can be coded in these bits and blocks."""
     if bits not in BITS:

@@ -117,7 +117,7 @@ class Transform(ABC):
         """
         if self.spec is None:
             if spec is None:
-                raise ConfigError(f"{self.kind}: not bound to a tensor table; call .bind(spec)")
+                raise ConfigError("the codec is not bound to a tensor table; call .bind(spec)")
             return spec
         if spec is not None and spec != self.spec:
             raise UpdateError(f"{self.kind}: bound to another tensor table")

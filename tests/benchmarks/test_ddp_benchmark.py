@@ -19,7 +19,7 @@ from benchmarks.ddp import case as ddp
 from benchmarks.ddp import figures
 from benchmarks.ddp import page as ddp_page
 from benchmarks.ddp.rank import Phase
-from benchmarks.ddp.schemes import REFERENCE, SCHEMES, Scheme
+from benchmarks.ddp.schemes import REFERENCE, SCHEMES, GradientScheme
 from benchmarks.ddp.trainers import CollectiveClock
 from benchmarks.ddp.work import WORKS, Batches, Recipe, glyphs, kept_data, work_named
 from benchmarks.links import link as links
@@ -237,7 +237,7 @@ def test_an_unknown_work_is_refused() -> None:
 # -- schemes and plans --------------------------------------------------------------------------
 
 
-def chosen(*names: str, quick: bool = False) -> list[Scheme]:
+def chosen(*names: str, quick: bool = False) -> list[GradientScheme]:
     return choose(SCHEMES, Options(Path(), quick=quick, schemes=names or None), REFERENCE)
 
 

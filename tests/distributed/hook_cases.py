@@ -6,7 +6,11 @@ import copy
 import io
 import logging
 import math
+import sys
+import threading
 import time
+from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import pytest
@@ -30,6 +34,7 @@ from distributed.toy import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gradcodec
 import gradcodec.distributed.trial as trial
 from gradcodec.chain import Chain
 from gradcodec.codecs import BlockQuant, Subspace
@@ -123,6 +128,37 @@ def a_world_of_one_changes_nothing(rank: int, world: int) -> None:
             stats = state.stats()
             assert stats["wire_bytes"] == 0
             assert stats["steps"] == 1
+
+
+# -- how far a reader must follow a bucket -------------------------------------------------------
+
+#: Files of the library that code runs in, from ``compress_hook`` to the mean. It may shrink.
+FILES = 22
+
+
+def a_bucket_passes_through_few_files(rank: int, world: int) -> None:
+    here = str(Path(gradcodec.__file__).parent)
+    entered: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(here):
+            entered.add(frame.f_code.co_filename.removeprefix(here))
+
+    threading.setprofile(note)  # for the thread that exchanges, which starts with the state
+    try:
+        with wrapped("int4") as (ddp, _state):
+            optimizer = sgd(ddp)
+            train(ddp, range(3), optimizer)  # DDP rebuilds its buckets, and ranks compare them
+            entered.clear()
+            sys.setprofile(note)
+            train(ddp, range(3, 4), optimizer)
+            files = sorted(entered)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert "/distributed/hook.py" in files
+    assert "/packers/blockquant.py" in files, "the other thread was not followed"
+    assert len(files) <= FILES, files
 
 
 # -- rule 1: no collective in a callback, one thread, own group, uneven buckets ----------------

@@ -8,6 +8,7 @@ from hub_helpers import REPO, chain
 from loopback_hub import TOKEN, LoopbackHub
 
 from gradcodec import hub
+from gradcodec.codec.folder import folder_of
 from gradcodec.codecs import Identity
 
 
@@ -36,7 +37,7 @@ def test_pushed_card_names_its_repository(server: LoopbackHub) -> None:
 
 
 def test_given_card_and_notes_are_kept(tmp_path: Path) -> None:
-    folder = chain()._folder()
+    folder = folder_of(chain())
     noted = hub.Folder(
         folder.config, folder.spec, folder.weights, folder.digests, folder.digest, "tiny stories"
     )

@@ -10,7 +10,7 @@ import torch
 from hub_helpers import chain, update
 
 from gradcodec import hub
-from gradcodec.codec import Codec, Decoder, Encoder, register
+from gradcodec.codec import Codec, Decoder, Encoder, kinds, register
 from gradcodec.codecs import Identity
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.packers.raw import IdentityConfig
@@ -32,9 +32,7 @@ class Halves(Identity):
 @pytest.fixture
 def halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A saved codec with encoder, decoder and shared weights."""
-    from gradcodec import codec as base
-
-    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.setattr(kinds, "KINDS", dict(kinds.KINDS))
     register(Halves)
     weights = {n: torch.randn(3) for n in ("encoder.a", "encoder.b", "decoder.a", "shared.c")}
     Halves(weights=weights).save_pretrained(tmp_path / "halves")

@@ -13,7 +13,8 @@ from torch import Tensor
 from gradcodec import ops
 from gradcodec.native import library, sources
 from gradcodec.reference.decode_mean import decode_mean
-from gradcodec.reference.encode import encode, padded_numel
+from gradcodec.reference.encode import encode
+from gradcodec.reference.grid import padded_numel
 
 Build = Callable[..., Path]
 Same = Callable[[Tensor, Tensor], bool]

@@ -14,7 +14,8 @@ from torch import Tensor
 from gradcodec import native, ops
 from gradcodec.native import library
 from gradcodec.reference.decode_mean import decode_mean
-from gradcodec.reference.encode import encode, padded_numel
+from gradcodec.reference.encode import encode
+from gradcodec.reference.grid import padded_numel
 from gradcodec.reference.philox import random_bytes
 
 in_c = functools.partial(ops.encode, impl="native")

@@ -11,7 +11,8 @@ from torch import Tensor
 from gradcodec.reference import grid
 from gradcodec.reference.bitpack import packed_nbytes, unpack_bits
 from gradcodec.reference.decode_mean import decode_mean
-from gradcodec.reference.encode import SEGMENT, encode, padded_numel, segment_of
+from gradcodec.reference.encode import SEGMENT, encode, segment_of
+from gradcodec.reference.grid import padded_numel
 from gradcodec.reference.hadamard import CHUNK, rotate_chunks, rotate_chunks_back
 from gradcodec.reference.philox import random_bytes
 

@@ -94,14 +94,8 @@ class StoreChannel:
         return [part[:size] for part, size in zip(came, sizes, strict=True)]
 
 
-class Agreed:
-    """Remembers what ranks have agreed on, so that they compare each thing once."""
-
-    def __init__(self) -> None:
-        self._known: set[object] = set()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._known
+class Agreed(set[object]):
+    """Keys of what ranks have agreed on, so that they compare each thing once."""
 
     def ensure(
         self, key: object, link: Link, what: str, terms: Callable[[], Mapping[str, str]]
@@ -110,14 +104,10 @@ class Agreed:
 
         Ranks that agree call this with equal keys, and so remember the same ones.
         """
-        if key not in self._known:
+        if key not in self:
             with must_agree(LinkChannel(link), what) as mine:
                 mine.update(terms())
-            self._known.add(key)
-
-    def forget(self) -> None:
-        """Compare everything again, because the terms may have changed."""
-        self._known.clear()
+            self.add(key)
 
 
 @contextmanager

@@ -403,7 +403,7 @@ class CompressState(Closing):
                 )
             self.reducer.plan = self._plans[rung - 1]
         self.reducer.load_state_dict(state, rank=self._rank, world=self._world, strict=strict)
-        self._agreed.forget()
+        self._agreed.clear()  # the terms may have changed
         self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
         if self.auto is not None and decision >= 0:

@@ -224,7 +224,7 @@ class CompressedGroup(Closing, dist.ProcessGroup):
         """
         check_state(state, "steps")
         check_count("steps", int(state["steps"]))
-        self._agreed.forget()
+        self._agreed.clear()  # the terms may have changed
         self._steps = int(state["steps"])
 
 

@@ -360,7 +360,7 @@ class ShardedState(Closing):
             )
         for name in sorted(theirs - set(self.units)):
             _log.warning("the state of unit %r is dropped: this model has no such unit", name)
-        self._agreed.forget()
+        self._agreed.clear()  # the terms may have changed
         world, rank = int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))
         known = (self.world, self.rank)
         same = (world, rank) == known

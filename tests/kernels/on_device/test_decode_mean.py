@@ -3,7 +3,8 @@ import torch
 
 from gradcodec.reference.bitpack import packed_nbytes
 from gradcodec.reference.decode_mean import decode_mean as oracle
-from gradcodec.reference.encode import encode, padded_numel
+from gradcodec.reference.encode import encode
+from gradcodec.reference.grid import padded_numel
 from gradcodec_kernels.decode_mean import decode_mean
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from gradcodec.reference import grid
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.encode import encode as oracle
-from gradcodec.reference.encode import padded_numel
+from gradcodec.reference.grid import padded_numel
 from gradcodec.reference.philox import random_bytes as oracle_bytes
 from gradcodec_kernels.encode import encode
 from gradcodec_kernels.quantise import random_bytes

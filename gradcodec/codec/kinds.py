@@ -1,0 +1,28 @@
+"""Which codec class a config's ``kind`` means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from gradcodec.encodable import shown
+from gradcodec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradcodec.codec.codec import Codec
+
+C = TypeVar("C", bound="Codec")
+
+KINDS: dict[str, type[Codec]] = {}
+
+
+def register(cls: type[C]) -> type[C]:
+    """Class decorator: enter a codec under its config's ``kind``."""
+    KINDS[cls.Config.kind] = cls
+    return cls
+
+
+def codec_class(kind: str) -> type[Codec]:
+    """The codec class registered under ``kind``; ``ConfigError`` if there is none."""
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(f"expected a codec kind of {sorted(KINDS)}, got {shown(kind)}")
+    return KINDS[kind]
