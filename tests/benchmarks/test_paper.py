@@ -1,0 +1,229 @@
+"""The case `paper`: its metrics on made data, its controls, and its page from rows."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.paper import coders, fidelity, measures
+from benchmarks.paper import page as pages
+from benchmarks.paper.coders import CODERS, Fitting, Through
+from benchmarks.paper.recordings import Recording, weighted
+from gradcodec.registry import make_codec
+from gradcodec.types import TensorSpec, UpdateSpec
+
+SPEC = UpdateSpec(
+    tuple(
+        TensorSpec(f"model.layers.{layer}.q_proj.lora_{half}.weight", shape)
+        for layer in range(2)
+        for half, shape in (("A", (4, 64)), ("B", (64, 4)))
+    )
+)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def recording(rounds: int = 2, clients: int = 3) -> Recording:
+    shape = (rounds, clients, SPEC.numel)
+    starts = drawn(rounds, 1, SPEC.numel, seed=1).expand(shape).clone()
+    return Recording(
+        SPEC,
+        starts,
+        0.1 * drawn(*shape, seed=2),
+        drawn(*shape, seed=3),
+        torch.arange(clients).expand(rounds, clients),
+        torch.tensor([10, 20, 70]).expand(rounds, clients),
+    )
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def test_sending_nothing_scores_n_by_the_papers_snr_and_0_db() -> None:
+    x = drawn(3, SPEC.numel)
+    found = measures.errors(x, torch.zeros_like(x))
+    assert found["snr_paper"] == pytest.approx(SPEC.numel)
+    assert (found["rse"], found["snr_db"], found["cosine"]) == (1, 0, 0)
+
+
+def test_a_perfect_copy_has_an_infinite_snr() -> None:
+    x = drawn(SPEC.numel)
+    found = measures.errors(x, x)
+    assert (found["rse"], found["snr_db"], found["snr_paper"]) == (0, None, None)
+
+
+def test_the_factors_share_out_all_values_by_name() -> None:
+    masks = measures.factors(SPEC)
+    x = torch.where(masks["A"], 1.0, 0.0)
+    assert int(masks["A"].sum()) == int(masks["B"].sum()) == 512
+    assert bool((masks["A"] ^ masks["B"]).all())
+    found = measures.by_factor(x, 0 * x, masks)
+    assert (found["A"]["rse"], found["B"]["rse"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("decode", "expected"),
+    [(lambda x: x, 1.0), (lambda x: 0 * x + 7, 0.0), (lambda x: x / 2, 0.25)],
+    ids=["identity", "constant", "half"],
+)
+def test_gain_is_the_share_of_a_difference_that_comes_through(
+    decode: measures.Decode, expected: float
+) -> None:
+    x, other = drawn(2, SPEC.numel)
+    assert measures.gain(decode, x, other) == pytest.approx(expected)
+
+
+def test_a_shuffled_update_has_the_values_of_each_tensor_in_another_order() -> None:
+    x = drawn(SPEC.numel)
+    y = measures.shuffled(x, SPEC, seed=0)
+    sizes = [t.numel for t in SPEC]
+    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+        assert torch.equal(a.sort().values, b.sort().values)
+        assert not torch.equal(a, b)
+
+
+# -- controls --------------------------------------------------------------------------------------
+
+
+def made(name: str) -> coders.Decodes:
+    coder = CODERS[name]
+    given = Fitting(drawn(6, SPEC.numel), SPEC, steps=1, seed=0)
+    if coder.codec is None:
+        assert coder.control is not None
+        return coder.control(given)
+    return Through(coder.codec(given).bind(SPEC), SPEC)
+
+
+@pytest.mark.parametrize("name", ["zero", "train-mean"])
+def test_a_constant_control_does_not_depend_on_its_input(name: str) -> None:
+    assert measures.gain(made(name), *drawn(2, SPEC.numel, seed=5)) == 0
+
+
+def test_the_noise_control_has_the_norm_of_its_input_and_nothing_else_of_it() -> None:
+    x = drawn(SPEC.numel, seed=5)
+    y = made("noise")(x, seed=1)
+    assert float(y.norm()) == pytest.approx(float(x.norm()))
+    assert abs(float(measures.errors(x, y)["cosine"] or 0)) < 4 / math.sqrt(SPEC.numel)
+
+
+def test_identity_loses_nothing() -> None:
+    x = drawn(SPEC.numel, seed=5)
+    assert torch.equal(made("identity")(x), x)
+
+
+@pytest.mark.parametrize("name", ["prior", "random-subspace", "subspace"])
+def test_codes_of_a_64th_have_no_more_values_than_that(name: str) -> None:
+    through = made(name)
+    assert isinstance(through, Through)
+    # One direction of each tensor: its four columns.
+    assert through.codec.code_numel(SPEC) == 4 * len(SPEC)
+
+
+def test_noise_on_a_code_of_all_values_is_noise_on_the_update() -> None:
+    x = drawn(SPEC.numel, seed=5)
+    noisy = Through(make_codec("fp32").bind(SPEC), SPEC).with_noise(x, sigma=0.5)
+    assert float(measures.errors(x, noisy)["rse"] or 0) == pytest.approx(0.25, rel=0.2)
+
+
+# -- analyses --------------------------------------------------------------------------------------
+
+
+def test_errors_of_a_state_hide_those_of_the_innovation() -> None:
+    test = recording()
+    decode = lambda x, seed=0: test.starts[0, 0]  # noqa: E731
+    found = fidelity.one_round(test, 0, "state", decode)
+    assert float(found["client"]["all"]["rse"] or 0) < 0.02
+    assert found["innovation"]["all"]["rse"] == pytest.approx(1)
+    assert found["mean"]["all"]["rse"] == pytest.approx(1)
+
+
+def test_the_mean_is_weighted_by_examples_and_the_sum_is_not() -> None:
+    test = recording()
+    expected = torch.tensor([0.1, 0.2, 0.7]) @ test.updates[0]
+    assert torch.allclose(weighted(test.updates[0], test.examples[0]), expected, atol=1e-6)
+    sign = torch.tensor([1.0, 1.0, -1.0])[:, None]
+
+    def decode(x: Tensor, seed: int = 0) -> Tensor:
+        return x * sign[seed % 3]
+
+    found = fidelity.one_round(test, 0, "update", decode)
+    heavy, whole = test.updates[0, 2], test.updates[0].sum(0)
+    energy = 4 * float(heavy.square().sum())
+    assert found["sum"]["all"]["rse"] == pytest.approx(energy / float(whole.square().sum()), 1e-4)
+    assert found["mean"]["all"]["rse"] == pytest.approx(
+        0.49 * energy / float(expected.square().sum()), 1e-4
+    )
+
+
+class Fixed:
+    """A setup around a made recording."""
+
+    rounds = 2
+
+    def test(self) -> Recording:
+        return recording()
+
+    def coder(self, name: str, what: str = "update") -> coders.Decodes:
+        return made(name)
+
+
+def test_equal_clients_aggregate_without_an_error_and_their_sum_is_as_long_as_they_are_many() -> (
+    None
+):
+    class Equal(Fixed):
+        def test(self) -> Recording:
+            test = recording()
+            test.updates[:] = test.updates[:, :1].clone()
+            return test
+
+    (first, _) = fidelity.aggregation(Equal())["rounds"]  # type: ignore[arg-type]
+    assert first["mean"] == pytest.approx(0, abs=1e-9)
+    assert first["length"] == pytest.approx(3, rel=1e-4)
+    assert first["sum"] > 0.001
+
+
+def test_sizes_are_those_of_the_bytes() -> None:
+    row = fidelity.size(Fixed(), "identity")  # type: ignore[arg-type]
+    assert row["payload_bytes"] == 4 * SPEC.numel
+    assert 0 < row["wire_bytes"] - row["payload_bytes"] < 64
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def row(kind: str, scheme: str, of: str = "update", **found: object) -> dict[str, object]:
+    config = {"kind": kind, "of": of, "model": "embedded", "played": 1, "tgap_rounds": 4}
+    return {
+        "run": f"{kind} {scheme} {of}",
+        "scheme": scheme,
+        "seed": 0,
+        "config": {**config, "steps": 300},
+        **found,
+    }
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def snr_row(scheme: str, rse: float) -> dict[str, object]:
+    one = {"rse": rse, "snr_db": 0.0, "cosine": 0.5, "snr_paper": 8.0 / rse}
+    whole = dict.fromkeys(("A", "B", "all"), one)
+    return row("snr", scheme, rounds=[{"number": 1, "client": whole, "mean": whole, "sum": whole}])
+
+
+def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "paper.jsonl", snr_row("zero", 5.0), snr_row("int4", 0.01), snr_row("zero", 1.0)
+    )
+    pages.page(path).write(path)
+    text = path.with_suffix(".md").read_text()
+    assert "| int4 | 800 | 20.0 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
+    assert "| *nothing (zero)* | 8.00 | 0 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
+    assert (tmp_path / "paper-snr.png").stat().st_size > 1000
