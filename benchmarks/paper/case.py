@@ -19,12 +19,13 @@ from types import MappingProxyType
 from benchmarks import jobs, report, rows
 from benchmarks.jobs import Job
 from benchmarks.llama.tasks import PLACES
-from benchmarks.paper import fidelity
+from benchmarks.paper import fidelity, fits, robustness, shapes
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS
-from benchmarks.paper.recordings import OBJECTS
+from benchmarks.paper.recordings import OBJECTS, READINGS
 from benchmarks.paper.setup import Setup
 from benchmarks.run import Options, check_names
+from gradcodec.transforms.autoencoder.config import RATIOS
 
 CASE = "paper"
 SEEDS = (0, 1, 2)
@@ -37,6 +38,14 @@ KINDS: Mapping[str, Callable[[Setup, str, str], rows.Row]] = MappingProxyType(
         "snr": fidelity.snr,
         "size": lambda setup, name, _: fidelity.size(setup, name),
         "aggregation": lambda setup, *_: fidelity.aggregation(setup),
+        "noise": lambda setup, name, _: robustness.noise(setup, name),
+        "shape": lambda setup, _, what: shapes.shape(setup, what),
+        "product": lambda setup, *_: shapes.product(setup),
+        "entropy": lambda setup, name, _: shapes.entropy(setup, name),
+        "transfer": fits.transfer,
+        "reading": fits.reading,
+        "ablation": lambda setup, name, _: fits.ablation(setup, name),
+        "geometry": lambda _, arch, __: fits.geometry(arch),
     }
 )
 
@@ -50,6 +59,15 @@ def units(setup: Setup) -> list[Unit]:
         ]
     out += [("size", name, "update") for name, coder in CODERS.items() if coder.codec]
     out.append(("aggregation", "none", "update"))
+    out += [("noise", name, "update") for name in robustness.CODERS]
+    out += [("shape", "none", what) for what in ("gradient", "update")]
+    out.append(("product", "none", "update"))
+    out += [("entropy", name, "update") for name in CODERS]
+    for name in fits.CODERS:
+        out += [("transfer", name, source) for source in setup.sources()]
+        out += [("reading", name, how) for how in READINGS]
+    out += [("ablation", name, "update") for name in fits.VARIANTS]
+    out += [("geometry", arch, "update") for arch in RATIOS]
     return out
 
 
@@ -72,7 +90,7 @@ def main(options: Options) -> list[str]:
     for place, given in zip(PLACES, (options.model, options.data), strict=True):
         if given is not None:
             os.environ[place] = str(given)
-    check_names(options.schemes or (), CODERS)
+    check_names(options.schemes or (), dict.fromkeys(scheme for _, scheme, _ in units(Setup())))
     todo = []
     for seed in options.seeds or (SEEDS[:1] if options.quick else SEEDS):
         setup = Setup.asked(options, seed)

@@ -33,6 +33,8 @@ from gradcodec.wire import Payload
 RATIO = 64
 WORKING = AutoencoderConfig(variant="working", normalise="tensor_rms")
 LITERAL = AutoencoderConfig(variant="literal", normalise="factor_rms")
+UNSCALED = replace(LITERAL, normalise="none")
+"""The paper mentions no scaling."""
 SUBSPACE = SubspaceConfig(ratio=RATIO, allocation="tempered", side="long", basis_dtype="float32")
 
 
@@ -164,21 +166,20 @@ def _noise(_: Fitting) -> Decodes:
 
 CODERS: Mapping[str, Coder] = MappingProxyType(
     {
-        "identity": Coder("identity, fp32", "control", lambda _: Identity()),
+        "identity": Coder("identity, fp32", "control", lambda _: Identity(), every=False),
         "int4": Coder("int4", "ours", lambda _: make_codec("int4")),
-        "rotsign": Coder("rotated signs, 1 bit", "ours", lambda _: _signs(256)),
+        "rotsign": Coder("rotated signs, 1 bit", "ours", lambda _: _signs(256), every=False),
         "rotsign-128": Coder("rotated signs, 1/2 bit", "ours", lambda _: _signs(128)),
         "subspace": Coder("subspace 1/64, fp32", "ours", _subspace),
         "ae-working": Coder("ResNet-3 AE, working", "paper", _autoencoder(WORKING)),
         "ae-literal": Coder("ResNet-3 AE, literal, scaled", "paper", _autoencoder(LITERAL)),
         "ae-unscaled": Coder(
-            "ResNet-3 AE, literal, as stated",
-            "paper",
-            _autoencoder(replace(LITERAL, normalise="none")),
-            every=False,
+            "ResNet-3 AE, literal, as stated", "paper", _autoencoder(UNSCALED), every=False
         ),
-        "prior": Coder("working AE, fitted on noise", "control", random_prior),
-        "untrained": Coder("literal AE, untrained", "control", _autoencoder(LITERAL, 0.0)),
+        "prior": Coder("working AE, fitted on noise", "control", random_prior, every=False),
+        "untrained": Coder(
+            "literal AE, untrained", "control", _autoencoder(LITERAL, 0.0), every=False
+        ),
         "random-subspace": Coder("subspace 1/64, random bases", "control", _random_bases),
         "train-mean": Coder("always the training mean", "control", control=_train_mean),
         "noise": Coder("noise of the same norm", "control", control=_noise),

@@ -83,7 +83,7 @@ def aggregation(setup: Setup) -> Row:
         ones = torch.ones_like(share)
         energy = dict.fromkeys(("mean", "sum"), 0.0)
         error = {**energy, "increments": 0.0}
-        for (a, da), (b, db) in _pairs(test, number):
+        for (a, da), (b, db) in pairs(test, number):
             whole = (b + db) @ (a + da) - b @ a
             for rule, weights in (("mean", share), ("sum", ones)):
                 wanted = torch.einsum("k,kij->ij", weights, whole)
@@ -108,7 +108,7 @@ def aggregation(setup: Setup) -> Row:
     return {"rounds": rounds, "loss": sum(r["mean"] for r in rounds) / len(rounds)}
 
 
-def _pairs(test: Recording, number: int) -> list[tuple[tuple[Tensor, Tensor], ...]]:
+def pairs(test: Recording, number: int) -> list[tuple[tuple[Tensor, Tensor], ...]]:
     """Per module ``(A, dA), (B, dB)``, each ``[K, rows, columns]`` in fp64."""
     sizes = [t.numel for t in test.spec]
     starts = torch.split(test.starts[number].double(), sizes, dim=1)

@@ -57,15 +57,17 @@ def _mean(values: Sequence[float]) -> float | None:
 # -- does the output depend on the input? ----------------------------------------------------------
 
 
-def gain(decode: Decode, x: Tensor, other: Tensor) -> float:
-    """``|D(x) - D(other)|^2 / |x - other|^2``: share of a difference that comes through, in energy.
+def gain(out: Tensor, into: Tensor) -> float:
+    """``|out|^2 / |into|^2``: share of a difference between inputs that comes out, in energy.
 
     0 for a decoder that ignores its input, 1 for one that changes nothing; a projection on a
     ``k``-th of all dimensions lets ``1/k`` of white noise through.
+
+    Args:
+        out: ``D(x) - D(other)``.
+        into: ``x - other``.
     """
-    return float((decode(x) - decode(other)).double().square().sum()) / float(
-        (x - other).double().square().sum()
-    )
+    return float(out.double().square().sum() / into.double().square().sum())
 
 
 def shuffled(x: Tensor, spec: UpdateSpec, seed: int) -> Tensor:

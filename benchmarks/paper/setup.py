@@ -41,7 +41,7 @@ class Setup:
     def asked(cls, options: Options, seed: int) -> Setup:
         """The setup of these options; the short form has fewer rounds and steps."""
         model = EMBEDDED if options.model is None else tasks.MODEL
-        length = {"rounds": 6, "tgap_rounds": 4, "steps": 300} if options.quick else {}
+        length = {"rounds": 6, "tgap_rounds": 4, "steps": 200} if options.quick else {}
         if options.rounds is not None:
             length["rounds"] = options.rounds
         return cls(model=model, seed=seed, **length)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.paper import coders, fidelity, measures
+from benchmarks.paper import coders, fidelity, fits, measures, robustness, shapes
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS, Fitting, Through
 from benchmarks.paper.recordings import Recording, weighted
@@ -75,7 +75,7 @@ def test_gain_is_the_share_of_a_difference_that_comes_through(
     decode: measures.Decode, expected: float
 ) -> None:
     x, other = drawn(2, SPEC.numel)
-    assert measures.gain(decode, x, other) == pytest.approx(expected)
+    assert measures.gain(decode(x) - decode(other), x - other) == pytest.approx(expected)
 
 
 def test_a_shuffled_update_has_the_values_of_each_tensor_in_another_order() -> None:
@@ -101,7 +101,9 @@ def made(name: str) -> coders.Decodes:
 
 @pytest.mark.parametrize("name", ["zero", "train-mean"])
 def test_a_constant_control_does_not_depend_on_its_input(name: str) -> None:
-    assert measures.gain(made(name), *drawn(2, SPEC.numel, seed=5)) == 0
+    decode = made(name)
+    x, other = drawn(2, SPEC.numel, seed=5)
+    assert measures.gain(decode(x) - decode(other), x - other) == 0
 
 
 def test_the_noise_control_has_the_norm_of_its_input_and_nothing_else_of_it() -> None:
@@ -172,9 +174,7 @@ class Fixed:
         return made(name)
 
 
-def test_equal_clients_aggregate_without_an_error_and_their_sum_is_as_long_as_they_are_many() -> (
-    None
-):
+def test_equal_clients_aggregate_exactly_and_their_sum_is_three_times_as_long() -> None:
     class Equal(Fixed):
         def test(self) -> Recording:
             test = recording()
@@ -191,6 +191,74 @@ def test_sizes_are_those_of_the_bytes() -> None:
     row = fidelity.size(Fixed(), "identity")  # type: ignore[arg-type]
     assert row["payload_bytes"] == 4 * SPEC.numel
     assert 0 < row["wire_bytes"] - row["payload_bytes"] < 64
+
+
+def test_the_identity_lets_clients_and_noise_through_and_a_constant_neither() -> None:
+    whole = robustness.noise(Fixed(), "identity")  # type: ignore[arg-type]
+    assert whole["client_gain"] == whole["shuffled_gain"] == 1
+    for level in whole["levels"]:
+        assert level["noise_gain"] == pytest.approx(1, rel=1e-4)
+        assert level["rse"] == pytest.approx(level["level"] ** 2, rel=0.2)
+        assert level["client_gain"] == pytest.approx(1, rel=1e-2)
+    constant = robustness.noise(Fixed(), "train-mean")  # type: ignore[arg-type]
+    assert constant["client_gain"] == constant["shuffled_gain"] == 0
+    assert constant["swapped"]["rse"] == constant["rse"]
+    assert all(level["noise_gain"] == 0 for level in constant["levels"])
+    assert {level["rse"] for level in constant["levels"]} == {constant["rse"]}
+
+
+def test_a_projection_on_a_64th_lets_a_64th_of_the_noise_through() -> None:
+    found = robustness.noise(Fixed(), "random-subspace")  # type: ignore[arg-type]
+    assert found["levels"][1]["noise_gain"] == pytest.approx(1 / 64, rel=0.5)
+
+
+def test_snapshots_of_a_constant_decoder_have_no_entropy_together() -> None:
+    assert shapes.entropy(Fixed(), "train-mean")["ensemble"] < 1e-6  # type: ignore[arg-type]
+    whole = shapes.entropy(Fixed(), "identity")  # type: ignore[arg-type]
+    assert whole["ensemble"] == pytest.approx(math.log(6), abs=0.05)  # six snapshots, independent
+    assert whole["ensemble"] <= whole["most"]
+    assert shapes.entropy(Fixed(), "zero")["ensemble"] == 0  # type: ignore[arg-type]
+
+
+def test_histograms_of_gaussian_values_are_gaussian() -> None:
+    found = shapes.shape(Fixed(), "gradient")["rounds"][0]["A"]  # type: ignore[arg-type]
+    assert abs(found["excess"]) < 0.5
+    assert found["rms"] == pytest.approx(1, rel=0.1)
+    assert sum(found["counts"]) == pytest.approx(3 * 512, rel=0.01)
+    assert found["quantiles"][3] == pytest.approx(0, abs=0.1)
+    assert sum(found["spectrum"]) == pytest.approx(1)
+
+
+def test_a_change_of_a_product_has_twice_the_rank() -> None:
+    found = shapes.product(Fixed())["rounds"][0]  # type: ignore[arg-type]
+    assert len(found["spectrum"]) == 8
+    assert sum(found["spectrum"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", list(fits.VARIANTS))
+def test_variants_of_the_autoencoder_keep_its_shapes(name: str) -> None:
+    variant = fits.VARIANTS[name]
+    encoder, decoder = fits.networks(SPEC, variant.depth, variant.up, seed=0)
+    x = drawn(1, SPEC.numel)
+    code = encoder.eval()(x)
+    assert code.shape == (1, 128 * 128 // 64)
+    assert decoder.eval()(code).shape == x.shape
+
+
+def test_the_papers_autoencoder_has_the_sizes_that_the_paper_states() -> None:
+    found = fits.geometry("resnet3")
+    assert found["parameters"] == {"encoder": 246_785, "decoder": 246_698}
+    assert found["code_numel"] * 64 == found["numel"] == 8_388_608
+    assert fits.geometry("cnn1d")["code_numel"] * 32 == found["numel"]
+
+
+def test_smooth_pictures_are_smooth_and_differ() -> None:
+    spec = fits.llama_7b()
+    one = UpdateSpec(spec.tensors[:2])
+    pictures = fits.smooth(one, 2, seed=0)
+    a = pictures[0, : 8 * 4096].reshape(8, 4096)  # lora_A stands on its long side
+    assert float((a[:, 1:] - a[:, :-1]).abs().max()) < 0.01
+    assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
 
 
 # -- the page --------------------------------------------------------------------------------------
