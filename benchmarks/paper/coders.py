@@ -17,7 +17,6 @@ from torch import Tensor
 
 from benchmarks.federated.fitted import one_at_a_time, whole
 from benchmarks.paper.measures import noise_like
-from benchmarks.paper.recordings import Recording
 from benchmarks.peers.federated.random_subspace import random_bases
 from gradcodec import layout
 from gradcodec.codec import Codec
@@ -76,13 +75,14 @@ class Fitting:
     Attributes:
         train: snapshots ``[N, n]`` of the object that it will encode.
         spec: their tensors.
-        steps: of an autoencoder's training.
+        steps, rate: of an autoencoder's training.
         seed: of weights and bases.
     """
 
     train: Tensor
     spec: UpdateSpec
     steps: int
+    rate: float
     seed: int
 
     @property
@@ -115,9 +115,8 @@ def _autoencoder(config: AutoencoderConfig, share: float = 1.0) -> Callable[[Fit
 
     def make(given: Fitting) -> Codec:
         steps = int(share * given.steps)
-        return fit_autoencoder(
-            given.updates, config, given.spec, steps=steps, seed=given.seed
-        ).codec
+        options = {"steps": steps, "lr": given.rate, "seed": given.seed}
+        return fit_autoencoder(given.updates, config, given.spec, **options).codec
 
     return make
 
@@ -192,26 +191,15 @@ def _signs(kept: int) -> Codec:
     return RotatedSign(RotatedSignConfig(kept=kept))
 
 
-def fitted(name: str, train: Recording, what: str, place: Path, steps: int, seed: int) -> Decodes:
-    """A coder, fitted on a recording; a codec is made once and kept.
-
-    Args:
-        name: of ``CODERS``.
-        train: what it is fitted on.
-        what: the object that it will encode.
-        place: the recording's folder.
-        steps: of an autoencoder's training.
-        seed: of weights and bases.
-    """
+def fitted(name: str, given: Fitting, folder: Path) -> Decodes:
+    """A coder of ``CODERS``; its codec is made once and kept in ``folder``."""
     coder = CODERS[name]
-    given = Fitting(train.of(what).flatten(0, 1), train.spec, steps, seed)
     if coder.codec is None:
         assert coder.control is not None
         return coder.control(given)
-    path = place / f"{name}-{what}-{steps}"
     make = coder.codec
-    with one_at_a_time(path):
-        if not path.exists():
-            codec = make(given).bind(train.spec)
-            whole(path, lambda beside: codec.save_pretrained(beside))
-    return Through(Codec.from_pretrained(path), train.spec)
+    with one_at_a_time(folder):
+        if not folder.exists():
+            codec = make(given).bind(given.spec)
+            whole(folder, lambda beside: codec.save_pretrained(beside))
+    return Through(Codec.from_pretrained(folder), given.spec)

@@ -79,8 +79,6 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 )
 TOP = 0.95
 """Largest absolute value after scaling: within Tanh's range, so that range is no obstacle."""
-RATE = 2e-3
-"""Ten times the paper's, as there are fewer steps; equal for all."""
 
 
 def ablation(setup: Setup, name: str) -> Row:
@@ -95,7 +93,7 @@ def ablation(setup: Setup, name: str) -> Row:
     pair = nn.Sequential(encoder, decoder)
     scale = train.abs().max() / TOP
     data = Vectors([layout.unflatten(x / scale, spec) for x in train], spec)
-    history = train_pair(pair, data, setup.steps, 4, RATE, setup.seed, 10, None)
+    history = train_pair(pair, data, setup.steps, 4, setup.rate, setup.seed, 10, None)
     with torch.no_grad():
         y = torch.cat([pair(x[None] / scale) * scale for x in test])
     error = float((y - test).double().square().sum() / test.double().square().sum())

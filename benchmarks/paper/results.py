@@ -9,9 +9,11 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.paper.coders import CODERS
+from benchmarks.paper.fits import VARIANTS
 from benchmarks.rows import Row
+from gradcodec.transforms.autoencoder.config import RATIOS
 
-SETUP = ("model", "played", "tgap_rounds", "steps")
+SETUP = ("model", "played", "tgap_rounds", "steps", "rate")
 
 
 class Results:
@@ -34,9 +36,10 @@ class Results:
         return self._rows.get((kind, of, scheme), [])
 
     def schemes(self, kind: str, of: str = "update") -> list[str]:
-        """What has rows of a kind: coders in their order, then others in that of the file."""
+        """What has rows of a kind, in its own order."""
         there = [scheme for k, o, scheme in self._rows if (k, o) == (kind, of)]
-        return [c for c in CODERS if c in there] + [s for s in there if s not in CODERS]
+        order = [*CODERS, *VARIANTS, *RATIOS]
+        return sorted(there, key=order.index)
 
 
 def mean(values: Iterable[float | None]) -> float | None:

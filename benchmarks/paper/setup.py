@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.federated import case as federated
@@ -11,7 +11,7 @@ from benchmarks.federated import generalise
 from benchmarks.jobs import Job
 from benchmarks.llama import tasks
 from benchmarks.paper import coders
-from benchmarks.paper.coders import Decodes
+from benchmarks.paper.coders import Decodes, Fitting
 from benchmarks.paper.recordings import Recording, folder, recorded
 from benchmarks.run import Options
 from gradcodec.recipes.settings import Settings
@@ -27,7 +27,7 @@ class Setup:
         model: ``"embedded"``, or the model of the ``llama`` benchmark.
         rounds: on D2, where codecs are tried.
         tgap_rounds: on D1, where they are fitted.
-        steps: of an autoencoder's training.
+        steps, rate: of an autoencoder's training by Adam; the paper's rate is 2e-4.
         seed: of the world, of weights and bases.
     """
 
@@ -35,22 +35,23 @@ class Setup:
     rounds: int = 20
     tgap_rounds: int = 20
     steps: int = 3000
+    rate: float = 2e-4
     seed: int = 0
 
     @classmethod
     def asked(cls, options: Options, seed: int) -> Setup:
         """The setup of these options; the short form has fewer rounds and steps."""
         model = EMBEDDED if options.model is None else tasks.MODEL
-        length = {"rounds": 6, "tgap_rounds": 4, "steps": 200} if options.quick else {}
-        if options.rounds is not None:
-            length["rounds"] = options.rounds
-        return cls(model=model, seed=seed, **length)
+        setup = cls(model=model, seed=seed)
+        if options.quick:  # fewer steps, at a higher rate
+            setup = replace(setup, rounds=6, tgap_rounds=4, steps=120, rate=2e-3)
+        return setup if options.rounds is None else replace(setup, rounds=options.rounds)
 
     @classmethod
     def of(cls, job: Job) -> Setup:
         """The setup that a job was made with."""
         known = dict(job.config)
-        names = ("model", "tgap_rounds", "steps")
+        names = ("model", "tgap_rounds", "steps", "rate")
         return cls(rounds=known["played"], seed=job.seed, **{n: known[n] for n in names})
 
     def config(self) -> dict[str, Any]:
@@ -86,6 +87,7 @@ class Setup:
         self, name: str, what: str = "update", reading: str = "federated", source: str = "own"
     ) -> Decodes:
         """A coder, fitted on what TGAP recorded."""
-        place = folder(self.settings(source)) / f"codecs-{reading}-{self.tgap_rounds}"
         train = self.train(reading, source)
-        return coders.fitted(name, train, what, place, self.steps, self.seed)
+        given = Fitting(train.of(what).flatten(0, 1), train.spec, self.steps, self.rate, self.seed)
+        kept = folder(self.settings(source)) / f"codecs-{reading}-{self.tgap_rounds}"
+        return coders.fitted(name, given, kept / f"{name}-{what}-{self.steps}-{self.rate:g}")

@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.paper import coders, fidelity, fits, measures, robustness, shapes
+from benchmarks.paper import coders, fidelity, fits, measures, results, robustness, shapes
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS, Fitting, Through
 from benchmarks.paper.recordings import Recording, weighted
@@ -92,7 +94,7 @@ def test_a_shuffled_update_has_the_values_of_each_tensor_in_another_order() -> N
 
 def made(name: str) -> coders.Decodes:
     coder = CODERS[name]
-    given = Fitting(drawn(6, SPEC.numel), SPEC, steps=1, seed=0)
+    given = Fitting(drawn(6, SPEC.numel), SPEC, steps=1, rate=2e-4, seed=0)
     if coder.codec is None:
         assert coder.control is not None
         return coder.control(given)
@@ -270,7 +272,7 @@ def row(kind: str, scheme: str, of: str = "update", **found: object) -> dict[str
         "run": f"{kind} {scheme} {of}",
         "scheme": scheme,
         "seed": 0,
-        "config": {**config, "steps": 300},
+        "config": {**config, "steps": 300, "rate": 2e-4},
         **found,
     }
 
@@ -280,10 +282,12 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
-def snr_row(scheme: str, rse: float) -> dict[str, object]:
+def snr_row(scheme: str, rse: float, kind: str = "snr", of: str = "update") -> dict[str, object]:
     one = {"rse": rse, "snr_db": 0.0, "cosine": 0.5, "snr_paper": 8.0 / rse}
     whole = dict.fromkeys(("A", "B", "all"), one)
-    return row("snr", scheme, rounds=[{"number": 1, "client": whole, "mean": whole, "sum": whole}])
+    return row(
+        kind, scheme, of, rounds=[{"number": 1, "client": whole, "mean": whole, "sum": whole}]
+    )
 
 
 def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path: Path) -> None:
@@ -295,3 +299,51 @@ def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path:
     assert "| int4 | 800 | 20.0 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
     assert "| *nothing (zero)* | 8.00 | 0 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
     assert (tmp_path / "paper-snr.png").stat().st_size > 1000
+
+
+def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None:
+    setup: Any = Fixed()
+    history = [{"step": s, "train_mse": 1.0, "val_rse": e} for s, e in ((0, 2.0), (10, 0.5))]
+    sizes = {"parameters": {"encoder": 10, "decoder": 20}}
+    macs = {"macs": {"encoder": 1e6, "decoder": 2e6, "decoder_on_output": 3e6}}
+    path = write(
+        tmp_path / "paper.jsonl",
+        snr_row("zero", 1.0),
+        snr_row("zero", 1.0, of="gradient"),
+        snr_row("prior", 0.98),
+        snr_row("random-subspace", 0.98),
+        row("size", "identity", **fidelity.size(setup, "identity")),
+        row("aggregation", "none", **fidelity.aggregation(setup)),
+        *(row("noise", n, **robustness.noise(setup, n)) for n in ("identity", "train-mean")),
+        row("shape", "none", **shapes.shape(setup, "update")),
+        row("product", "none", **shapes.product(setup)),
+        row("entropy", "identity", **shapes.entropy(setup, "identity")),
+        *(snr_row(n, 0.5, "transfer", "own") for n in fits.CODERS),
+        *(snr_row(n, 0.6, "reading", "local") for n in fits.CODERS),
+        row(
+            "ablation",
+            "depth-3",
+            history=history,
+            rse=1.1,
+            mean_rse=1.2,
+            client_gain=0,
+            **sizes,
+            **macs,
+        ),
+        row("geometry", "resnet3", **fits.geometry("resnet3")),
+    )
+    page = pages.page(path)
+    page.write(path)
+    text = path.with_suffix(".md").read_text()
+    assert re.findall(r"^## (\d)\.", text, re.MULTILINE) == list("1234567")
+    assert "| identity, fp32 |" not in text  # controls are in italics
+    assert "| rounds of a federation |" not in text  # it has no row here
+    assert re.search(r"\| \*always the training mean\* \| (\S+) \| \1 \| 0 \| 0 \|", text)
+    assert "| resnet3 | 64 x 64 x 32 | 1.5625% | 1.56% | 524,288 | 246,785 | 246,698 |" in text
+    assert all((tmp_path / f"paper{end}.png").stat().st_size > 1000 for end in page._plots)
+
+
+def test_figures_keep_three_digits() -> None:
+    values = (None, 0.0, 1.0, 0.0123456, 123.4, 98304.0, 1e-9)
+    shown = ["inf", "0", "1.00", "0.0123", "123", "9.83e+04", "1.00e-09"]
+    assert [results.number(v) for v in values] == shown
