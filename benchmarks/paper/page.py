@@ -12,7 +12,7 @@ from benchmarks.federated.figures import load
 from benchmarks.federated.generalise import SOURCES
 from benchmarks.paper import fits, plots
 from benchmarks.paper.recordings import OBJECTS
-from benchmarks.paper.results import Results, mean, metric, number, title
+from benchmarks.paper.results import Results, mean, metric, number, shown, title
 from benchmarks.report import Page, Table
 from benchmarks.rows import Row
 
@@ -60,17 +60,17 @@ def _snr(out: Page, results: Results) -> None:
     table: Table = [(*head, "cosine", "error of A", "error of B")]
     for name in names:
         rows = results("snr", name)
-        cells = [number(metric(rows, "client", "all", m)) for m in METRICS]
-        cells += [number(metric(rows, "client", f, "rse")) for f in ("A", "B")]
+        cells = [shown(m, metric(rows, "client", "all", m)) for m in METRICS]
+        cells += [shown("rse", metric(rows, "client", f, "rse")) for f in ("A", "B")]
         table.append((title(name), *cells))
     out.table("1. The paper's SNR, and errors that can be compared", table)
     table = [("what arrives of a round's aggregate", "error of the mean", "cosine", "SNR, dB")]
     table[0] += ("error of the sum", "cosine of the sum", "cosine in A", "cosine in B")
     for name in names:
         rows = results("snr", name)
-        cells = [number(metric(rows, "mean", "all", m)) for m in ("rse", "cosine", "snr_db")]
-        cells += [number(metric(rows, "sum", "all", m)) for m in ("rse", "cosine")]
-        cells += [number(metric(rows, "mean", f, "cosine")) for f in ("A", "B")]
+        cells = [shown(m, metric(rows, "mean", "all", m)) for m in ("rse", "cosine", "snr_db")]
+        cells += [shown(m, metric(rows, "sum", "all", m)) for m in ("rse", "cosine")]
+        cells += [shown("cosine", metric(rows, "mean", f, "cosine")) for f in ("A", "B")]
         table.append((title(name), *cells))
     out.table("The same after aggregation", table)
     out.plots({"-snr": functools.partial(plots.snr, results)})
@@ -88,10 +88,10 @@ def _other_object(out: Page, results: Results, what: str) -> None:
     table: Table = [(*head, *ends, "cosine of the mean")]
     for name in names:
         rows = results("snr", name, what)
-        cells = [number(metric(rows, "client", "all", m)) for m in METRICS]
+        cells = [shown(m, metric(rows, "client", "all", m)) for m in METRICS]
         if state:
-            cells += [number(metric(rows, "innovation", "all", m)) for m in ("rse", "cosine")]
-        cells.append(number(metric(rows, "mean", "all", "cosine")))
+            cells += [shown(m, metric(rows, "innovation", "all", m)) for m in ("rse", "cosine")]
+        cells.append(shown("cosine", metric(rows, "mean", "all", "cosine")))
         table.append((title(name), *cells))
     out.table(f"The same for {what}s", table)
 
@@ -289,7 +289,7 @@ def _fitted_table(
 
 def _three(rows: Sequence[Row]) -> list[str]:
     where = (("client", "rse"), ("client", "cosine"), ("mean", "cosine"))
-    return [number(metric(rows, whose, "all", name)) for whose, name in where]
+    return [shown(name, metric(rows, whose, "all", name)) for whose, name in where]
 
 
 def _transfer(out: Page, results: Results, path: Path) -> None:

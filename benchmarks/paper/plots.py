@@ -59,14 +59,7 @@ def snr(results: Results, path: Path) -> None:
     if size:
         n = size[0]["numel"]
         axes[0].axhline(n, color="black", linewidth=0.8)
-        axes[0].annotate(
-            f"n = {n:,}: sending nothing",
-            (0.02, n),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        axes[0].set_xlabel(f"round; black: n = {n:,}, what sending nothing scores")
     _legend(axes[-1])
     report.save(figure, path)
 

@@ -69,6 +69,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}"
 
 
+def shown(name: str, value: float | None) -> str:
+    """A metric's figure: cosines and decibels have places, errors have digits."""
+    if value is None or name not in ("cosine", "snr_db"):
+        return number(value)
+    text = f"{value:.{3 if name == 'cosine' else 2}f}"
+    return text.removeprefix("-") if not float(text) else text
+
+
 def title(scheme: str) -> str:
     """What a reader sees; controls are in italics."""
     coder = CODERS[scheme]

@@ -20,7 +20,7 @@ from benchmarks.paper.measures import Decode, Errors, errors, gain, noise_like, 
 from benchmarks.paper.setup import Setup
 
 LEVELS = (0.04, 0.4, 4.0, 40.0, 400.0)
-"""Standard deviations in units of the update's RMS: the paper's 5e-5 to 5e-1 at its 1.3e-3."""
+"""Standard deviations in units of the RMS of a round's updates: the paper's 5e-5 to 5e-1 at its 1.3e-3."""
 
 CODERS = (
     *("identity", "int4", "rotsign-128", "subspace", "ae-working", "ae-literal", "ae-unscaled"),
@@ -49,10 +49,10 @@ def noise(setup: Setup, name: str) -> Row:
         "shuffled_gain": gain(y - _each(decode, mixed), x - mixed),
         "levels": [],
     }
-    rms = float(x.double().square().mean().sqrt())
+    rms = x.double().square().mean((1, 2)).sqrt().tolist()
     for level in LEVELS:
         # One noise for all clients of a round: what differs between them is what they learned.
-        noises = [noise_like(x[0, 0], level * rms, seed=r) for r in range(len(x))]
+        noises = [noise_like(x[0, 0], level * rms[r], seed=r) for r in range(len(x))]
         added = torch.stack(noises)[:, None].expand_as(x)
         z = _each(decode, x + added)
         found["levels"].append(

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.paper import coders, fidelity, fits, measures, results, robustness, shapes
+from benchmarks.llama.tasks import PLACES
+from benchmarks.paper import case, coders, fidelity, fits, measures, results, robustness, shapes
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS, Fitting, Through
 from benchmarks.paper.recordings import Recording, weighted
+from benchmarks.paper.setup import Setup
+from benchmarks.run import Options
 from gradcodec.registry import make_codec
 from gradcodec.types import TensorSpec, UpdateSpec
 
@@ -263,6 +266,27 @@ def test_smooth_pictures_are_smooth_and_differ() -> None:
     assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
 
 
+def test_another_model_changes_the_recordings_and_the_sources_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLACES[0], "small.gguf")
+    monkeypatch.setenv(PLACES[1], str(tmp_path))
+    own = Setup.asked(Options(tmp_path, quick=True), seed=0)
+    other = Setup.asked(Options(tmp_path, quick=True, model=Path("small.gguf")), seed=0)
+    assert other.settings().model == "small.gguf"
+    assert other.settings("mmlu").dataset == str(tmp_path / "mmlu-test.jsonl")
+    assert own.settings().model == "embedded"
+    analyses = [{u for u in case.units(s) if u[0] != "transfer"} for s in (own, other)]
+    assert analyses[0] == analyses[1]
+    ids = [{case.job(s, u).stamp()["run"] for u in case.units(s)} for s in (own, other)]
+    assert not ids[0] & ids[1]
+
+
+def test_a_job_gives_back_the_setup_that_it_was_made_with() -> None:
+    setup = Setup(rounds=3, tgap_rounds=2, steps=7, rate=1e-3, seed=5)
+    assert Setup.of(case.job(setup, ("snr", "zero", "update"))) == setup
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
@@ -296,8 +320,8 @@ def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path:
     )
     pages.page(path).write(path)
     text = path.with_suffix(".md").read_text()
-    assert "| int4 | 800 | 20.0 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
-    assert "| *nothing (zero)* | 8.00 | 0 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
+    assert "| int4 | 800 | 20.00 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
+    assert "| *nothing (zero)* | 8.00 | 0.00 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
     assert (tmp_path / "paper-snr.png").stat().st_size > 1000
 
 
@@ -347,3 +371,5 @@ def test_figures_keep_three_digits() -> None:
     values = (None, 0.0, 1.0, 0.0123456, 123.4, 98304.0, 1e-9)
     shown = ["inf", "0", "1.00", "0.0123", "123", "9.83e+04", "1.00e-09"]
     assert [results.number(v) for v in values] == shown
+    assert results.shown("cosine", -0.0001) == "0.000"
+    assert results.shown("snr_db", -3.0103) == "-3.01"
