@@ -27,7 +27,8 @@ class Options:
         rounds: fewer or more than the case's own.
         workers: processes.
         again: run what is finished once more.
-        model, data: where the case ``llama`` finds its model and its data; the Hub by default.
+        model, data: where ``llama`` finds its model and its data, the Hub by default. Without
+            them ``paper`` runs on the embedded model.
     """
 
     out: Path
@@ -205,6 +206,11 @@ _ALL = (
         "benchmarks.privacy.leakage:page",
     ),
     Case(
+        "paper",
+        "everything that CG-FedLLM analyses, beside controls and honest metrics",
+        "benchmarks.paper.case:main",
+    ),
+    Case(
         "nvflare",
         "NVFLARE's simulator with our filters and with its own quantisers: bytes and losses",
         "benchmarks.nvflare.case:main",
@@ -229,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemes", type=_names, help="such as fp32,topk")
     parser.add_argument("--rounds", type=int, help="for trials; other rounds are other runs")
     parser.add_argument("--workers", type=int, default=2, help="processes, a thread each (2)")
-    parser.add_argument("--model", type=Path, help="llama: a folder or a GGUF file (the Hub's)")
-    parser.add_argument("--data", type=Path, help="llama: folder of *.jsonl files (the Hub's)")
+    parser.add_argument("--model", type=Path, help="llama, paper: a folder or a GGUF file")
+    parser.add_argument("--data", type=Path, help="llama, paper: folder of *.jsonl files")
     parser.add_argument("--again", action="store_true", help="also run what is finished")
     parser.add_argument(
         "--out",

@@ -71,9 +71,9 @@ def codec(world: World, name: str) -> Fitted:
 def kept(world: World, name: str, make: Callable[[], Codec]) -> Fitted:
     """A codec that is made once for this world; ``name`` says of what, it is the folder's."""
     folder = _folder(world) / "codecs" / name
-    with _one_at_a_time(folder):
+    with one_at_a_time(folder):
         if not folder.exists():
-            _whole(folder, lambda beside: make().save_pretrained(beside))
+            whole(folder, lambda beside: make().save_pretrained(beside))
     files = (folder / "config.json", folder / "model.safetensors")
     return Fitted(Codec.from_pretrained(folder), sum(f.stat().st_size for f in files))
 
@@ -112,9 +112,9 @@ def snapshots(world: World) -> SnapshotStore:
 def collected(world: World) -> Path:
     """The folder of what TGAP's rounds left: moments and snapshots."""
     folder = _folder(world) / "collected"
-    with _one_at_a_time(folder):
+    with one_at_a_time(folder):
         if not folder.exists():
-            _whole(folder, lambda beside: _collect(world, beside))
+            whole(folder, lambda beside: _collect(world, beside))
     return folder
 
 
@@ -174,7 +174,7 @@ def _folder(world: World) -> Path:
     return CACHE / f"seed{world.settings.seed}-{digest}"
 
 
-def _whole(folder: Path, make: Callable[[Path], None]) -> None:
+def whole(folder: Path, make: Callable[[Path], None]) -> None:
     """Make a folder entirely or not at all."""
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -184,7 +184,7 @@ def _whole(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Other processes that want the same wait here, and then find it made."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as file:

@@ -98,13 +98,13 @@ def fit_autoencoder(
             "expected steps >= 0, batch >= 1, evaluations >= 1 and a finite lr > 0, "
             f"got {steps}, {batch}, {evaluations} and {lr}"
         )
-    data = _Data(snapshots, spec)
+    data = Vectors(snapshots, spec)
     scales = fit_scales(data.train(), config, spec)
     data.divisor = scales.repeat_interleave(torch.tensor([t.numel for t in spec], dtype=torch.long))
     encoder, decoder = build_nets(config, spec, seed)
     if isinstance(encoder, ColumnEncoder) and isinstance(decoder, ColumnDecoder):
         _start_at_klt(encoder, decoder, data)
-    history = _train(
+    history = train_pair(
         nn.Sequential(encoder, decoder), data, steps, batch, lr, seed, evaluations, loss_log
     )
     return AutoencoderFit(Autoencoder.from_nets(config, spec, encoder, decoder, scales), history)
@@ -142,7 +142,7 @@ def fit_scales(vectors: Iterable[Tensor], config: AutoencoderConfig, spec: Updat
     return torch.where(rms > 0, rms, torch.ones_like(rms))
 
 
-class _Data:
+class Vectors:
     """Snapshots as flat fp32 vectors ``[n]``, divided by ``divisor``, split in time."""
 
     def __init__(self, snapshots: Snapshots, spec: UpdateSpec) -> None:
@@ -187,7 +187,7 @@ class _Data:
 
 
 @torch.no_grad()
-def _start_at_klt(encoder: ColumnEncoder, decoder: ColumnDecoder, data: _Data) -> None:
+def _start_at_klt(encoder: ColumnEncoder, decoder: ColumnDecoder, data: Vectors) -> None:
     """Set row bases and channel mix to the top eigenvectors of their second moments, in place."""
     columns = encoder.columns
     moments = [torch.zeros(g.side, g.side, dtype=torch.float64) for g in columns.groups]
@@ -227,9 +227,9 @@ def _top(moment: Tensor, count: int) -> Tensor:
     return top
 
 
-def _train(
+def train_pair(
     pair: nn.Sequential,
-    data: _Data,
+    data: Vectors,
     steps: int,
     batch: int,
     lr: float,
@@ -237,7 +237,13 @@ def _train(
     evaluations: int,
     loss_log: Callable[[FitRow], None] | None,
 ) -> list[FitRow]:
-    """Adam on ``pair`` in place; ends with the weights of the best validation row."""
+    """Adam on ``pair`` ``[N, n] -> [N, n]`` in place; ends with its best validation row's weights.
+
+    The networks are any; everything else is as for ``fit_autoencoder``. Returns the history.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
     optimiser = torch.optim.Adam(pair.parameters(), lr=lr)
     batches = data.batches(batch, seed)
     history: list[FitRow] = []

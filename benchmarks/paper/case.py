@@ -1,0 +1,107 @@
+"""Everything that CG-FedLLM (arXiv 2405.13746) analyses, rerun, beside controls.
+
+    python -m benchmarks.run paper --quick                            # minutes, embedded LLaMA
+    python -m benchmarks.run paper --model FILE.gguf --data FOLDER    # SmolLM2-135M
+
+Clients train LoRA adapters without compression and are recorded: D1 is what codecs are fitted on
+(TGAP), D2 what they are tried on. All analyses read the recordings; no codec takes part in the
+training. Each row is one analysis (``config.kind``) of one coder or object (``scheme``); rows that
+are there are not made again. ``loss`` in a row is its first figure, for the command's own lines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from benchmarks import jobs, report, rows
+from benchmarks.jobs import Job
+from benchmarks.llama.tasks import PLACES
+from benchmarks.paper import fidelity, fits, robustness, shapes
+from benchmarks.paper import page as pages
+from benchmarks.paper.coders import CODERS
+from benchmarks.paper.recordings import OBJECTS, READINGS
+from benchmarks.paper.setup import Setup
+from benchmarks.run import Options, check_names
+from gradcodec.transforms.autoencoder.config import RATIOS
+
+CASE = "paper"
+SEEDS = (0, 1, 2)
+
+Unit = tuple[str, str, str]
+"""Kind of analysis, scheme, and a further word: the object, the reading, the source."""
+
+KINDS: Mapping[str, Callable[[Setup, str, str], rows.Row]] = MappingProxyType(
+    {
+        "snr": fidelity.snr,
+        "size": lambda setup, name, _: fidelity.size(setup, name),
+        "aggregation": lambda setup, *_: fidelity.aggregation(setup),
+        "noise": lambda setup, name, _: robustness.noise(setup, name),
+        "shape": lambda setup, _, what: shapes.shape(setup, what),
+        "product": lambda setup, *_: shapes.product(setup),
+        "entropy": lambda setup, name, _: shapes.entropy(setup, name),
+        "transfer": fits.transfer,
+        "reading": fits.reading,
+        "ablation": lambda setup, name, _: fits.ablation(setup, name),
+        "geometry": lambda _, arch, __: fits.geometry(arch),
+    }
+)
+
+
+def units(setup: Setup) -> list[Unit]:
+    """All analyses of a setup."""
+    out: list[Unit] = []
+    for what in OBJECTS:
+        out += [
+            ("snr", name, what) for name, coder in CODERS.items() if what == "update" or coder.every
+        ]
+    out += [("size", name, "update") for name, coder in CODERS.items() if coder.codec]
+    out.append(("aggregation", "none", "update"))
+    out += [("noise", name, "update") for name in robustness.CODERS]
+    out += [("shape", "none", what) for what in ("gradient", "update")]
+    out.append(("product", "none", "update"))
+    out += [("entropy", name, "update") for name in CODERS]
+    for name in fits.CODERS:
+        out += [("transfer", name, source) for source in setup.sources()]
+        out += [("reading", name, how) for how in READINGS]
+    out += [("ablation", name, "update") for name in fits.VARIANTS]
+    out += [("geometry", arch, "update") for arch in RATIOS]
+    return out
+
+
+def job(setup: Setup, unit: Unit) -> Job:
+    """One row."""
+    kind, scheme, of = unit
+    config = {"kind": kind, "of": of, **setup.config()}
+    return Job(CASE, scheme, setup.seed, 0.0, 1, f"{__name__}:play_job", tuple(config.items()))
+
+
+def play_job(job: Job) -> Iterator[rows.Row]:
+    """The row of one analysis."""
+    config = dict(job.config)
+    found = KINDS[config["kind"]](Setup.of(job), job.scheme, config["of"])
+    yield {"round": 1, "diverged": False, **found}
+
+
+def main(options: Options) -> list[str]:
+    """Run what is missing; then the page and its plots."""
+    for place, given in zip(PLACES, (options.model, options.data), strict=True):
+        if given is not None:
+            os.environ[place] = str(given)
+    check_names(options.schemes or (), dict.fromkeys(scheme for _, scheme, _ in units(Setup())))
+    todo = []
+    for seed in options.seeds or (SEEDS[:1] if options.quick else SEEDS):
+        setup = Setup.asked(options, seed)
+        chosen = [u for u in units(setup) if options.schemes is None or u[1] in options.schemes]
+        todo += [job(setup, unit) for unit in chosen]
+    path = options.out / f"{CASE}{'-smollm2' if options.model else ''}.jsonl"
+    failed = jobs.execute(todo, path, options.workers, again=options.again)
+    print(page(path).write(path))
+    return failed
+
+
+def page(path: Path) -> report.Page:
+    """The page of these rows."""
+    return pages.page(path)

@@ -1,0 +1,228 @@
+"""The plots of the page of ``paper.jsonl``: ours warm, the paper's green, controls grey."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.paper import fits as variants
+from benchmarks.paper.coders import CODERS
+from benchmarks.paper.results import Results, mean, metric
+from benchmarks.paper.shapes import BINS, REACH
+
+_LINES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (6, 3)), (0, (3, 2, 1, 2)))
+
+
+def styles(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Label and line style of each coder."""
+    known = report.Styles()
+    controls = 0
+    for name in names:
+        coder = CODERS[name]
+        if coder.kind == "control":
+            line = _LINES[controls % len(_LINES)]
+            controls += 1
+            yield coder.title, {"color": "#808080", "linestyle": line, "linewidth": 1.2}
+        else:
+            yield coder.title, known.next(coder.kind)
+
+
+def _legend(ax: Any) -> None:
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+
+
+def snr(results: Results, path: Path) -> None:
+    """The paper's SNR, and cosines of clients' updates and of the round's mean, over rounds."""
+    figure, axes = report.figure(1, 3, figsize=(16, 4.6))
+    names = results.schemes("snr")
+    panels = (
+        ("SNR as in the paper", "client", "snr_paper"),
+        ("Cosine of a client's update", "client", "cosine"),
+        ("Cosine of the round's mean", "mean", "cosine"),
+    )
+    for ax, (title, whose, what) in zip(axes, panels, strict=True):
+        for name, (label, style) in zip(names, styles(names), strict=True):
+            rows = results("snr", name)
+            numbers = [r["number"] for r in rows[0]["rounds"]]
+            values = [
+                mean(row["rounds"][at][whose]["all"][what] for row in rows)
+                for at in range(len(numbers))
+            ]
+            if None not in values:  # infinite: nothing to draw
+                ax.plot(numbers, values, label=label, **style)
+        ax.set(title=title, xlabel="round", xticks=numbers)
+        ax.grid(alpha=0.3, linewidth=0.5)
+    axes[0].set_yscale("log")
+    size = results("size", "identity")
+    if size:
+        n = size[0]["numel"]
+        axes[0].axhline(n, color="black", linewidth=0.8)
+        axes[0].set_xlabel(f"round; black: n = {n:,}, what sending nothing scores")
+    _legend(axes[-1])
+    report.save(figure, path)
+
+
+PAPER_NOISE = ((5e-5, 4.59e-7), (5e-1, 5.21e-7))
+"""Standard deviation and error per element of the paper's table, at its RMS of 1.305e-3."""
+PAPER_RMS = 1.305e-3
+
+
+def noise(results: Results, path: Path) -> None:
+    """Error against noise, and what comes through of clients and of noise."""
+    figure, (left, right) = report.figure(1, 2, figsize=(14, 5.2))
+    names = results.schemes("noise")
+    for name, (label, style) in zip(names, styles(names), strict=True):
+        rows = results("noise", name)
+        levels = [level["level"] for level in rows[0]["levels"]]
+        errors = [mean(r["levels"][i]["rse"] for r in rows) for i in range(len(levels))]
+        left.plot(levels, errors, label=label, **style)
+        client = mean(r["client_gain"] for r in rows) or 0.0
+        through = mean(r["levels"][2]["noise_gain"] for r in rows) or 0.0
+        colour = style["color"]
+        marker = style.get("marker", "x")
+        at = (max(through, FLOOR), max(client, FLOOR))
+        right.scatter(*at, color=colour, marker=marker, s=50, zorder=4)
+        right.annotate(label, at, xytext=(6, 4), textcoords="offset points", fontsize=7)
+    told = [(sigma / PAPER_RMS, error / PAPER_RMS**2) for sigma, error in PAPER_NOISE]
+    left.plot(
+        *zip(*told, strict=True), "*", color="black", markersize=11, label="the paper's table"
+    )
+    left.set(
+        title="Error after decoding, against the clean update",
+        xlabel="standard deviation of the noise, in RMS of the update",
+        ylabel="relative squared error",
+        xscale="log",
+        yscale="log",
+    )
+    left.axhline(1, color="black", linewidth=0.8)
+    left.grid(alpha=0.3, linewidth=0.5)
+    left.legend(fontsize=7, frameon=False)
+    right.plot([FLOOR, 100], [FLOOR, 100], color="black", linewidth=0.8)
+    right.set(
+        title="Denoisers are above the line, constant decoders in the corner",
+        xlabel="comes through of noise of 4 RMS (energy; 1e-6 stands for less)",
+        ylabel="comes through of the difference between two clients",
+        xscale="log",
+        yscale="log",
+        xlim=(FLOOR / 2, 1e3),
+        ylim=(FLOOR / 2, 1e2),
+    )
+    right.grid(alpha=0.3, linewidth=0.5)
+    report.save(figure, path)
+
+
+FLOOR = 1e-6
+
+
+def shapes(results: Results, path: Path) -> None:
+    """Histograms over rounds, spectra, and the surface of extremes."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    figure, axes = report.figure(2, 4, figsize=(18, 8))
+    for at, what in enumerate(("gradient", "update")):
+        rows = results("shape", "none", what)
+        if not rows:
+            continue
+        row = rows[0]
+        rounds = row["rounds"]
+        colours = colormaps["autumn"](np.linspace(0, 0.75, len(rounds)))
+        for ax, factor in zip(axes[at], "AB", strict=False):
+            rms = row["rms"][factor]
+            centres = np.linspace(-REACH, REACH, BINS + 1)[:-1] + REACH / BINS
+            for found, colour in zip(rounds, colours, strict=True):
+                counts = np.array(found[factor]["counts"], dtype=float)
+                density = counts / counts.sum() / (2 * REACH / BINS)
+                ax.plot(centres, density.clip(1e-5), color=colour, label=f"round {found['number']}")
+            gauss = np.exp(-(centres**2) / 2) / np.sqrt(2 * np.pi)
+            ax.plot(centres, gauss.clip(1e-5), "k--", linewidth=1, label="Gaussian")
+            ax.set(
+                title=f"{what}s: values of {factor}",
+                xlabel=f"in RMS of all rounds, {rms:.2g}",
+                ylabel="density",
+                yscale="log",
+                ylim=(1e-4, 10),
+            )
+            ax.grid(alpha=0.3, linewidth=0.5)
+        spectra = axes[at][2]
+        for factor, colour in (("A", report.OURS), ("B", "#ffb000")):
+            for found, line in ((rounds[0], "--"), (rounds[-1], "-")):
+                values = found[factor]["spectrum"]
+                label = f"{factor}, round {found['number']}"
+                spectra.plot(range(1, len(values) + 1), values, line, color=colour, label=label)
+        product = results("product", "none")
+        if what == "update" and product:
+            values = product[0]["rounds"][-1]["spectrum"]
+            label = "change of B A, last round"
+            spectra.plot(range(1, len(values) + 1), values, color="black", label=label)
+        spectra.set(
+            title=f"{what}s: singular spectrum",
+            xlabel="direction",
+            ylabel="share of the energy",
+            yscale="log",
+            ylim=(1e-4, 1),
+        )
+        spectra.grid(alpha=0.3, linewidth=0.5)
+        spectra.legend(fontsize=8, frameon=False)
+        surface = np.array([found["highest"] for found in rounds])
+        low = np.array([found["lowest"] for found in rounds])
+        _surface(figure, axes[at][3], what, np.maximum(surface, -low))
+        axes[at][0].legend(fontsize=8, frameon=False)
+    report.save(figure, path)
+
+
+def _surface(figure: Any, ax: Any, what: str, values: Any) -> None:
+    """Largest absolute value by tensor and round."""
+    image = ax.imshow(values, aspect="auto", cmap="inferno", origin="lower")
+    ax.set(
+        title=f"{what}s: largest absolute value",
+        xlabel="tensor, layer by layer",
+        ylabel="round",
+        yticks=range(len(values)),
+        yticklabels=range(1, len(values) + 1),
+    )
+    figure.colorbar(image, ax=ax)
+
+
+def fits(results: Results, titles: Mapping[str, str], path: Path) -> None:
+    """Cosine of the round's mean by what a codec was fitted on."""
+    readings = {"federated": "TGAP in a federation", "local": "TGAP, clients alone"}
+    figure, axes = report.figure(1, 2, figsize=(12, 3.8), sharex=True)
+    for ax, name in zip(axes, variants.CODERS, strict=True):
+        colour = report.COLOURS[CODERS[name].kind][0]
+        bars = {words: results("transfer", name, of) for of, words in titles.items() if of != "own"}
+        bars = {words: results("reading", name, of) for of, words in readings.items()} | bars
+        control = {"ae-working": "prior", "subspace": "random-subspace"}[name]
+        bars[CODERS[control].title] = results("snr", control)
+        bars = {words: rows for words, rows in bars.items() if rows}
+        values = [metric(rows, "mean", "all", "cosine") or 0.0 for rows in bars.values()]
+        ax.barh(list(bars), values, color=[colour] * (len(bars) - 1) + ["#808080"], alpha=0.85)
+        ax.invert_yaxis()
+        ax.set(title=CODERS[name].title, xlabel="cosine of the round's mean update")
+        ax.grid(alpha=0.3, axis="x", linewidth=0.5)
+    report.save(figure, path)
+
+
+def ablation(results: Results, path: Path) -> None:
+    """Validation error of each variant over its training."""
+    figure, ax = report.figure(figsize=(8.5, 4.6))
+    known = report.Styles()
+    for name in results.schemes("ablation"):
+        variant = variants.VARIANTS[name]
+        style = known.next("ours" if variant.smooth else "peer")
+        history = results("ablation", name)[0]["history"]
+        steps = [line["step"] for line in history]
+        ax.plot(steps, [line["val_rse"] for line in history], label=variant.title, **style)
+    ax.axhline(1, color="black", linewidth=0.8)
+    ax.annotate("sending nothing", (0, 1), xytext=(2, 4), textcoords="offset points", fontsize=8)
+    ax.set(
+        title="Validation error of literal autoencoders",
+        xlabel="training step",
+        ylabel="relative squared error",
+        yscale="log",
+    )
+    ax.grid(alpha=0.3, linewidth=0.5)
+    _legend(ax)
+    report.save(figure, path)
