@@ -55,7 +55,8 @@ def play_job(job: Job) -> Iterator[rows.Row]:
     method = SCHEMES[job.scheme].make(here)
     for row in play(here, method, lr=job.lr, rounds=job.rounds):
         if row["round"] == job.rounds and not row["diverged"]:
-            row["start_accuracy"] = accuracy(here, here.initial)
+            if job.scheme == "fp32":  # the others start from the same state
+                row["start_accuracy"] = accuracy(here, here.initial)
             row["accuracy"] = accuracy(here, method.state())
         row["device"] = str(here.device)
         yield row
