@@ -86,7 +86,7 @@ MUTANTS = (
     Mutant(
         "digest",
         "a payload of other weights is decoded",
-        "payload.digest != self.digest",
+        "payload.digest != codec.digest",
         "payload.digest != payload.digest",
         ("codecs/test_autoencoder.py",),
     ),

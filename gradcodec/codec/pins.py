@@ -41,7 +41,7 @@ def table_of(codec: Codec, payload: Payload) -> UpdateSpec:
     Raises:
         ConfigError: it is not a ``Payload``.
         CodecMismatchError: it is of another codec, other weights or another base.
-        MalformedHeaderError: its table cannot be read.
+        WireError: its table cannot be read.
     """
     if not isinstance(payload, Payload):
         raise ConfigError(

@@ -1,7 +1,8 @@
 """Federated learning with a codec in both directions, framework-free.
 
 ``client`` receives the global state and encodes what was trained; ``server`` collects replies
-(``rounds``, ``exact``), closes rounds and brings late clients up to date (``history``);
+(``admission`` says which, ``rounds`` and ``exact`` add them up), closes rounds (``next_state``) and
+brings late clients up to date (``history``);
 ``restore`` makes it again from what it has sent, and ``auto`` has both ends that fit their codec.
 ``replica`` is one participant's copy of the global state, ``envelope`` the bytes around payloads in
 a message.

@@ -3,56 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gradcodec import layout
 from gradcodec.codec import Codec
-from gradcodec.errors import (
-    CodecMismatchError,
-    ConfigError,
-    MalformedBodyError,
-    NonFiniteError,
-    TrainingError,
-    UnexpectedReplyError,
-)
+from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated import restore
+from gradcodec.federated.admission import admitted, values_of
 from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
 from gradcodec.federated.envelope import VALUES, Broadcast, Part, Reply
 from gradcodec.federated.history import History
-from gradcodec.federated.participants import ClientId, client_id, in_order
+from gradcodec.federated.next_state import finite_step
+from gradcodec.federated.participants import ClientId, client_id
 from gradcodec.federated.replica import WAY_BACK, Replica
 from gradcodec.federated.robust import RobustRound
-from gradcodec.federated.rounds import Round, Values
+from gradcodec.federated.rounds import Round
 from gradcodec.federated.schedule import Fixed, Schedule, Stage
 from gradcodec.federated.switch import Switch
-from gradcodec.federated.tensors import (
-    Split,
-    State,
-    check_kept,
-    check_private,
-    check_rules,
-    split,
-)
+from gradcodec.federated.tensors import Split, State, check_private, check_rules, split
 from gradcodec.types import Update
-from gradcodec.wire import Payload
 
 logger = logging.getLogger("gradcodec.federated")
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What closing a round leads to."""
-
-    increment: bytes
-    momentum: Tensor
-    residual: Tensor
-    replica: Replica
 
 
 class Server:
@@ -125,17 +100,15 @@ class Server:
 
     def _open_round(self) -> None:
         self._invited: frozenset[ClientId] | None = None
-        config, size = self.config, len(self.momentum)
+        config, size, read = self.config, len(self.momentum), partial(values_of, self)
         self._replies: Round
         if config.robust:
             cut = None if config.aggregation == "median" else config.trim
-            self._replies = RobustRound(
-                size, self.replica.kept, self._values_of, config.hold_bytes, cut
-            )
+            self._replies = RobustRound(size, self.replica.kept, read, config.hold_bytes, cut)
         else:
             summed = config.aggregation == "sum"
             self._replies = Round(
-                size, self.replica.kept, self._values_of, config.hold_bytes, summed, config.equal
+                size, self.replica.kept, read, config.hold_bytes, summed, config.equal
             )
 
     @property
@@ -252,65 +225,10 @@ class Server:
             MalformedBodyError: the decoded values are not finite.
             WireError: the bytes are damaged.
         """
-        reply = Reply.from_bytes(blob)
-        self._check_expected(reply, sender)
-        reply = self._rebased(reply)
-        value, kept = self._values_of(reply)
-        bad = int((~torch.isfinite(value)).sum())
-        if bad:
-            raise MalformedBodyError(f"client {reply.client!r}: {bad} values are NaN or Inf")
-        if kept is not None:
-            check_kept(kept, self.replica.kept, f"client {reply.client!r}")
-        self._replies.add(reply, len(blob), (value, kept))
-        self.schedule.hear(reply, value)
+        reply, values = admitted(self, blob, sender)
+        self._replies.add(reply, len(blob), values)
+        self.schedule.hear(reply, values[0])
         return reply
-
-    def _check_expected(self, reply: Reply, sender: ClientId | None) -> None:
-        who = f"client {reply.client!r}"
-        if sender is not None and client_id(sender) != reply.client:
-            raise UnexpectedReplyError(f"{who}: a reply that {sender!r} sent in its name")
-        if reply.round != self.round:
-            raise UnexpectedReplyError(
-                f"{who}: expected a reply to round {self.round}, got {reply.round}"
-            )
-        if self._invited is not None and reply.client not in self._invited:
-            raise UnexpectedReplyError(f"{who} was not invited to round {self.round}")
-        if reply.client in self._replies:
-            raise UnexpectedReplyError(f"{who}: a second reply in one round")
-        if len(self._replies) >= self.config.max_replies:
-            raise UnexpectedReplyError(
-                f"{who}: this round has {len(self._replies)} replies already, "
-                "ServerConfig.max_replies of them"
-            )
-
-    def _rebased(self, reply: Reply) -> Reply:
-        """The reply with the base that the codec expects, once its own has been checked."""
-        expected = self.uplink.base if reply.version == 1 else self.replica.digest
-        came = reply.payload.base
-        if came != expected:
-            raise CodecMismatchError(
-                f"client {reply.client!r}: expected an update of the base "
-                f"{expected.hex() if expected else None}, the state of round {self.round}, got "
-                f"{came.hex() if came else None}: it has another history, or codecs for another "
-                f"initial state; {WAY_BACK}"
-            )
-        return replace(reply, payload=replace(reply.payload, base=self.uplink.base))
-
-    def _values_of(self, reply: Reply) -> Values:
-        """What a reply decodes to: a code or an update, and the kept tensors if they changed."""
-        kept = None if reply.values is None else self.replica.read_kept(reply.values)
-        if self.codes_cross:
-            return self._bounded(self.uplink.read_code(reply.payload)), kept
-        update = self.uplink.decoder.decode(reply.payload)
-        return self._bounded(layout.flatten(update, self.replica.spec)), kept
-
-    def _bounded(self, value: Tensor) -> Tensor:
-        """The value, scaled down to ``max_norm``."""
-        most = self.config.max_norm
-        if most is None:
-            return value
-        norm = float(torch.linalg.vector_norm(value.double()))  # squares of floats leave float32
-        return value * (most / norm) if most < norm < math.inf else value
 
     def drop(self, client: ClientId) -> None:
         """Forget a client's reply of this round; it may reply again.
@@ -339,7 +257,7 @@ class Server:
         """
         if not len(self._replies):
             raise TrainingError(f"round {self.round}: expected at least one good reply, got none")
-        step, dropped = self._finite_step()
+        step, dropped = finite_step(self)
         self._check_noise(len(self._replies) - len(dropped))
         for client in dropped:
             logger.warning(
@@ -370,59 +288,6 @@ class Server:
                 f"round {self.round}: each reply holds one of {privacy.shares} shares of the "
                 f"noise, and {count} replies are too few for the guarantee"
             )
-
-    def _finite_step(self) -> tuple[_Step, tuple[ClientId, ...]]:
-        """The step to a finite state that drops the fewest replies, and the clients it drops."""
-        try:
-            return self._step(frozenset()), ()
-        except NonFiniteError as err:
-            reason = err
-        loudest = self._replies.loudest
-        found: tuple[_Step, tuple[ClientId, ...]] | None = None
-        # The more are dropped, the fewer loud ones remain: bisect for the smallest number.
-        low, high = 1, min(len(loudest), len(self._replies) - 1)
-        while low <= high:
-            count = (low + high) // 2
-            gone = frozenset(loudest[:count])
-            try:
-                step = self._step(gone)
-                found, high = (step, tuple(sorted(gone, key=in_order))), count - 1
-            except NonFiniteError:
-                low = count + 1
-        if found is None:
-            raise TrainingError(
-                f"round {self.round}: the aggregated update diverged: {reason}"
-            ) from reason
-        return found
-
-    def _step(self, without: frozenset[ClientId]) -> _Step:
-        """What the replies lead to; ``NonFiniteError`` if any of it would not be finite."""
-        aggregate = self._replies.aggregate(without)
-        momentum = self.config.momentum * self.momentum + aggregate.update
-        wanted = self.config.lr * momentum + self.residual
-        layout.check_finite(wanted, "aggregate")
-        payload, sent = self._encode(wanted)
-        residual = self.residual
-        if self.config.feedback and not self.space.absolute:
-            residual = wanted - sent
-        layout.check_finite(momentum, "momentum")
-        layout.check_finite(residual, "feedback")
-        blob = replace(payload, base=self.replica.lineage).to_bytes()
-        replica = self.replica.copy()
-        replica.advance(blob)
-        replica.kept = replica.kept if aggregate.kept is None else aggregate.kept
-        for name, t in replica.moved().items():
-            layout.check_finite(t, name)
-        return _Step(blob, momentum, residual, replica)
-
-    def _encode(self, value: Tensor) -> tuple[Payload, Tensor]:
-        """Payload of an aggregated vector, and the vector that receivers will decode from it."""
-        if self.codes_cross:
-            payload = self.downlink.write_code(value, seed=self.round)
-            return payload, self.downlink.read_code(payload)
-        update = layout.unflatten(value, self.replica.spec)
-        payload = self.downlink.encoder.encode(update, seed=self.round)
-        return payload, layout.flatten(self.downlink.decoder.decode(payload), self.replica.spec)
 
     @torch.no_grad()
     def _enter(self, switch: Switch) -> None:
