@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -70,6 +71,7 @@ def run_eval(options: argparse.Namespace) -> int:
     out = None if options.out is None else _out(options.out)
     sources = _sources(options)
     require_lm_eval()
+    versions = {**run_versions(), "lm_eval": version("lm_eval")}  # now: the commit may move
     base, places, trained_on = _contenders(options)
     device = models.resolve_device(options.device)
     tasks = load_tasks(sources, options.shots)
@@ -80,11 +82,20 @@ def run_eval(options: argparse.Namespace) -> int:
         device=device,
         revision=base["revision"],
     )
-    for place in filter(None, places.values()):
-        with adapted(model, place):
+    for fits in filter(None, places.values()):
+        with adapted(model, fits):
             pass  # does it fit? Now, not after hours with the base model
     batch = _BATCH[device.type] if options.batch is None else options.batch
     shots = {t.asked: int(t.task.get_config("num_fewshot")) for t in tasks.values()}
+    settings = {
+        **base,
+        "adapters": places,
+        "sources": [dataclasses.asdict(s) for s in sources],
+        "shots": shots,
+        "limit": options.limit,
+        "batch": batch,
+        "left_out": skipped,
+    }
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
     page = ""
@@ -95,16 +106,7 @@ def run_eval(options: argparse.Namespace) -> int:
         seconds[name] = time.perf_counter() - began
         page = _page(base, sources, answers, shots, skipped)
         if out is not None:  # after each model, so that a kill loses at most one
-            settings = {
-                **base,
-                "adapters": places,
-                "sources": [dataclasses.asdict(s) for s in sources],
-                "shots": shots,
-                "limit": options.limit,
-                "batch": batch,
-                "left_out": skipped,
-            }
-            _write(out, settings, answers, seconds)
+            _write(out, settings, versions, answers, seconds)
             files.write_text(out.with_suffix(".md"), page)
     print("\n" + page)
     asked = sum(map(len, questions.values()))
@@ -224,9 +226,10 @@ def _page(
     skipped: int,
 ) -> str:
     """The tables, and above them what was asked."""
-    cut: dict[str, int] = {}
-    for task, count in ((a.task, a.cut) for a in next(iter(answers.values()))):
-        cut[task] = cut.get(task, 0) + count
+    # A question has an answer for each metric, but one prompt.
+    first = next(iter(answers.values()))
+    prompts = {(a.task, a.subtask, a.question) for a in first if a.cut}
+    cut = Counter(task for task, _, _ in prompts)
     files_of = [Path(s.dataset).name if s.dataset else s.task for s in sources]
     top = f"{Path(base['model']).name} on {', '.join(files_of)}"
     if skipped:
@@ -237,13 +240,14 @@ def _page(
 def _write(
     out: Path,
     settings: Mapping[str, Any],
+    versions: Mapping[str, str | None],
     answers: Mapping[str, Sequence[Answer]],
     seconds: Mapping[str, float],
 ) -> None:
     document = {
         "schema": SCHEMA,
         "settings": settings,
-        "versions": {**run_versions(), "lm_eval": version("lm_eval")},
+        "versions": versions,
         "seconds": seconds,
         "figures": eval_table.figures(answers),
         "differences": eval_table.differences(answers),

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """``config.json``, ``events.jsonl``, codecs, checkpoints and results of one run.
+    """``config.json``, ``events.jsonl``, codecs, adapters, checkpoints and results of one run.
 
     One process at a time may use the folder: it is locked until ``close``, or the end of the
     process. Files that are read back are sealed with a SHA-256 (``gradcodec.files``), each event
