@@ -11,11 +11,11 @@ from benchmarks.federated.scheme import Make
 from benchmarks.federated.world import World, world_of
 from benchmarks.llama.tasks import TASKS, settings
 from benchmarks.peers.federated.random_subspace import random_bases
-from gradcodec import hub
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import RotatedSign
 from gradcodec.federated import ServerConfig
+from gradcodec.hub.local import bundled_path
 from gradcodec.registry import make_codec
 from gradcodec.transforms.subspace.config import SubspaceConfig
 
@@ -39,7 +39,7 @@ def bundled(name: str) -> Make:
     def make(world: World) -> Method:
         codec = Codec.from_pretrained(name)
         assert isinstance(codec, Chain)
-        files = (hub.bundled_path(name) / f for f in ("config.json", "model.safetensors"))
+        files = (bundled_path(name) / f for f in ("config.json", "model.safetensors"))
         return _latent(world, codec.outer, sum(file.stat().st_size for file in files))
 
     return make

@@ -3,14 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import rows
 from benchmarks.federated.world import world_of
 from benchmarks.llama import case, tasks
 from benchmarks.llama.schemes import SCHEMES
+from benchmarks.llama.transfer import bundled
 from benchmarks.run import Options
+from gradcodec.codec import Codec
+from gradcodec.hub.local import bundled_path
 from gradcodec.recipes.settings import PRESETS
 from gradcodec.recipes.task import LocalTraining
 
@@ -84,6 +90,16 @@ def test_bases_from_elsewhere_are_trained_in_like_fitted_ones(data: Path, task: 
     assert len({end["loss"] for end in ends.values()}) == 3, "three different codecs"
     ups = [end["uplink_bytes"] for end in ends.values()]
     assert max(ups) < 1.5 * min(ups)
+
+
+def test_a_codec_of_the_package_costs_its_download() -> None:
+    name = "stdlib-llama-lora-r8-32x"
+    spec = Codec.from_pretrained(name).spec
+    assert spec is not None
+    world: Any = SimpleNamespace(initial={t.name: torch.zeros(t.shape) for t in spec})
+    folder = bundled_path(name)
+    size = sum((folder / file).stat().st_size for file in ("config.json", "model.safetensors"))
+    assert bundled(name)(world).codec_bytes == size
 
 
 @pytest.mark.slow

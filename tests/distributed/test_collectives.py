@@ -1,9 +1,11 @@
-"""The plain collectives in real processes of 1 to 4 ranks: laws in ``collective_cases``."""
+"""The plain collectives of 1 to 4 ranks, in real processes if several: ``collective_cases``."""
 
 import functools
 import inspect
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from distributed import collective_cases
 from distributed.world import check, run_world
 
@@ -25,8 +27,7 @@ NOT_ALONE = (
 
 @functools.cache
 def run(world: int) -> dict[str, list[str]]:
-    cases = [c for c in CASES if world > 1 or c not in NOT_ALONE]
-    return run_world(collective_cases.__name__, cases, world)
+    return run_world(collective_cases.__name__, CASES, world)
 
 
 @pytest.mark.parametrize("world", [3])
@@ -36,8 +37,18 @@ def test_ranks(world: int, case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_other_worlds(world: int, case: str) -> None:
-    if world > 1 or case not in NOT_ALONE:
-        check(run(world)[case])
+    check(run(world)[case])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_ALONE])
+def test_a_world_of_one(case: str, tmp_path: Path) -> None:
+    """In this process: nobody else is needed for it."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        getattr(collective_cases, case)(0, 1)
+    finally:
+        dist.destroy_process_group()

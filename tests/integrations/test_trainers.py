@@ -1,14 +1,20 @@
-"""Frameworks that own the loop: two ranks run, are killed, and go on to the bits of a whole run."""
+"""Frameworks that own the loop: two ranks run, are killed, and go on to the bits of a whole run.
 
+Every run loads torch and a framework in two processes, so tests share those of the Trainer that are
+whole or killed: ``made``, of which a test that goes on has a copy.
+"""
+
+import functools
 import json
+import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from processes import launched
+from processes import two_ranks
 from safetensors.torch import load_file
 
 CASES = Path(__file__).with_name("trainer_cases.py")
@@ -25,10 +31,25 @@ def ranks(
 ) -> str:
     """What two ranks print; killed ones end with an error, others must not unless they should."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = launched(CASES, framework, str(folder), mode, value)
-    out = done.stdout + done.stderr
-    assert (done.returncode != 0) == (fails or mode == "kill"), out[-4000:]
+    well, out = two_ranks(CASES, framework, str(folder), mode, value)
+    assert well != (fails or mode == "kill"), out[-4000:]
     return out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Maps a framework and ``"whole"`` or ``"kill"`` to the folder of such a run, made once."""
+
+    @functools.cache
+    def run(framework: str, mode: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{framework}-{mode}")
+        ranks(framework, folder, mode)
+        return folder
+
+    return run
+
+
+Made = Callable[[str, str], Path]
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -37,15 +58,17 @@ def weights(folder: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", PACKAGES)
-def test_a_killed_run_goes_on_to_the_bits_of_a_whole_one(framework: str, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_bits_of_a_whole_one(
+    framework: str, made: Made, tmp_path: Path
+) -> None:
     if find_spec(PACKAGES[framework]) is None:
         pytest.skip(f"needs: pip install {PACKAGES[framework]}")
-    ranks(framework, tmp_path / "whole")
-    ranks(framework, tmp_path / "killed", "kill")
-    assert not (tmp_path / "killed" / "weights.safetensors").exists()
-    ranks(framework, tmp_path / "killed", "resume")
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    figures = json.loads((tmp_path / "whole" / "figures.json").read_text())
+    whole = made(framework, "whole")
+    killed = shutil.copytree(made(framework, "kill"), tmp_path / "killed")
+    assert not (killed / "weights.safetensors").exists()
+    ranks(framework, killed, "resume")
+    assert torch.equal(weights(whole), weights(killed))
+    figures = json.loads((whole / "figures.json").read_text())
     assert len(figures) == 4
     assert all(2 < f["gradcodec/ratio"] < 9 for f in figures)  # small tensors pay for headers
     assert all(f[f"gradcodec/{k}_ms"] > 0 for f in figures for k in ("encode", "exchange"))
@@ -113,37 +136,37 @@ def test_a_board_receives_the_figures(framework: str, board: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_without_a_ranks_file_training_goes_on_and_feedback_starts_anew(tmp_path: Path) -> None:
+def test_without_a_ranks_file_training_goes_on_and_feedback_starts_anew(
+    made: Made, tmp_path: Path
+) -> None:
     if find_spec("transformers") is None:
         pytest.skip("needs: pip install transformers")
-    ranks("trainer", tmp_path / "whole")
-    ranks("trainer", tmp_path / "killed", "kill")
-    (tmp_path / "killed" / "out" / "checkpoint-4" / "gradcodec-rank1.safetensors").unlink()
-    assert "error feedback starts anew" in ranks("trainer", tmp_path / "killed", "resume")
-    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    killed = shutil.copytree(made("trainer", "kill"), tmp_path / "killed")
+    (killed / "out" / "checkpoint-4" / "gradcodec-rank1.safetensors").unlink()
+    assert "error feedback starts anew" in ranks("trainer", killed, "resume")
+    whole, resumed = weights(made("trainer", "whole")), weights(killed)
     assert not torch.equal(whole, resumed)
     assert (whole - resumed).norm() < 0.05 * whole.norm()
 
 
 @pytest.mark.slow
-def test_a_run_resumes_from_a_checkpoint_outside_its_folder(tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint_outside_its_folder(made: Made, tmp_path: Path) -> None:
     if find_spec("transformers") is None:
         pytest.skip("needs: pip install transformers")
-    ranks("trainer", tmp_path / "whole")
-    ranks("trainer", tmp_path / "killed", "kill")
-    elsewhere = str(tmp_path / "killed" / "out" / "checkpoint-4")
-    ranks("trainer", tmp_path / "other", "resume_from", elsewhere)
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "other"))
+    elsewhere = str(made("trainer", "kill") / "out" / "checkpoint-4")
+    ranks("trainer", tmp_path, "resume_from", elsewhere)
+    assert torch.equal(weights(made("trainer", "whole")), weights(tmp_path))
 
 
 @pytest.mark.slow
-def test_another_runs_checkpoint_of_the_same_step_is_not_mistaken_for_it(tmp_path: Path) -> None:
+def test_another_runs_checkpoint_of_the_same_step_is_not_mistaken_for_it(
+    made: Made, tmp_path: Path
+) -> None:
     if find_spec("transformers") is None:
         pytest.skip("needs: pip install transformers")
-    ranks("trainer", tmp_path / "killed", "kill")
-    ranks("trainer", tmp_path / "other", "kill", "0.2")
-    elsewhere = str(tmp_path / "killed" / "out" / "checkpoint-4")
-    assert "belongs to other weights" in ranks("trainer", tmp_path / "other", "resume", elsewhere)
+    ranks("trainer", tmp_path, "kill", "0.2")
+    elsewhere = str(made("trainer", "kill") / "out" / "checkpoint-4")
+    assert "belongs to other weights" in ranks("trainer", tmp_path, "resume", elsewhere)
 
 
 @pytest.mark.slow
@@ -155,15 +178,15 @@ def test_lightning_forgets_the_state_of_a_checkpoint_that_it_only_validates(tmp_
 
 
 @pytest.mark.slow
-def test_a_ranks_damaged_file_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+def test_a_ranks_damaged_file_is_an_error_on_all_ranks(made: Made, tmp_path: Path) -> None:
     if find_spec("transformers") is None:
         pytest.skip("needs: pip install transformers")
-    ranks("trainer", tmp_path, "kill")
-    (path,) = (tmp_path / "out").glob("*/gradcodec-rank1.safetensors")
+    killed = shutil.copytree(made("trainer", "kill"), tmp_path / "killed")
+    (path,) = (killed / "out").glob("*/gradcodec-rank1.safetensors")
     blob = bytearray(path.read_bytes())
     blob[-5] ^= 1
     path.write_bytes(blob)
-    out = ranks("trainer", tmp_path, "resume", fails=True)
+    out = ranks("trainer", killed, "resume", fails=True)
     assert "another rank's state in" in out  # rank 0, which would wait otherwise
     assert str(path) in out
 
