@@ -76,7 +76,7 @@ def finish(model: nn.Module, figures: list[dict[str, float]]) -> None:
         if BOARD == "wandb":
             import wandb
 
-            wandb.teardown()  # finishes runs, and ends its process, which `_exit` would leave
+            wandb.finish()
     dist.barrier()
     # Gloo aborts now and then when Python ends, without gradcodec too ("terminate called without
     # an active exception"), and more rarely after destroy_process_group. All is checked by now.
