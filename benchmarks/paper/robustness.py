@@ -20,7 +20,7 @@ from benchmarks.paper.measures import Decode, Errors, errors, gain, noise_like, 
 from benchmarks.paper.setup import Setup
 
 LEVELS = (0.04, 0.4, 4.0, 40.0, 400.0)
-"""Standard deviations by the RMS of a round's updates: the paper's 5e-5 to 5e-1 at its 1.3e-3."""
+"""Standard deviations, in RMS of a round's updates: the paper's 5e-5 to 5e-1 at its 1.3e-3."""
 
 CODERS = (
     *("identity", "int4", "rotsign-128", "subspace", "ae-working", "ae-literal", "ae-unscaled"),
