@@ -209,6 +209,7 @@ _ALL = (
         "paper",
         "everything that CG-FedLLM analyses, beside controls and honest metrics",
         "benchmarks.paper.case:main",
+        "benchmarks.paper.case:page",
     ),
     Case(
         "nvflare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def noise(results: Results, path: Path) -> None:
     """Error against noise, and what comes through of clients and of noise."""
     figure, (left, right) = report.figure(1, 2, figsize=(14, 5.2))
     names = results.schemes("noise")
+    labels: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}
     for name, (label, style) in zip(names, styles(names), strict=True):
         rows = results("noise", name)
         levels = [level["level"] for level in rows[0]["levels"]]
@@ -84,7 +86,11 @@ def noise(results: Results, path: Path) -> None:
         marker = style.get("marker", "x")
         at = (max(through, FLOOR), max(client, FLOOR))
         right.scatter(*at, color=colour, marker=marker, s=50, zorder=4)
-        right.annotate(label, at, xytext=(6, 4), textcoords="offset points", fontsize=7)
+        near = (round(2 * math.log10(at[0])), round(2 * math.log10(at[1])))
+        labels.setdefault(near, (at, []))[1].append(label)
+    for at, stacked in labels.values():  # points that lie on one another share a label
+        text = "\n".join(stacked)
+        right.annotate(text, at, xytext=(9, -3), textcoords="offset points", fontsize=7)
     told = [(sigma / PAPER_RMS, error / PAPER_RMS**2) for sigma, error in PAPER_NOISE]
     left.plot(
         *zip(*told, strict=True), "*", color="black", markersize=11, label="the paper's table"
@@ -106,7 +112,7 @@ def noise(results: Results, path: Path) -> None:
         ylabel="comes through of the difference between two clients",
         xscale="log",
         yscale="log",
-        xlim=(FLOOR / 2, 1e3),
+        xlim=(FLOOR / 2, 1e4),
         ylim=(FLOOR / 2, 1e2),
     )
     right.grid(alpha=0.3, linewidth=0.5)
@@ -216,7 +222,15 @@ def ablation(results: Results, path: Path) -> None:
         steps = [line["step"] for line in history]
         ax.plot(steps, [line["val_rse"] for line in history], label=variant.title, **style)
     ax.axhline(1, color="black", linewidth=0.8)
-    ax.annotate("sending nothing", (0, 1), xytext=(2, 4), textcoords="offset points", fontsize=8)
+    ax.annotate(
+        "sending nothing",
+        (1, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 5),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
     ax.set(
         title="Validation error of literal autoencoders",
         xlabel="training step",
