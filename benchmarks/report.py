@@ -1,6 +1,10 @@
 """Pages from rows: tables, lists and plots, for a terminal and as Markdown beside the rows.
 
-    python -m benchmarks.report federated ddp    # make these pages again; runs nothing
+    python -m benchmarks.report                  # every page, every plot and docs/report.md
+    python -m benchmarks.report federated ddp    # these pages, and docs/report.md
+    python -m benchmarks.report --base main      # key figures by its rows, and now; writes nothing
+
+None of this runs a benchmark.
 
 A case builds a ``Page`` from its rows; everything that is alike in all pages is here: tables, how a
 plot is begun and saved, colours. Ours are thick and warm, the paper's green, peers thin and muted,
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import CASES, RESULTS
+from benchmarks.run import CASES, RESULTS, check_names
 from gradcodec.errors import ConfigError
 
 Table = list[tuple[str, ...]]
@@ -53,15 +57,22 @@ class Page:
     Args:
         title: of the page.
         command: makes it.
+
+    Attributes:
+        command: as given.
+        tables: by title.
     """
 
     def __init__(self, title: str, command: str) -> None:
+        self.command = command
+        self.tables: dict[str, Sequence[tuple[str, ...]]] = {}
         self._markdown = [f"# {title}", f"Made by `{command}`."]
         self._text: list[str] = []
         self._plots: dict[str, Draw] = {}
 
     def table(self, title: str, table: Sequence[tuple[str, ...]]) -> None:
         """A section with one table; the first row is the heading."""
+        self.tables[title] = table
         self._markdown += [f"## {title}", "\n".join(markdown(table))]
         self._text += [title, aligned(table)]
 
@@ -75,6 +86,11 @@ class Page:
         """Plots by the ends of their names: ``-loss`` of ``ddp.jsonl`` is ``ddp-loss.png``."""
         self._plots |= plots
         self._markdown.append("\n".join(f"![{{stem}}{end}]({{stem}}{end}.png)" for end in plots))
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The ends of the plots' names."""
+        return tuple(self._plots)
 
     def sources(self, cites: Iterable[str]) -> None:
         """Where what was measured is from; only in the file."""
@@ -218,17 +234,27 @@ class Styles:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the named pages again from the rows that are there."""
+    """Make pages again from the rows that are there."""
+    from benchmarks import overview
+
     reported = [name for name, case in CASES.items() if case.page]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("cases", nargs="+", choices=reported, metavar="CASE", help=str(reported))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"all by default: {reported}")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--base", metavar="REF", help="compare with the rows of a git revision")
     args = parser.parse_args(argv)
-    for name in args.cases:
-        path = args.rows / f"{name}.jsonl"
-        page: Page | None = CASES[name].load_page()(path)
-        print(f"no finished reference run in {path}" if page is None else page.write(path))
+    check_names(args.cases, reported)
+    if args.base is not None:
+        print(overview.compared(args.base, args.rows))
+        return 0
+    for name in args.cases or reported:
+        for stem in CASES[name].pages():
+            path = args.rows / f"{stem}.jsonl"
+            page: Page | None = CASES[name].load_page()(path)
+            print(f"no finished reference run in {path}" if page is None else page.write(path))
+    if args.rows == RESULTS:
+        overview.DOCS.write_text(overview.document())
     return 0
 
 

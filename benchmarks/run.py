@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,12 +93,17 @@ class Case:
         help: a line.
         function: takes ``Options``, measures, and returns what failed, as lines of text.
         page: takes the rows' path and returns their ``report.Page``; ``None`` where there is none.
+        stems: names of the rows' files that have a page, if not the case's own name alone.
+        tests: files and folders of tests that have to be green, in the same command, before the
+            case measures anything: no speed is reported of code that may be wrong.
     """
 
     name: str
     help: str
     function: str
     page: str | None = None
+    stems: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
 
     def load(self) -> Callable[[Options], list[str]]:
         """Import the function that measures."""
@@ -114,11 +121,36 @@ class Case:
         function: Callable[[Path], Any] = _imported(self.page)
         return function
 
+    def pages(self) -> tuple[str, ...]:
+        """Names of the rows' files that have a page."""
+        return () if self.page is None else self.stems or (self.name,)
+
+
+def red(case: Case) -> str | None:
+    """Run a case's tests; what to say if they are not green.
+
+    Raises:
+        ConfigError: pytest is not installed.
+    """
+    if not case.tests:
+        return None
+    if importlib.util.find_spec("pytest") is None:
+        raise ConfigError(f"{case.name!r} runs its tests first: pip install 'gradcodec[dev]'")
+    options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    print(f"{case.name}: its tests first: {' '.join(case.tests)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", *options, *case.tests], cwd=ROOT)
+    if done.returncode == 0:
+        return None
+    return f"{case.name}: its tests are not green, nothing was measured"
+
 
 def _imported(place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 
+
+_CODING = ("tests/codecs", "tests/test_golden.py", "tests/test_ops.py", "tests/native")
+_EXCHANGE = ("tests/distributed/test_hook.py", "tests/distributed/test_collectives.py")
 
 _ALL = (
     Case(
@@ -131,6 +163,8 @@ _ALL = (
         "llama",
         "the same on a real pretrained LLaMA: SmolLM2-135M on GSM8K and MMLU",
         "benchmarks.llama.case:main",
+        "benchmarks.llama.case:page",
+        stems=("llama-gsm8k", "llama-gsm8k-cpu", "llama-mmlu", "llama-mmlu-cpu"),
     ),
     Case(
         "generalise",
@@ -147,12 +181,21 @@ _ALL = (
         "speed",
         "seconds, bytes and memory of coding a 7B adapter; what TGAP's collection costs",
         "benchmarks.codecs.adapter:main",
+        tests=_CODING,
     ),
     Case(
         "codecs",
         "error, bits and speed of every fixed-rate codec and its peers, on recorded gradients",
         "benchmarks.codecs.case:main",
         "benchmarks.codecs.page:page",
+        tests=_CODING,
+    ),
+    Case(
+        "growth",
+        "time and memory from 1e5 to 1e9 values, 1 to 10,000 clients; ranks, by a model",
+        "benchmarks.growth.case:main",
+        "benchmarks.growth.case:page",
+        tests=(*_CODING, "tests/federated/test_exact.py"),
     ),
     Case(
         "kernels",
@@ -165,11 +208,13 @@ _ALL = (
         "data-parallel training over shaped links: loss against steps, seconds and bytes",
         "benchmarks.ddp.case:main",
         "benchmarks.ddp.page:page",
+        tests=_EXCHANGE,
     ),
     Case(
         "ddp_auto",
         "codec='auto' beside each codec that it may choose, on links of three rates",
         "benchmarks.ddp.ladder:main",
+        tests=_EXCHANGE,
     ),
     Case(
         "local-tune",
@@ -186,12 +231,14 @@ _ALL = (
         "link_swap",
         "two ranks swapping bytes over shaped links: gloo's all-to-all and ours",
         "benchmarks.links.swap:main",
+        tests=("tests/distributed/test_collectives.py",),
     ),
     Case(
         "flower",
         "a federation deployed in Flower on this machine: TCP bytes, losses, seconds",
         "benchmarks.flower.case:main",
         "benchmarks.flower.case:page",
+        tests=("tests/integrations/test_flower.py",),
     ),
     Case(
         "privacy",
@@ -259,7 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=args.model,
         data=args.data,
     )
-    failed = [line for name in args.cases for line in CASES[name].load()(options)]
+    failed = []
+    for case in (CASES[name] for name in args.cases):
+        bad = red(case)
+        failed += [bad] if bad else case.load()(options)
     if failed:
         print("failed:\n  " + "\n  ".join(failed), file=sys.stderr)
     return 1 if failed else 0

@@ -5,22 +5,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.llama import case as llama
 from benchmarks.report import Page
 from benchmarks.run import CASES, RESULTS
 from gradcodec.errors import ConfigError
 
 #: Name of the rows, and the case that makes them.
-REPORTED = [(name, name) for name, case in CASES.items() if case.page]
-REPORTED += [(f"llama-{name}", "llama") for name in ("gsm8k", "gsm8k-cpu", "mmlu")]
+REPORTED = [(stem, name) for name, case in CASES.items() for stem in case.pages()]
 
 
 def _page(name: str, case: str) -> Page:
-    if case == "llama":
-        made = llama.page(RESULTS / f"{name}.jsonl")
-        assert made is not None
-        return made
-    return CASES[case].load_page()(RESULTS / f"{name}.jsonl")
+    made = CASES[case].load_page()(RESULTS / f"{name}.jsonl")
+    assert made is not None
+    return made
 
 
 @pytest.mark.parametrize(("name", "case"), REPORTED)
