@@ -69,7 +69,7 @@ def peak_rows(coded: Sizes, what: str) -> Table:
 
 def server_rows(served: Mapping[int, rows.Row]) -> Table:
     """What a round's replies add to a server's memory."""
-    out: Table = [("replies", "they have", "memory grows by", "of one decoded reply")]
+    out: Table = [("replies", "their bytes", "memory grows by", "of one decoded reply")]
     for replies, row in served.items():
         state = 4 * row["config"]["numel"]
         grown = row["grown_bytes"]
