@@ -14,6 +14,7 @@ from benchmarks.federated.world import World, play
 from benchmarks.peers import federated as peers
 from gradcodec.codecs import Identity
 from gradcodec.federated import Federation, Server
+from gradcodec.metrics import flat64
 from gradcodec.recipes.federated_llama import Experiment
 from gradcodec.recipes.run_folder import RunFolder
 from gradcodec.recipes.settings import Settings
@@ -113,12 +114,12 @@ def test_tgap_finds_what_it_finds_in_the_example(
     theirs = run.fit({"subspace-32": config}, "codecs")["subspace-32"]
     assert mine.spec is not None
     assert mine.code_numel(mine.spec) == theirs.code_numel(mine.spec)
-    # Bases are equal up to signs: what they keep of a vector is the same.
+    # Vectors of nearly equal eigenvalues may be mixed by the last bits of a sum, which differ
+    # between machines. What such bases keep differs a little in direction, and hardly in energy.
     update = fitted.snapshots(world)[0]
-    kept = [codec.from_code(codec.to_code(update)) for codec in (mine, theirs)]
-    for name in update:
-        difference = kept[0][name] - kept[1][name]
-        assert float(difference.norm()) <= 0.01 * float(kept[1][name].norm())
+    kept = [flat64(codec.from_code(codec.to_code(update))) for codec in (mine, theirs)]
+    assert float((kept[0] - kept[1]).norm()) < 0.02 * float(kept[1].norm())
+    assert float(kept[0].norm()) == pytest.approx(float(kept[1].norm()), rel=1e-4)
 
 
 def test_a_codec_is_made_once(
