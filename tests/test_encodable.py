@@ -312,8 +312,9 @@ PAYLOAD = BOUND.encoder.encode({"w.1": torch.ones(3)})
 
 def test_bytes_are_read_before_they_are_decoded_and_the_message_says_so() -> None:
     blob = PAYLOAD.to_bytes()
-    with pytest.raises(ConfigError, match=r"got bytes; .* pass Payload\.from_bytes\(blob\)"):
-        BOUND.decoder.decode(blob)  # type: ignore[arg-type]
+    for read in (BOUND.decoder.decode, BOUND.read_code, lambda b: BOUND.decoder.decode_mean([b])):
+        with pytest.raises(ConfigError, match=r"got bytes; .* pass Payload\.from_bytes\(blob\)"):
+            read(blob)  # type: ignore[arg-type]
     assert BOUND.decoder.decode(Payload.from_bytes(blob)).keys() == {"w.1"}
 
 

@@ -148,7 +148,8 @@ class Codec(ABC):
 
     def read_code(self, payload: Payload) -> Tensor:
         """The dequantised code ``z`` ``[m]`` of a payload, fp32."""
-        return self.pipeline.unpack_code(payload.body, table_of(self, payload))
+        spec = table_of(self, payload)
+        return self.pipeline.unpack_code(payload.body, spec)
 
     # -- identity: what a payload pins --------------------------------------------------------
 

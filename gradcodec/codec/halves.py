@@ -62,7 +62,8 @@ class Decoder:
             CodecMismatchError: the payload is of another codec, other weights or another base.
             MalformedBodyError: the body cannot come from this codec's encoder.
         """
-        return self.codec.pipeline.decode(payload.body, table_of(self.codec, payload))
+        spec = table_of(self.codec, payload)
+        return self.codec.pipeline.decode(payload.body, spec)
 
     @torch.no_grad()
     def decode_mean(
