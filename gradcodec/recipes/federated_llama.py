@@ -123,7 +123,7 @@ class Experiment:
     def trained(self) -> dict[str, Codec]:
         """The codecs that the chosen schemes need, fitted on D1 or loaded from the run's folder."""
         for key, codec in self.codecs.items():  # a run holds what it used
-            if codec.spec is not None:
+            if codec.config.learned:
                 codec.save_pretrained(self.folder.path / "codecs" / key)
         names = list(dict.fromkeys(n for s in self.schemes for n in s.needs if n in TRAINED))
         return self.fit({n: TRAINED[n] for n in names}, "codecs") if names else {}

@@ -51,7 +51,7 @@ def scheme_of(key: str, codec: Codec) -> Scheme:
     Broadcasts carry two bits for each code value of a fitted codec, rotated first, and four bits
     for each element otherwise.
     """
-    if codec.spec is None:
+    if not codec.config.learned:
         return Scheme(key, key, lambda trained: (codec, make_codec("int4")))
     outer = codec.outer if isinstance(codec, Chain) else codec
     mode = "latent" if codec.linear else "post"

@@ -9,6 +9,7 @@ from recipes.test_experiment import run_experiment
 from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.recipes import pretrained
+from gradcodec.registry import make_codec
 from gradcodec.types import UpdateSpec
 
 BUNDLED = "stdlib-llama-lora-r8-32x"
@@ -63,3 +64,9 @@ def test_a_name_that_another_scheme_has_is_refused(tmp_path: Path, name: str) ->
 def test_a_codec_that_is_not_there_is_named() -> None:
     with pytest.raises(HubError, match="no-such"):
         pretrained.load(["no-such"], UpdateSpec.of({"w": torch.zeros(2)}))
+
+
+def test_a_codec_that_was_bound_and_not_fitted_encodes_updates() -> None:
+    spec = UpdateSpec.of({"w": torch.zeros(2)})
+    scheme = pretrained.scheme_of("mine", make_codec("rotsign").bind(spec))
+    assert (scheme.server.mode, scheme.needs) == ("post", ())
