@@ -13,7 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -89,7 +89,8 @@ class World:
         """One round's local training of several clients, in place; mean loss of each.
 
         As ``LanguageTask.train``, but that no client waits for another: clipping and optimiser are
-        each client's own. What an optimiser does not hold is neither clipped nor counted.
+        each client's own. What an optimiser does not hold is neither clipped nor counted. The
+        parameters of a client whose optimiser fails become NaN.
         """
         local, seed = self.settings.local, self.settings.seed
         schedules = [batch_schedule(local, len(shards[c]), (seed, c, round)) for c in clients]
@@ -106,7 +107,11 @@ class World:
             total.backward()  # clients share no trainable tensor: the sum's gradient is each's
             for i, value in zip(active, loss.tolist(), strict=True):
                 nn.utils.clip_grad_norm_(trained[i], local.clip)
-                optimizers[i].step()
+                try:
+                    optimizers[i].step()
+                except (TrainingError, NonFiniteError):  # this client's alone
+                    for p in parameters[i].values():
+                        p.data.fill_(math.nan)
                 losses[i].append(value)
         return [sum(values) / len(values) for values in losses]
 
@@ -151,81 +156,157 @@ def play(
         seed: of the sampling, the world's by default.
         watch: makes a context manager around each client's training (a recorder).
     """
+    one = [(method, lr)]
+    for _, row in play_together(world, one, rounds=rounds, shards=shards, seed=seed, watch=watch):
+        yield row
+
+
+def play_together(
+    world: World,
+    runs: Sequence[tuple[Method, float]],
+    *,
+    rounds: int,
+    shards: Shards | None = None,
+    seed: int | None = None,
+    watch: Watch | None = None,
+) -> Iterator[tuple[int, Row]]:
+    """``play`` of several methods with their learning rates, in step; yields (which, its row).
+
+    Equal seeds mean equal clients, so one pass trains those of all methods: a GPU is busier with
+    sixteen clients than with four. ``seconds`` are those of the pass, shared out evenly. A run that
+    diverges leaves; the others go on.
+    """
     shards = world.d2 if shards is None else shards
     loop = world.loop(rounds, seed)
-    seen: set[int] = set()
-    first: float | None = None
-    row: Row = {
-        "start_loss": world.start_loss,
-        "uplink_bytes": 0,
-        "uplink_payload_bytes": 0,
-        "downlink_bytes": 0,
-        "downlink_payload_bytes": 0,
-        "codec_bytes": method.codec_bytes,
-        "participations": 0,
-    }
+    live = {i: _Run(world, method, lr, rounds) for i, (method, lr) in enumerate(runs)}
     for number in range(rounds):
         began = time.perf_counter()
         clients = loop.sample(number)
-        seen.update(clients)
-        now = {**row, "round": number + 1, "participants": clients, "clients_seen": len(seen)}
-        try:
-            rate = lr * (1 - number / rounds)
-            _round(world, method, clients, number, rate, shards, watch, now)
-            loss = world.evaluate(method.state())
-        except (TrainingError, NonFiniteError) as err:
-            loss, now["error"] = math.nan, f"{type(err).__name__}: {err}"
-        now["loss"] = loss if math.isfinite(loss) else None
-        now["diverged"] = not math.isfinite(loss)
-        now["seconds"] = round(time.perf_counter() - began, 2)
-        yield now
-        if now["diverged"]:
+        for run in live.values():
+            run.open(number, clients)
+        training = [run for run in live.values() if run.error is None]
+        everyone = [(c, p, o) for run in training for c, p, o in run.trainees()]
+        with ExitStack() as stack:
+            if watch is not None:
+                for _, own, _ in everyone:
+                    stack.enter_context(watch(own))
+            losses = _trained(world, everyone, number, shards)
+        for i, run in enumerate(training):
+            run.close(losses[i * len(clients) : (i + 1) * len(clients)], shards)
+        seconds = (time.perf_counter() - began) / len(live)
+        for i, run in list(live.items()):
+            yield i, run.finished(seconds)
+            if run.row["diverged"]:
+                del live[i]
+        if not live:
             return
-        if hasattr(method, "loss_progress"):  # every client knows its own loss: no bytes
-            first = now["train_loss"] if first is None else first
-            method.loss_progress = first - now["train_loss"]
-        row = {name: now[name] for name in row}
 
 
-def _round(
-    world: World,
-    method: Method,
-    clients: Sequence[int],
-    number: int,
-    lr: float,
-    shards: Shards,
-    watch: Watch | None,
-    row: Row,
-) -> None:
-    """Deliver, train, reply, aggregate; counts bytes and notes what went wrong in ``row``."""
-    parameters, optimizers = [], []
-    options = {"lr": lr, "weight_decay": world.settings.local.weight_decay}
-    for client in clients:
-        blob, state = method.deliver(client)
-        _count(row, "downlink", method, blob)
-        parameters.append(world.parameters(state))
-        optimizers.append(method.optimizer(client, parameters[-1], torch.optim.AdamW, **options))
-    row["participations"] += len(clients)
-    with ExitStack() as stack:
-        if watch is not None:
-            for own in parameters:
-                stack.enter_context(watch(own))
-        losses = world.train(clients, parameters, optimizers, number, shards)
-    row["train_loss"] = sum(losses) / len(losses)
-    row["rejected"] = rejected = {}
-    for client, own, optimizer in zip(clients, parameters, optimizers, strict=True):
-        end = {n: p.detach().cpu() for n, p in own.items()}
+Trainee = tuple[int, Parameters, torch.optim.Optimizer]
+
+
+def _trained(world: World, everyone: Sequence[Trainee], number: int, shards: Shards) -> list[float]:
+    if not everyone:
+        return []
+    clients, parameters, optimizers = (list(each) for each in zip(*everyone, strict=True))
+    return world.train(clients, parameters, optimizers, number, shards)
+
+
+class _Run:
+    """One method's part of ``play_together``: its messages, its counts, what went wrong.
+
+    Attributes:
+        row: of the round that is going on; its counts are cumulative.
+        error: why the run cannot go on.
+    """
+
+    def __init__(self, world: World, method: Method, lr: float, rounds: int) -> None:
+        self.world, self.method, self.lr, self.rounds = world, method, lr, rounds
+        self.error: str | None = None
+        self._seen: set[int] = set()
+        self._first: float | None = None
+        self.row: Row = {
+            "start_loss": world.start_loss,
+            "uplink_bytes": 0,
+            "uplink_payload_bytes": 0,
+            "downlink_bytes": 0,
+            "downlink_payload_bytes": 0,
+            "codec_bytes": method.codec_bytes,
+            "participations": 0,
+        }
+        self._kept = tuple(self.row)
+
+    def open(self, number: int, clients: Sequence[int]) -> None:
+        """Deliver the state to the round's clients and give them optimisers."""
+        self._seen.update(clients)
+        self.row = {name: self.row[name] for name in self._kept}
+        self.row |= {
+            "round": number + 1,
+            "participants": list(clients),
+            "clients_seen": len(self._seen),
+        }
+        decay = self.world.settings.local.weight_decay
+        options = {"lr": self.lr * (1 - number / self.rounds), "weight_decay": decay}
+        self._parameters: list[Parameters] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        with self._failing():
+            for client in clients:
+                blob, state = self.method.deliver(client)
+                _count(self.row, "downlink", self.method, blob)
+                own = self.world.parameters(state)
+                self._parameters.append(own)
+                self._optimizers.append(
+                    self.method.optimizer(client, own, torch.optim.AdamW, **options)
+                )
+            self.row["participations"] += len(clients)
+
+    def trainees(self) -> Iterator[Trainee]:
+        """Client, parameters and optimiser of everyone in this round."""
+        yield from zip(self.row["participants"], self._parameters, self._optimizers, strict=True)
+
+    def close(self, losses: Sequence[float], shards: Shards) -> None:
+        """Replies, the server's step, and what it was worth."""
+        self.row["train_loss"] = sum(losses) / len(losses)
+        self.row["rejected"] = rejected = {}
+        with self._failing():
+            for client, own, optimizer in self.trainees():
+                end = {n: p.detach().cpu() for n, p in own.items()}
+                try:
+                    if not all(bool(torch.isfinite(t).all()) for t in end.values()):
+                        raise NonFiniteError("training diverged")
+                    blob = self.method.reply(client, optimizer, end, len(shards[client]))
+                    # A refused reply has crossed the wire as well.
+                    _count(self.row, "uplink", self.method, blob)
+                    self.method.receive(blob)
+                except (NonFiniteError, WireError) as err:
+                    rejected[client] = f"{type(err).__name__}: {err}"
+            if len(rejected) == len(self._parameters):
+                raise TrainingError(f"no client gave a usable reply: {rejected}")
+            self.method.close_round()
+            self.row["loss"] = self.world.evaluate(self.method.state())
+
+    def finished(self, seconds: float) -> Row:
+        """The round's row."""
+        row = self.row
+        loss = row.get("loss", math.nan)
+        row["diverged"] = self.error is not None or not math.isfinite(loss)
+        row["loss"] = None if row["diverged"] else loss
+        if self.error is not None:
+            row["error"] = self.error
+        row["seconds"] = round(seconds, 2)
+        if hasattr(self.method, "loss_progress") and not row["diverged"]:
+            # Every client knows its own loss: no bytes.
+            self._first = row["train_loss"] if self._first is None else self._first
+            self.method.loss_progress = self._first - row["train_loss"]
+        return dict(row)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What fails in here ends this run, not the others."""
         try:
-            if not all(bool(torch.isfinite(t).all()) for t in end.values()):
-                raise NonFiniteError("training diverged")
-            blob = method.reply(client, optimizer, end, len(shards[client]))
-            _count(row, "uplink", method, blob)  # a refused reply has crossed the wire as well
-            method.receive(blob)
-        except (NonFiniteError, WireError) as err:
-            rejected[client] = f"{type(err).__name__}: {err}"
-    if len(rejected) == len(clients):
-        raise TrainingError(f"no client gave a usable reply: {rejected}")
-    method.close_round()
+            yield
+        except (TrainingError, NonFiniteError) as err:
+            self.error = f"{type(err).__name__}: {err}"
 
 
 def _held(parameters: Parameters, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

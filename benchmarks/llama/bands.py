@@ -1,95 +1,46 @@
-"""Two bands: a fitted subspace with many bits a value, and everything outside it with few.
+"""Federations that send updates below one bit a value, and two ways down that are as small.
 
-    u --U^T---> z ------> signs, about a bit a value  | body
-    u - U z = w --------> signs of a few of w's        |
-    decoded: U z~ + shrink (I - U U^T) w~, so no noise of w~ gets into the subspace
+    relay   replies go down as they came; clients average them as the server does
+    own     each client gets the difference to what it holds, coded for it alone
 
-Without a subspace there is one band, the whole update. Clients train all parameters, so nothing is
-left out, and what is outside arrives at last. Replies go down as they are (``Relayed``): a few
-hundredths of a bit a value from each of four clients are fewer bytes than their mean in four bits,
-and they lose nothing more.
+A relay loses nothing more than the replies did, at four replies for each round that a client
+missed. A difference of its own costs the same after any number of rounds, and its error stays with
+that client: the server's vector is exact, and the next difference makes up for it. The server then
+keeps what each client holds.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.federated import fitted
 from benchmarks.federated.methods import State
 from benchmarks.federated.scheme import Make
 from benchmarks.federated.world import World
+from benchmarks.llama.codes import Bands, Code, Factors, Signs, contraction
 from benchmarks.peers.federated.base import Peer, flat
 from benchmarks.peers.federated.downlink import States
 from benchmarks.peers.federated.envelope import Broadcast, Reply
-from gradcodec import layout
+from benchmarks.peers.federated.ffa import FROZEN
 from gradcodec.codecs import Subspace
 from gradcodec.errors import CodecMismatchError, MalformedBodyError
 from gradcodec.packers.rotsign import RotatedSignConfig, RotatedSignPacker
 from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
-from gradcodec.wire import raw_bytes, raw_tensor
 
 _EXAMPLES = struct.Struct("<Q")  # before each reply in a broadcast: its weight
 
 
-@dataclass(frozen=True)
-class Bands:
-    """How an update ``[n]`` is coded.
-
-    Attributes:
-        spec: the tensor table.
-        subspace: its bases, bound; ``None`` for one band.
-        inside, outside: packers of the code and of the rest.
-        shrink: factor of what is decoded outside. The least squared error of a mean of ``C``
-            replies is at about ``1 / (1 + noise / C)``, far below 1 for a few hundredths of a bit.
-    """
-
-    spec: UpdateSpec
-    subspace: Subspace | None
-    inside: RotatedSignPacker
-    outside: RotatedSignPacker
-    shrink: float
-
-    @property
-    def nbytes(self) -> int:
-        """Size of a body."""
-        rest = self.outside.nbytes(self.spec.numel)
-        if self.subspace is None:
-            return rest
-        return rest + self.inside.nbytes(self.subspace.code_numel(self.spec))
-
-    def encode(self, update: Tensor, seed: int) -> bytes:
-        """The body of an update."""
-        if self.subspace is None:
-            return raw_bytes(self.outside.pack(update, seed=seed))
-        z = self.subspace.to_code(layout.unflatten(update, self.spec))
-        rest = self.outside.pack(update - self._of_code(z), seed=seed + 1)
-        return raw_bytes(self.inside.pack(z, seed=seed)) + raw_bytes(rest)
-
-    def decode(self, body: bytes) -> Tensor:
-        """The update of a body."""
-        numel = self.spec.numel
-        if self.subspace is None:
-            return self.shrink * self.outside.unpack(raw_tensor(body, torch.uint8), numel)
-        size = self.subspace.code_numel(self.spec)
-        cut = self.inside.nbytes(size)
-        z = self.inside.unpack(raw_tensor(body[:cut], torch.uint8), size)
-        rest = self.outside.unpack(raw_tensor(body[cut:], torch.uint8), numel)
-        again = self.subspace.to_code(layout.unflatten(rest, self.spec))
-        return self._of_code(z) + self.shrink * (rest - self._of_code(again))
-
-    def _of_code(self, z: Tensor) -> Tensor:
-        assert self.subspace is not None
-        return layout.flatten(self.subspace.from_code(z), self.spec)
-
-
 class Relayed(States):
     """Every round's replies, as they came; a client averages those of the rounds that it missed.
+
+    A client that missed so many that the exact vector is smaller gets that.
 
     Args:
         start: the initial vector ``[n]``.
@@ -97,17 +48,20 @@ class Relayed(States):
     """
 
     def __init__(self, start: Tensor, step_of: Callable[[bytes], Tensor]) -> None:
-        super().__init__(start, relative=True)
+        super().__init__(start)
         self.step_of = step_of
         self.rounds: list[bytes] = []
 
     def broadcast(self, version: int) -> bytes:
-        """The replies of all rounds since ``version``."""
-        return Broadcast(self.version, tuple(self.rounds[version:])).to_bytes()
+        """The replies of all rounds since ``version``, or the vector."""
+        missed = Broadcast(self.version, tuple(self.rounds[version:])).to_bytes()
+        return min(missed, super().broadcast(version), key=len)
 
     def arrive(self, held: Tensor, version: int, blob: bytes) -> tuple[int, Tensor]:
         """Add the steps that the server took, from bytes alone."""
         message = Broadcast.from_bytes(blob)
+        if message.whole or not message.parts:
+            return super().arrive(held, version, blob)
         if version + len(message.parts) != message.round:
             raise CodecMismatchError(
                 f"expected the rounds from {version} to {message.round}, got {len(message.parts)}"
@@ -117,67 +71,171 @@ class Relayed(States):
         return message.round, held
 
 
+class Own(States):
+    """Each client gets the coded difference to what it holds.
+
+    Args:
+        start: the initial vector ``[n]``.
+        code: of differences.
+    """
+
+    def __init__(self, start: Tensor, code: Code) -> None:
+        super().__init__(start)
+        self.code = code
+        self._theirs: dict[int, Tensor] = {}
+        self._sent = 0
+
+    def broadcast_to(self, client: int, version: int) -> bytes:
+        """The difference, once anything has changed since ``version``; remembers what arrives."""
+        if version == self.version:
+            return Broadcast(self.version).to_bytes()
+        theirs = self._theirs.get(client, self.start)
+        body = self.code.encode(self.vector - theirs, self._sent)
+        self._sent += 1
+        self._theirs[client] = theirs + self.code.decode(body)
+        return Broadcast(self.version, (body,)).to_bytes()
+
+    def arrive(self, held: Tensor, version: int, blob: bytes) -> tuple[int, Tensor]:
+        """Add the difference."""
+        message = Broadcast.from_bytes(blob)
+        if message.whole or len(message.parts) > 1:
+            raise CodecMismatchError(f"expected one difference, got {len(message.parts)} parts")
+        for part in message.parts:
+            if len(part) != self.code.nbytes:
+                raise MalformedBodyError(f"expected {self.code.nbytes} bytes, got {len(part)}")
+            held = held + self.code.decode(part)
+        return message.round, held
+
+
 class Banded(Peer):
-    """A federation with ``Bands`` up and ``Relayed`` down.
+    """A federation with a code up, and ``Relayed`` or ``Own`` down.
 
     Args:
         initial: the state that every participant derives from a seed.
-        bands: the code.
-        codec_bytes: what the bases cost a client once.
+        code: of updates.
+        codec_bytes: what its bases cost a client once.
+        down: code of ``Own``; relayed by default.
     """
 
-    def __init__(self, initial: State, bands: Bands, codec_bytes: int) -> None:
-        self.relayed = Relayed(flat(initial), self._step_of)
-        super().__init__(initial, self.relayed)
-        self.bands, self.codec_bytes = bands, codec_bytes
+    def __init__(
+        self, initial: State, code: Code, codec_bytes: int = 0, down: Code | None = None
+    ) -> None:
+        start = flat(initial)
+        self.relayed = Relayed(start, self._step_of)
+        self.own = None if down is None else Own(start, down)
+        super().__init__(initial, self.own or self.relayed)
+        self.code, self.codec_bytes = code, codec_bytes
         self._came: dict[int, bytes] = {}
+        # All clients decode the same bytes as the server, so here it is done once.
+        self._step_from = functools.lru_cache(maxsize=32)(self._decoded_step)
+
+    def broadcast(self, client: int) -> bytes:
+        """What this client lacks."""
+        if self.own is None:
+            return super().broadcast(client)
+        blob = self.own.broadcast_to(client, self._sent_to.get(client, 0))
+        self._sent_to[client] = self.round
+        return blob
+
+    def optimizer(
+        self,
+        client: int,
+        parameters: Mapping[str, nn.Parameter],
+        cls: type[torch.optim.Optimizer],
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        """The plain one, without A where the code freezes it."""
+        frozen = isinstance(self.code, Factors) and self.code.frozen
+        moved = [p for n, p in parameters.items() if not (frozen and n.endswith(FROZEN))]
+        return cls(moved, **options)
 
     def encode(self, client: int, update: Tensor) -> bytes:
-        """The two bands."""
-        return self.bands.encode(update, (client << 12) + self.memory(client).version)
+        """The code of an update."""
+        return self.code.encode(update, (client << 12) + self.memory(client).version)
 
     def read(self, reply: Reply) -> Tensor:
-        """The sum of the bands; the body is kept for the broadcast."""
+        """The update; the body is kept for a relay."""
+        update = self.code.decode(reply.body)
         self._came[reply.client] = _EXAMPLES.pack(reply.examples) + reply.body
-        return self.bands.decode(reply.body)
+        return update
 
     def close_round(self) -> None:
         """As of every peer; the bodies that counted become the round's increment."""
         counted = sorted(self._replies)
         super().close_round()
-        self.relayed.rounds.append(b"".join(self._came[client] for client in counted))
+        if self.own is None:
+            self.relayed.rounds.append(b"".join(self._came[client] for client in counted))
         self._came = {}
 
     def _step_of(self, part: bytes) -> Tensor:
         """The server's own arithmetic, on the replies in the order of its sum."""
-        size = _EXAMPLES.size + self.bands.nbytes
+        return self._step_from(part)
+
+    def _decoded_step(self, part: bytes) -> Tensor:
+        size = _EXAMPLES.size + self.code.nbytes
         if not part or len(part) % size:
             raise MalformedBodyError(f"expected replies of {size} bytes each, got {len(part)}")
         replies = {}
         for i, at in enumerate(range(0, len(part), size)):
             (examples,) = _EXAMPLES.unpack_from(part, at)
             body = part[at + _EXAMPLES.size : at + size]
-            replies[i] = (examples, self.bands.decode(body))
+            replies[i] = (examples, self.code.decode(body))
         return self.lr * self.aggregate(replies)
 
 
+def signs(kept: int, shrink: float = 1.0, down: int | None = None) -> Make:
+    """``kept`` of 4096 rotated values up; ``down`` of them to each client, relayed by default."""
+
+    def make(world: World) -> Banded:
+        numel = UpdateSpec.of(world.initial).numel
+        return Banded(world.initial, Signs(numel, kept, shrink), down=_down(numel, down))
+
+    return make
+
+
+def factors(a: int | None, b: int, shrink: float = 1.0, down: int | None = None) -> Make:
+    """``a`` and ``b`` of 4096 rotated values of the two factors up, A's times ``shrink``.
+
+    ``None`` freezes A, which then does not come down either.
+    """
+
+    def make(world: World) -> Banded:
+        spec = UpdateSpec.of(world.initial)
+        code = Factors(spec, None if a is None else (a, shrink), (b, 1.0))
+        back: Code | None = _down(spec.numel, down)
+        if a is None and down is not None:
+            back = Factors(spec, None, (down, contraction(down)))
+        return Banded(world.initial, code, down=back)
+
+    return make
+
+
+def _down(numel: int, kept: int | None) -> Signs | None:
+    return None if kept is None else Signs(numel, kept, contraction(kept))
+
+
 def banded(
-    ratio: float | None,
+    ratio: float,
     inside: tuple[int, int],
-    outside: tuple[int, int],
+    outside: int,
     shrink: float = 1.0,
     share: str = "kind",
     basis_dtype: str = "int4",
 ) -> Make:
-    """``inside`` and ``outside``: how many of a block's rotated values are sent, and the block."""
-    near, far = (
-        RotatedSignPacker(RotatedSignConfig(block=b, kept=k)) for k, b in (inside, outside)
-    )
+    """Two bands.
+
+    Args:
+        ratio: of the subspace.
+        share: of the subspace.
+        basis_dtype: of the subspace.
+        inside: how many of a block's rotated values are sent, and the block.
+        outside: the same of 4096.
+        shrink: factor of what is decoded outside.
+    """
+    kept, block = inside
 
     def make(world: World) -> Banded:
         spec = UpdateSpec.of(world.initial)
-        if ratio is None:
-            return Banded(world.initial, Bands(spec, None, near, far, shrink), 0)
         config = SubspaceConfig(
             ratio=ratio, allocation="tempered", side="long", share=share, basis_dtype=basis_dtype
         )
@@ -185,6 +243,8 @@ def banded(
         codec, nbytes = fitted.kept(world, name, lambda: fitted.signal(world, config))
         bound = codec.bind(spec)
         assert isinstance(bound, Subspace)
-        return Banded(world.initial, Bands(spec, bound, near, far, shrink), nbytes)
+        near = RotatedSignPacker(RotatedSignConfig(block=block, kept=kept))
+        rest = Signs(spec.numel, outside, shrink)
+        return Banded(world.initial, Bands(spec, bound, near, rest), nbytes)
 
     return make

@@ -14,14 +14,14 @@ Rows: ``llama-gsm8k.jsonl``, ``llama-mmlu.jsonl`` and, of the learning rates, ``
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import jobs, report, rows
 from benchmarks.federated import page as pages
 from benchmarks.federated import tune
 from benchmarks.federated.figures import REFERENCE
-from benchmarks.federated.world import play, world_of
+from benchmarks.federated.world import play_together, world_of
 from benchmarks.jobs import Job
 from benchmarks.llama.schemes import SCHEMES, LlamaScheme
 from benchmarks.llama.tasks import MODEL, PLACES, TASKS, accuracy, settings
@@ -46,20 +46,30 @@ def job(task: str, scheme: LlamaScheme, seed: int, lr: float, rounds: int) -> Jo
         "held_out": s.held_out,
     }
     source = f"{__name__}:play_job"
-    return Job(f"{CASE}-{task}", scheme.name, seed, lr, rounds, source, tuple(config.items()))
+    together = f"{__name__}:play_jobs"
+    pairs = tuple(config.items())
+    return Job(f"{CASE}-{task}", scheme.name, seed, lr, rounds, source, pairs, together)
 
 
 def play_job(job: Job) -> Iterator[rows.Row]:
     """The rows of one run; the last has the accuracy."""
-    here = world_of(settings(str(dict(job.config)["task"]), job.seed, ROUNDS))
-    method = SCHEMES[job.scheme].make(here)
-    for row in play(here, method, lr=job.lr, rounds=job.rounds):
+    yield from (row for _, row in play_jobs((job,)))
+
+
+def play_jobs(jobs: Sequence[Job]) -> Iterator[tuple[Job, rows.Row]]:
+    """The same of several runs in one world, in step; see ``play_together``."""
+    first = jobs[0]
+    here = world_of(settings(str(dict(first.config)["task"]), first.seed, first.rounds))
+    methods = [SCHEMES[job.scheme].make(here) for job in jobs]
+    runs = [(method, job.lr) for method, job in zip(methods, jobs, strict=True)]
+    for i, row in play_together(here, runs, rounds=first.rounds):
+        job, method = jobs[i], methods[i]
         if row["round"] == job.rounds and not row["diverged"]:
             if job.scheme == "fp32":  # the others start from the same state
                 row["start_accuracy"] = accuracy(here, here.initial)
             row["accuracy"] = accuracy(here, method.state())
         row["device"] = str(here.device)
-        yield row
+        yield job, row
 
 
 def main(options: Options) -> list[str]:

@@ -13,7 +13,7 @@ from benchmarks.federated.case import auto, paper, signal, untrained
 from benchmarks.federated.methods import Coded, Method
 from benchmarks.federated.scheme import Make, Scheme
 from benchmarks.federated.world import World
-from benchmarks.llama.bands import banded
+from benchmarks.llama.bands import banded, factors, signs
 from benchmarks.llama.gradients import frames
 from benchmarks.llama.stages import Plan, Planned, PlannedServer
 from benchmarks.llama.transfer import bundled, other_task, unfitted
@@ -29,6 +29,7 @@ from gradcodec.tgap import fit_subspace
 from gradcodec.transforms.subspace.config import SubspaceConfig
 
 GRID = (4e-3, 8e-3, 1.6e-2)
+SLOW, FAST = (2e-3, 4e-3, 8e-3), (8e-3, 1.6e-2, 3.2e-2)
 SHARED = SubspaceConfig(
     allocation="tempered", side="long", share="kind", basis_dtype="int4"
 )  # one basis for one kind of factor in all layers, four bits a number: tens of kB
@@ -251,12 +252,9 @@ def _bands() -> Iterator[LlamaScheme]:
 
     for kept in (1280, 1024, 512):
         title = f"rotated signs, {kept}/4096 bit; replies relayed down"
-        yield scheme(f"w-{kept}of4096", title, banded(None, (1, 8), (kept, 4096)))
-    yield scheme(
-        "w-1024of4096-s5",
-        "rotated signs, 1024/4096 bit, halved; replies relayed down",
-        banded(None, (1, 8), (1024, 4096), 0.5),
-    )
+        yield scheme(f"w-{kept}of4096", title, signs(kept))
+    title = "rotated signs, 1024/4096 bit, halved; replies relayed down"
+    yield scheme("w-1024of4096-s5", title, signs(1024, 0.5))
     for ratio, inside, outside, shrink in (
         (8, 1, 4, 1.0),
         (8, 1, 8, 1.0),
@@ -277,12 +275,59 @@ def _bands() -> Iterator[LlamaScheme]:
         parts += [] if shrink == 1 else [f"s{10 * shrink:g}"]
         title = f"bands: 1/{ratio} at {parts[1]} bit, the rest at 1/{outside} bit"
         title += "" if shrink == 1 else f" times {shrink:g}"
-        make = banded(ratio, near, (4096 // outside, 4096), shrink)
+        make = banded(ratio, near, 4096 // outside, shrink)
         yield scheme("-".join(parts), title, make)
     for outside in (8, 16):
         title = f"bands: 1/64 (own bases) at 1 bit, the rest at 1/{outside} bit"
-        make = banded(64, (256, 256), (4096 // outside, 4096), share="none", basis_dtype="int8")
+        make = banded(64, (256, 256), 4096 // outside, share="none", basis_dtype="int8")
         yield scheme(f"h64o-1-1/{outside}", title, make)
+
+
+def _below_a_bit() -> Iterator[LlamaScheme]:
+    """Few signs up, of all values or of LoRA's factors apart; two ways down."""
+
+    def scheme(name: str, title: str, family: str, make: Make) -> LlamaScheme:
+        grid = SLOW if family == "s-256" else FAST if family == "b-640" else GRID
+        return LlamaScheme(name, title, "ours", make, family=family, grid=grid)
+
+    for kept, down in (
+        (1280, 4096),
+        (1280, 2048),
+        (512, None),
+        (512, 2048),
+        (256, None),
+        (256, 2048),
+        (128, None),
+    ):
+        family = "s-1280-o4096" if kept == 1280 else "s-256"
+        name = f"s-{kept}" + ("" if down is None else f"-o{down}")
+        title = f"rotated signs, {kept}/4096 bit; {_way(down)}"
+        yield scheme(name, title, family, signs(kept, down=down))
+    for kept in (512, 256):
+        title = f"rotated signs, {kept}/4096 bit, halved; {_way(None)}"
+        yield scheme(f"s-{kept}-h", title, "s-256", signs(kept, 0.5))
+    for a, b, down in (
+        (256, 1024, None),
+        (256, 1024, 2048),
+        (512, 2048, 4096),
+        (128, 512, None),
+        (128, 512, 2048),
+        (64, 256, None),
+        (64, 1024, None),
+    ):
+        name = f"f-{b}-{a}" + ("" if down is None else f"-o{down}")
+        title = f"rotated signs, {b}/4096 bit of B and {a}/4096 of A; {_way(down)}"
+        yield scheme(name, title, "f-512-128", factors(a, b, down=down))
+    title = f"rotated signs, 512/4096 bit of B and 128/4096 of A, that halved; {_way(None)}"
+    yield scheme("f-512-128-h", title, "f-512-128", factors(128, 512, 0.5))
+    for b, down in ((1280, 4096), (640, None), (640, 2048), (320, None)):
+        name = f"b-{b}" + ("" if down is None else f"-o{down}")
+        title = f"A frozen, rotated signs, {b}/4096 bit of B; {_way(down)}"
+        yield scheme(name, title, "b-640", factors(None, b, down=down))
+
+
+def _way(down: int | None) -> str:
+    return "replies relayed down" if down is None else f"{down}/4096 bit to each client"
 
 
 def _peers() -> Iterator[LlamaScheme]:
@@ -335,6 +380,7 @@ SCHEMES = {
         _transferred,
         _progressive,
         _bands,
+        _below_a_bit,
         _peers,
     )
     for scheme in group()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -23,24 +25,57 @@ MODEL = "SmolLM2-135M-Instruct"
 PLACES = ("GRADCODEC_BENCH_MODEL", "GRADCODEC_BENCH_DATA")
 """Environment variables that tell worker processes where model and data are."""
 
-#: Name of the preset and of the file below ``--data``, by task.
-TASKS: Mapping[str, tuple[str, str]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Task:
+    """What is played.
+
+    Attributes:
+        preset: its settings.
+        file: its rows, below ``--data``.
+        rounds: how many.
+        changes: what differs from the preset.
+        tuned: the task whose learning rates are taken, its own by default.
+    """
+
+    preset: str
+    file: str
+    rounds: int = 10
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    tuned: str = ""
+
+
+_GSM8K = Task("smollm2-gsm8k", "gsm8k-train.jsonl")
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {"gsm8k": _GSM8K, "mmlu": Task("smollm2-mmlu", "mmlu-test.jsonl", tuned="gsm8k")}
+)
+
+#: Longer, and with other adapters; on a GPU.
+MORE: Mapping[str, Task] = MappingProxyType(
     {
-        "gsm8k": ("smollm2-gsm8k", "gsm8k-train.jsonl"),
-        "mmlu": ("smollm2-mmlu", "mmlu-test.jsonl"),
+        "gsm8k-50": dataclasses.replace(_GSM8K, rounds=50, changes={"limit": None}),
+        "gsm8k-r16": dataclasses.replace(
+            _GSM8K, changes={"lora_r": 16, "lora_alpha": 32.0}, tuned="gsm8k"
+        ),
+        "gsm8k-qkvo": dataclasses.replace(
+            _GSM8K,
+            changes={"targets": ("q_proj", "k_proj", "v_proj", "o_proj")},
+            tuned="gsm8k",
+        ),
     }
 )
 
 
 def settings(task: str, seed: int, rounds: int) -> Settings:
     """The preset of a task, from the places that were given."""
-    preset, file = TASKS[task]
-    found = dataclasses.replace(PRESETS[preset], seed=seed, rounds=rounds)
+    asked = {**TASKS, **MORE}[task]
+    found = dataclasses.replace(PRESETS[asked.preset], **asked.changes, seed=seed, rounds=rounds)
     model, folder = (os.environ.get(place) for place in PLACES)
     if model:
         found = dataclasses.replace(found, model=model)
     if folder:
-        found = dataclasses.replace(found, dataset=str(Path(folder) / file))
+        found = dataclasses.replace(found, dataset=str(Path(folder) / asked.file))
     return found
 
 

@@ -74,3 +74,35 @@ def test_the_best_rate_of_the_longest_runs_is_taken(tmp_path: Path) -> None:
     jobs.execute(asked, path, 1)
     schemes = [Scheme(name, name, "peer", make, grid=(1.0, 2.0, 3.0)) for name in ("a", "b")]
     assert tune.best(schemes, path) == {"a": 0.3, "b": 2.0}
+
+
+def play_all(asked: tuple[Job, ...]) -> Iterator[tuple[Job, rows.Row]]:
+    """Stands in for runs in step; ``"gone"`` ends the whole pass after everyone's first round."""
+    STARTED.append("+".join(job.scheme for job in asked))
+    for number in range(1, asked[0].rounds + 1):
+        for job in asked:
+            yield job, {"round": number, "loss": 1.0, "diverged": job.scheme == "blown"}
+        if any(job.scheme == "gone" for job in asked):
+            raise RuntimeError("out of memory")
+
+
+def test_neighbours_that_differ_in_scheme_and_rate_alone_are_played_in_step(tmp_path: Path) -> None:
+    def one(scheme: str, lr: float = 0.1, seed: int = 0) -> Job:
+        source = f"{__name__}:play"
+        return Job("x", scheme, seed, lr, 3, source, together=f"{__name__}:play_all")
+
+    asked = [one("a"), one("a", 0.2), one("b"), one("c", seed=1), one("d", seed=1), job("a")]
+    assert jobs.execute(asked, lambda job: tmp_path / job.case, 1, together=2) == []
+    assert STARTED == ["a+a", "b", "c+d", "a"]  # one alone is played by its own function
+    assert len(rows.runs(tmp_path / "x")) == 5
+    assert len(rows.runs(tmp_path / "tune")) == 1
+
+
+def test_a_pass_that_fails_fails_the_runs_that_had_not_ended(tmp_path: Path) -> None:
+    asked = [
+        Job("x", scheme, 0, 0.1, 3, f"{__name__}:play", together=f"{__name__}:play_all")
+        for scheme in ("blown", "gone", "c")
+    ]
+    failed = jobs.execute(asked, tmp_path / "rows", 1, together=3)
+    assert len(failed) == 2
+    assert all("out of memory" in line for line in failed)

@@ -9,11 +9,12 @@ import torch
 
 from benchmarks.federated import case as federated
 from benchmarks.federated import fitted
-from benchmarks.federated.methods import Coded
-from benchmarks.federated.world import World, play
+from benchmarks.federated.methods import Coded, Method
+from benchmarks.federated.world import Row, World, play, play_together
 from benchmarks.peers import federated as peers
+from benchmarks.peers.federated.random_subspace import random_bases
 from gradcodec.codecs import Identity
-from gradcodec.federated import Federation, Server
+from gradcodec.federated import Federation, Server, ServerConfig
 from gradcodec.metrics import flat64
 from gradcodec.recipes.federated_llama import Experiment
 from gradcodec.recipes.run_folder import RunFolder
@@ -86,6 +87,28 @@ def test_training_that_blows_up_ends_in_a_row_that_says_so(world: World) -> None
     rows = list(play(world, Coded(world.initial, Identity()), lr=1e30, rounds=2))
     assert [row["diverged"] for row in rows] == [True]
     assert rows[0]["loss"] is None
+
+
+def test_runs_in_step_are_the_runs_alone_and_one_that_blows_up_leaves(world: World) -> None:
+    def methods() -> list[tuple[Method, float]]:
+        subspace = random_bases(world.initial, ratio=8, seed=0)
+        latent = Coded(world.initial, subspace, None, ServerConfig(mode="latent"))
+        return [
+            (Coded(world.initial, Identity()), 1e30),
+            (Coded(world.initial, Identity()), SETTINGS.local.lr),
+            (latent, SETTINGS.local.lr),
+        ]
+
+    together: dict[int, list[Row]] = {0: [], 1: [], 2: []}
+    for i, row in play_together(world, methods(), rounds=2):
+        together[i].append(row)
+    assert [row["diverged"] for row in together[0]] == [True]
+    for i, (method, lr) in list(enumerate(methods()))[1:]:
+        for ours, alone in zip(together[i], play(world, method, lr=lr, rounds=2), strict=True):
+            assert ours["loss"] == pytest.approx(alone.pop("loss"), rel=1e-4)
+            assert ours["train_loss"] == pytest.approx(alone.pop("train_loss"), rel=1e-4)
+            del alone["seconds"]
+            assert alone.items() <= ours.items()
 
 
 def test_peers_play_as_well_and_their_payload_is_told_from_its_envelope(world: World) -> None:

@@ -1,0 +1,116 @@
+"""The ``llama`` benchmark in the minutes of a lent GPU: the most important runs first.
+
+    python -m benchmarks.gpu.llama --out OUT --model FOLDER --data FOLDER [--rounds 2]
+
+1. learning rates of 50 rounds, on 20 rounds of the tuning seed; then of 10 rounds, of peers
+2. on seeds 0, 1 and 2 side by side: 50 rounds, 10 rounds, other adapters, MMLU
+
+A process plays several schemes in step, which a GPU needs. Rows come as rounds end: whoever stops
+this loses the unfinished runs alone. On the CPU use ``python -m benchmarks.run llama``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks import jobs
+from benchmarks.federated import tune
+from benchmarks.jobs import Job
+from benchmarks.llama.case import CASE, SEEDS, job
+from benchmarks.llama.schemes import SCHEMES, LlamaScheme
+from benchmarks.llama.tasks import MORE, PLACES, TASKS
+from benchmarks.run import RESULTS
+
+TUNING_ROUNDS = 20
+
+#: Groups in the order of importance; schemes of a group are played in step.
+FIFTY = (
+    ("fp32", "s-1280-o4096", "s-256", "f-512-128", "sub-8", "eden-1", "s-512", "f-1024-256"),
+    ("sign-ef-both", "ffa", "b-640", "f-256-64", "s-512-o2048", "f-512-128-o2048", "sub-64-own"),
+    ("s-256-o2048", "f-1024-256-o2048", "b-1280-o4096", "sub-4", "s-1280-o2048", "s-256-h"),
+    ("bundled-8", "sparseloco", "ecolora", "flasc-8", "fed-sb"),
+    ("f-2048-512-o4096", "f-1024-64", "f-512-128-h", "s-128", "s-512-h", "b-640-o2048", "b-320"),
+    ("sub-16", "auto-64", "h8-1-1/16-s5", "paper-working", "random-8", "bundled-64", "other-8"),
+)
+TEN = (
+    ("fp32", "w-1280of4096", "eden-1", "sign-ef-both", "ffa", "sub-8", "sub-4", "sub-16"),
+    ("sub-64-own", "fed-sb", "rotsign-1280of4096", "bundled-8", "bundled-64", "s-1280-o4096"),
+    ("other-8", "random-8", "other-64", "random-64", "f-1024-256-o2048", "f-2048-512-o4096"),
+    ("sparseloco", "ecolora", "flasc-8", "rotsign-64", "auto-64", "paper-working"),
+    ("ferret", "fedkseed"),  # slow: their directions are drawn on the CPU
+)
+OTHER = ("fp32", "s-1280-o4096", "sub-8", "eden-1")
+MMLU = ("fp32", "bundled-8", "other-8", "random-8", "bundled-64", "other-64", "random-64")
+PEERS = ("sign-ef-both", "ffa", "fed-sb", "flasc-8", "ecolora", "sparseloco", "ferret", "fedkseed")
+
+
+def main() -> int:
+    """Everything, in order; fails if a run did."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, help="of every run, to try the script")
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--together", type=int, default=3)
+    args = parser.parse_args()
+    os.environ.update(zip(PLACES, (args.model, str(args.data)), strict=True))
+    rounds = args.rounds
+
+    def place(job: Job) -> Path:
+        tuning = "-tune" if job.seed == tune.SEED else ""
+        return Path(args.out / f"{job.case}{tuning}.jsonl")
+
+    def runs(todo: Iterable[Job], workers: int) -> list[str]:
+        return jobs.execute(list(todo), place, workers, together=args.together)
+
+    families = list(dict.fromkeys(SCHEMES[SCHEMES[n].family] for group in FIFTY for n in group))
+    tries = [
+        job("gsm8k-50", scheme, tune.SEED, lr, rounds or TUNING_ROUNDS)
+        for scheme in families
+        for lr in scheme.grid
+    ]
+    tries += [
+        job("gsm8k", SCHEMES[name], tune.SEED, lr, rounds or TASKS["gsm8k"].rounds)
+        for name in PEERS
+        for lr in SCHEMES[name].grid
+    ]
+    failed = runs(tries, args.workers)
+    rates = {task: _rates(task, args.out) for task in ("gsm8k-50", "gsm8k")}
+
+    def of(seed: int) -> list[Job]:
+        plans: list[tuple[str, Sequence[str]]] = [("gsm8k-50", g) for g in FIFTY]
+        plans += [("gsm8k", group) for group in TEN]
+        plans += [("gsm8k-r16", OTHER), ("gsm8k-qkvo", OTHER)] if seed == 0 else []
+        plans += [("mmlu", MMLU)]
+        out = []
+        for task, names in plans:
+            asked = {**TASKS, **MORE}[task]
+            for scheme in (SCHEMES[name] for name in names):
+                rate = rates[asked.tuned or task][scheme.family]
+                out.append(job(task, scheme, seed, rate, rounds or asked.rounds))
+        return out
+
+    with ThreadPoolExecutor(len(SEEDS)) as pools:
+        each = max(1, args.workers // len(SEEDS))
+        for lines in pools.map(lambda seed: runs(of(seed), max(2, each)), SEEDS):
+            failed += lines
+    print("\n".join(failed))
+    return 1 if failed else 0
+
+
+def _rates(task: str, out: Path) -> dict[str, float]:
+    """The best rate of each scheme: of what was just tried, else of committed rows."""
+    file = f"{CASE}-{task}-tune.jsonl"
+    schemes: list[LlamaScheme] = list(SCHEMES.values())
+    fresh = tune.best(schemes, out / file)
+    return {**tune.best(schemes, RESULTS / file), **{n: fresh[n] for n in tune.results(out / file)}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
