@@ -17,7 +17,7 @@ from benchmarks.llama.bands import banded, factors, signs
 from benchmarks.llama.gradients import frames
 from benchmarks.llama.stages import Plan, Planned, PlannedServer
 from benchmarks.llama.transfer import bundled, other_task, unfitted
-from benchmarks.peers.federated import FedSB, Ferret
+from benchmarks.peers.federated import FedKSeed, FedSB, Ferret
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
@@ -352,6 +352,16 @@ def _peers() -> Iterator[LlamaScheme]:
         lambda world: Ferret(world.initial, lr=1 / 16),
         "Ferret, arXiv 2409.06277",
         family="ferret",
+    )
+    yield LlamaScheme(
+        "fedkseed",
+        "FedKSeed, 192 of 4096 seeds a round",
+        "peer",
+        lambda world: FedKSeed(world.initial),
+        "FedKSeed, arXiv 2312.06353",
+        family="fedkseed",
+        # Noise bounds the rate, as draws / values: 0.2 was best for the embedded model's 98,304.
+        grid=(1e-2, 3e-2, 1e-1),
     )
     yield LlamaScheme(
         "paper-working",

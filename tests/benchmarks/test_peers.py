@@ -19,6 +19,7 @@ from benchmarks.peers.federated import (
     FLASC,
     Cast,
     EcoLoRA,
+    FedKSeed,
     Ferret,
     FFALoRA,
     Peer,
@@ -101,6 +102,12 @@ PEERS: dict[str, tuple[Callable[[], Peer], tuple[float, float], tuple[int, int]]
         lambda: Ferret(initial(), kept=64, block=400),
         (2.2, 2.8),
         (4 + 4 * 64 * 4, 4 + 4 * 64 * 4),
+    ),
+    # The update is of scalars, which are exact; 32 places of 256 have an entropy of 17 bytes.
+    "fedkseed": (
+        lambda: FedKSeed(initial(), seeds=256),
+        (0, 0),
+        (4 + 32 * 4 + 15, 4 + 32 * 4 + 21),
     ),
     "float16": (lambda: cast("float16"), (1e-5, 5e-4), (3200, 3200)),
     "blockwise8": (lambda: cast("blockwise8"), (1e-3, 0.02), (1600 + 4 * 4, 1600 + 4 * 4)),
@@ -199,7 +206,7 @@ def test_every_message_has_the_promised_bytes(name: str) -> None:
         assert bodies == [least, least, least, 2 * least + 4, least], "client 1 missed a round"
     elif name.startswith(("flasc", "float", "block", "norm")):
         assert all(least <= d - BROADCAST_OVERHEAD <= most for d in down[CLIENTS:])
-    elif name.startswith("ecolora"):
+    elif name.startswith(("ecolora", "fedkseed")):
         assert all(size < d < 4 * size for d in down[CLIENTS:])
     else:
         assert down[CLIENTS:] == [4 * size + BROADCAST_OVERHEAD] * (len(down) - CLIENTS)

@@ -119,6 +119,15 @@ def test_peers_play_as_well_and_their_payload_is_told_from_its_envelope(world: W
     assert row["loss"] < world.start_loss
 
 
+def test_a_peer_that_trains_scalars_of_seeds_plays_to_the_end(world: World) -> None:
+    method = peers.FedKSeed(world.initial, seeds=64, draws=4)
+    row = list(play(world, method, lr=1e-2, rounds=2))[-1]
+    assert row["round"] == 2
+    assert not row["rejected"]
+    assert row["uplink_bytes"] < 2 * SETTINGS.per_round * (16 + 4 + 5 * 4 * SETTINGS.local.steps)
+    assert 0 < abs(row["loss"] - world.start_loss) < 1
+
+
 @pytest.mark.parametrize("records", ["signal", "update"])
 def test_tgap_finds_what_it_finds_in_the_example(
     records: str,

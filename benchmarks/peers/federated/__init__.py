@@ -10,6 +10,7 @@
 | `SignEF`          | 1901.09847             | signs, EF                | fp32 state, or the same |
 | `FFALoRA`         | 2403.12313             | B alone, fp32            | B alone, fp32           |
 | `FedSB`           | 2502.15436             | r x r cores, fp32        | cores, fp32             |
+| `FedKSeed`        | 2312.06353             | seeds' scalars, fp32     | the same, increments    |
 | `Ferret`          | 2409.06277             | random directions, fp32  | fp32 state              |
 | `Cast`            | NVFLARE, 2305.14314    | fp16, int8, fp4 or nf4   | the same, of the state  |
 | `random_subspace` | 1804.08838             | random subspace, 2 bits  | the same, increments    |
@@ -28,6 +29,7 @@ from benchmarks.peers.federated.cast import Cast
 from benchmarks.peers.federated.ecolora import EcoLoRA
 from benchmarks.peers.federated.eden import EDEN
 from benchmarks.peers.federated.fed_sb import FedSB
+from benchmarks.peers.federated.fedkseed import FedKSeed
 from benchmarks.peers.federated.ferret import Ferret
 from benchmarks.peers.federated.ffa import FFALoRA
 from benchmarks.peers.federated.flasc import FLASC
@@ -41,6 +43,7 @@ __all__ = [
     "Cast",
     "EcoLoRA",
     "FFALoRA",
+    "FedKSeed",
     "FedSB",
     "Ferret",
     "Peer",
