@@ -30,23 +30,35 @@ TUNING_ROUNDS = 20
 
 #: Groups in the order of importance; schemes of a group are played in step.
 FIFTY = (
-    ("fp32", "s-1280-o4096", "s-256", "f-512-128", "sub-8", "eden-1", "s-512", "f-1024-256"),
-    ("sign-ef-both", "ffa", "b-640", "f-256-64", "s-512-o2048", "f-512-128-o2048", "sub-64-own"),
-    ("s-256-o2048", "f-1024-256-o2048", "b-1280-o4096", "sub-4", "s-1280-o2048", "s-256-h"),
-    ("bundled-8", "sparseloco", "ecolora", "flasc-8", "fed-sb"),
-    ("f-2048-512-o4096", "f-1024-64", "f-512-128-h", "s-128", "s-512-h", "b-640-o2048", "b-320"),
-    ("sub-16", "auto-64", "h8-1-1/16-s5", "paper-working", "random-8", "bundled-64", "other-8"),
+    ("fp32", "s-1280-o4096", "s-256"),
+    ("f-512-128", "eden-1", "s-512"),
+    ("sub-8", "sub-64-own", "f-1024-256"),
+    ("sign-ef-both", "ffa", "b-640"),
+    ("s-512-o2048", "f-512-128-o2048", "f-256-64"),
+    ("s-256-o2048", "f-1024-256-o2048", "b-1280-o4096"),
+    ("sub-4", "bundled-8", "s-1280-o2048"),
+    ("sparseloco", "ecolora", "flasc-8"),
+    ("fed-sb", "s-256-h", "s-128"),
+    ("f-2048-512-o4096", "f-1024-64", "f-512-128-h"),
+    ("b-640-o2048", "b-320", "s-512-h"),
+    ("sub-16", "bundled-64", "random-8"),
+    ("other-8", "h8-1-1/16-s5", "auto-64"),
 )
 TEN = (
-    ("fp32", "w-1280of4096", "eden-1", "sign-ef-both", "ffa", "sub-8", "sub-4", "sub-16"),
-    ("sub-64-own", "fed-sb", "rotsign-1280of4096", "bundled-8", "bundled-64", "s-1280-o4096"),
-    ("other-8", "random-8", "other-64", "random-64", "f-1024-256-o2048", "f-2048-512-o4096"),
-    ("sparseloco", "ecolora", "flasc-8", "rotsign-64", "auto-64", "paper-working"),
-    ("ferret", "fedkseed"),  # slow: their directions are drawn on the CPU
+    ("fp32", "s-1280-o4096", "eden-1"),
+    ("sign-ef-both", "ffa", "w-1280of4096"),
+    ("sub-8", "sub-4", "sub-64-own"),
+    ("bundled-8", "bundled-64", "sub-16"),
+    ("other-8", "other-64", "rotsign-1280of4096"),
+    ("random-8", "random-64", "f-1024-256-o2048"),
+    ("sparseloco", "ecolora", "flasc-8"),
+    ("fed-sb", "rotsign-64", "f-2048-512-o4096"),
 )
-OTHER = ("fp32", "s-1280-o4096", "sub-8", "eden-1")
-MMLU = ("fp32", "bundled-8", "other-8", "random-8", "bundled-64", "other-64", "random-64")
-PEERS = ("sign-ef-both", "ffa", "fed-sb", "flasc-8", "ecolora", "sparseloco", "ferret", "fedkseed")
+#: Their directions are drawn, or their autoencoder is fitted, on the CPU.
+LAST = (("ferret", "fedkseed"), ("auto-64",), ("paper-working",))
+OTHER = (("fp32", "s-1280-o4096"), ("sub-8", "eden-1"))
+MMLU = (("fp32", "bundled-8", "bundled-64"), ("other-8", "other-64"), ("random-8", "random-64"))
+PEERS = ("fedkseed", "ferret", "ecolora", "sparseloco", "flasc-8", "fed-sb", "ffa", "sign-ef-both")
 
 
 def main() -> int:
@@ -69,15 +81,12 @@ def main() -> int:
     def runs(todo: Iterable[Job], workers: int) -> list[str]:
         return jobs.execute(list(todo), place, workers, together=args.together)
 
-    families = list(dict.fromkeys(SCHEMES[SCHEMES[n].family] for group in FIFTY for n in group))
+    families = list(dict.fromkeys(SCHEMES[n].family for group in FIFTY for n in group))
+    asked = [("gsm8k", name, rounds or TASKS["gsm8k"].rounds) for name in PEERS]
+    asked += [("gsm8k-50", name, rounds or TUNING_ROUNDS) for name in reversed(families)]
     tries = [
-        job("gsm8k-50", scheme, tune.SEED, lr, rounds or TUNING_ROUNDS)
-        for scheme in families
-        for lr in scheme.grid
-    ]
-    tries += [
-        job("gsm8k", SCHEMES[name], tune.SEED, lr, rounds or TASKS["gsm8k"].rounds)
-        for name in PEERS
+        job(task, SCHEMES[name], tune.SEED, lr, tuned)
+        for task, name, tuned in asked  # what takes long comes first, since all wait for its end
         for lr in SCHEMES[name].grid
     ]
     failed = runs(tries, args.workers)
@@ -86,8 +95,10 @@ def main() -> int:
     def of(seed: int) -> list[Job]:
         plans: list[tuple[str, Sequence[str]]] = [("gsm8k-50", g) for g in FIFTY]
         plans += [("gsm8k", group) for group in TEN]
-        plans += [("gsm8k-r16", OTHER), ("gsm8k-qkvo", OTHER)] if seed == 0 else []
-        plans += [("mmlu", MMLU)]
+        plans += [("gsm8k-r16", g) for g in OTHER if seed == 0]
+        plans += [("gsm8k-qkvo", g) for g in OTHER if seed == 0]
+        plans += [("mmlu", group) for group in MMLU]
+        plans += [("gsm8k", group) for group in LAST]
         out = []
         for task, names in plans:
             asked = {**TASKS, **MORE}[task]
