@@ -108,6 +108,14 @@ HEADLINES = (
         plot="-both",
     ),
     Headline(
+        "llama-gsm8k-all",
+        "All of GSM8K, twice the rounds",
+        "Do more rounds make up for fewer bits?",
+        _QUALITY,
+        (0, 3, 5, 7, 8, 10),
+        plot="-both",
+    ),
+    Headline(
         "llama-gsm8k-cpu",
         "The same on two cores",
         "Do rotated signs of less than a bit reach 100x on the uplink?",

@@ -164,7 +164,7 @@ _ALL = (
         "the same on a real pretrained LLaMA: SmolLM2-135M on GSM8K and MMLU",
         "benchmarks.llama.case:main",
         "benchmarks.llama.case:page",
-        stems=("llama-gsm8k", "llama-gsm8k-cpu", "llama-mmlu", "llama-mmlu-cpu"),
+        stems=("llama-gsm8k", "llama-gsm8k-all", "llama-gsm8k-cpu", "llama-mmlu", "llama-mmlu-cpu"),
     ),
     Case(
         "generalise",

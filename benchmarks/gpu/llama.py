@@ -1,9 +1,10 @@
 """The ``llama`` benchmark in the minutes of a lent GPU: the most important runs first.
 
+    nvidia-cuda-mps-control -d      # twice as fast: kernels of several processes side by side
     python -m benchmarks.gpu.llama --out OUT --model FOLDER --data FOLDER [--rounds 2]
 
-1. learning rates of 50 rounds, on 20 rounds of the tuning seed; then of 10 rounds, of peers
-2. on seeds 0, 1 and 2 side by side: 50 rounds, 10 rounds, other adapters, MMLU
+1. learning rates on the tuning seed: all of GSM8K in 20 rounds; of peers also in 10 rounds
+2. on seeds 0, 1 and 2 side by side: all of GSM8K, the 10 rounds, other adapters, MMLU
 
 A process plays several schemes in step, which a GPU needs. Rows come as rounds end: whoever stops
 this loses the unfinished runs alone. On the CPU use ``python -m benchmarks.run llama``.
@@ -26,22 +27,15 @@ from benchmarks.llama.schemes import SCHEMES, LlamaScheme
 from benchmarks.llama.tasks import MORE, PLACES, TASKS
 from benchmarks.run import RESULTS
 
-TUNING_ROUNDS = 20
-
 #: Groups in the order of importance; schemes of a group are played in step.
-FIFTY = (
+TWENTY = (
     ("fp32", "s-1280-o4096", "s-256"),
     ("f-512-128", "eden-1", "s-512"),
-    ("sub-8", "sub-64-own", "f-1024-256"),
+    ("sub-8", "sub-64-own", "sub-4"),
     ("sign-ef-both", "ffa", "b-640"),
-    ("s-512-o2048", "f-512-128-o2048", "f-256-64"),
-    ("s-256-o2048", "f-1024-256-o2048", "b-1280-o4096"),
-    ("sub-4", "bundled-8", "s-1280-o2048"),
+    ("bundled-8", "w-1280of4096", "sub-16"),
     ("sparseloco", "ecolora", "flasc-8"),
-    ("fed-sb", "s-256-h", "s-128"),
-    ("f-2048-512-o4096", "f-1024-64", "f-512-128-h"),
-    ("b-640-o2048", "b-320", "s-512-h"),
-    ("sub-16", "bundled-64", "random-8"),
+    ("fed-sb", "bundled-64", "random-8"),
     ("other-8", "h8-1-1/16-s5", "auto-64"),
 )
 TEN = (
@@ -50,14 +44,14 @@ TEN = (
     ("sub-8", "sub-4", "sub-64-own"),
     ("bundled-8", "bundled-64", "sub-16"),
     ("other-8", "other-64", "rotsign-1280of4096"),
-    ("random-8", "random-64", "f-1024-256-o2048"),
-    ("sparseloco", "ecolora", "flasc-8"),
-    ("fed-sb", "rotsign-64", "f-2048-512-o4096"),
+    ("random-8", "random-64", "rotsign-64"),
+    ("sparseloco", "ecolora", "flasc-8", "fed-sb"),
 )
 #: Their directions are drawn, or their autoencoder is fitted, on the CPU.
 LAST = (("ferret", "fedkseed"), ("auto-64",), ("paper-working",))
 OTHER = (("fp32", "s-1280-o4096"), ("sub-8", "eden-1"))
 MMLU = (("fp32", "bundled-8", "bundled-64"), ("other-8", "other-64"), ("random-8", "random-64"))
+KNOWN = {**TASKS, **MORE}
 PEERS = ("fedkseed", "ferret", "ecolora", "sparseloco", "flasc-8", "fed-sb", "ffa", "sign-ef-both")
 
 
@@ -81,19 +75,19 @@ def main() -> int:
     def runs(todo: Iterable[Job], workers: int) -> list[str]:
         return jobs.execute(list(todo), place, workers, together=args.together)
 
-    families = list(dict.fromkeys(SCHEMES[n].family for group in FIFTY for n in group))
-    asked = [("gsm8k", name, rounds or TASKS["gsm8k"].rounds) for name in PEERS]
-    asked += [("gsm8k-50", name, rounds or TUNING_ROUNDS) for name in reversed(families)]
+    families = list(dict.fromkeys(SCHEMES[n].family for group in TWENTY for n in group))
+    asked = [("gsm8k", name) for name in PEERS]
+    asked += [("gsm8k-all", name) for name in reversed(families)]
     tries = [
-        job(task, SCHEMES[name], tune.SEED, lr, tuned)
-        for task, name, tuned in asked  # what takes long comes first, since all wait for its end
+        job(task, SCHEMES[name], tune.SEED, lr, rounds or KNOWN[task].rounds)
+        for task, name in asked  # what takes long comes first, since all wait for its end
         for lr in SCHEMES[name].grid
     ]
     failed = runs(tries, args.workers)
-    rates = {task: _rates(task, args.out) for task in ("gsm8k-50", "gsm8k")}
+    rates = {task: _rates(task, args.out) for task in ("gsm8k-all", "gsm8k")}
 
     def of(seed: int) -> list[Job]:
-        plans: list[tuple[str, Sequence[str]]] = [("gsm8k-50", g) for g in FIFTY]
+        plans: list[tuple[str, Sequence[str]]] = [("gsm8k-all", g) for g in TWENTY]
         plans += [("gsm8k", group) for group in TEN]
         plans += [("gsm8k-r16", g) for g in OTHER if seed == 0]
         plans += [("gsm8k-qkvo", g) for g in OTHER if seed == 0]
@@ -101,7 +95,7 @@ def main() -> int:
         plans += [("gsm8k", group) for group in LAST]
         out = []
         for task, names in plans:
-            asked = {**TASKS, **MORE}[task]
+            asked = KNOWN[task]
             for scheme in (SCHEMES[name] for name in names):
                 rate = rates[asked.tuned or task][scheme.family]
                 out.append(job(task, scheme, seed, rate, rounds or asked.rounds))

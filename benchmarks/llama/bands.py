@@ -188,30 +188,20 @@ def signs(kept: int, shrink: float = 1.0, down: int | None = None) -> Make:
 
     def make(world: World) -> Banded:
         numel = UpdateSpec.of(world.initial).numel
-        return Banded(world.initial, Signs(numel, kept, shrink), down=_down(numel, down))
+        back = None if down is None else Signs(numel, down, contraction(down))
+        return Banded(world.initial, Signs(numel, kept, shrink), down=back)
 
     return make
 
 
-def factors(a: int | None, b: int, shrink: float = 1.0, down: int | None = None) -> Make:
-    """``a`` and ``b`` of 4096 rotated values of the two factors up, A's times ``shrink``.
-
-    ``None`` freezes A, which then does not come down either.
-    """
+def factors(a: int | None, b: int) -> Make:
+    """``a`` and ``b`` of 4096 rotated values of the two factors up; ``None`` freezes A."""
 
     def make(world: World) -> Banded:
-        spec = UpdateSpec.of(world.initial)
-        code = Factors(spec, None if a is None else (a, shrink), (b, 1.0))
-        back: Code | None = _down(spec.numel, down)
-        if a is None and down is not None:
-            back = Factors(spec, None, (down, contraction(down)))
-        return Banded(world.initial, code, down=back)
+        share = None if a is None else (a, 1.0)
+        return Banded(world.initial, Factors(UpdateSpec.of(world.initial), share, (b, 1.0)))
 
     return make
-
-
-def _down(numel: int, kept: int | None) -> Signs | None:
-    return None if kept is None else Signs(numel, kept, contraction(kept))
 
 
 def banded(

@@ -7,7 +7,8 @@ Dirichlet(0.5) clients by topic or subject, 4 of them in each of 10 rounds, 6 st
 questions each. Otherwise as the ``federated`` benchmark: same messages, same counting, the learning
 rate of each family of schemes from one grid on a seed that is not reported.
 
-Rows: ``llama-gsm8k.jsonl``, ``llama-mmlu.jsonl`` and, of the learning rates, ``*-tune.jsonl``.
+Rows: ``llama-gsm8k.jsonl``, ``llama-mmlu.jsonl`` and, of the learning rates, ``*-tune.jsonl``; MMLU
+takes the rates that were best on GSM8K. ``benchmarks.gpu.llama`` makes ``llama-gsm8k-all.jsonl``.
 ``accuracy`` in a run's last row is that of held-out multiple-choice questions.
 """
 
@@ -73,7 +74,7 @@ def play_jobs(jobs: Sequence[Job]) -> Iterator[tuple[Job, rows.Row]]:
 
 
 def main(options: Options) -> list[str]:
-    """Tune, then run what is missing, task by task; then tables and plots."""
+    """Tune on GSM8K, then run what is missing, task by task; then tables and plots."""
     for place, given in zip(PLACES, (options.model, options.data), strict=True):
         if given is not None:
             os.environ[place] = str(given)
@@ -83,8 +84,8 @@ def main(options: Options) -> list[str]:
     failed: list[str] = []
     for task in list(TASKS)[: 1 if options.quick else None]:
         path = options.out / f"{CASE}-{task}.jsonl"
-        tuned = options.out / f"{CASE}-{task}-tune.jsonl"
-        if not options.quick:
+        tuned = options.out / f"{CASE}-{TASKS[task].tuned or task}-tune.jsonl"
+        if not options.quick and not TASKS[task].tuned:
             families = [s for s in SCHEMES.values() if s.name in {s.family for s in schemes}]
             tries = [job(task, s, tune.SEED, lr, rounds) for s in families for lr in s.grid]
             failed += jobs.execute(tries, tuned, options.workers, again=options.again)

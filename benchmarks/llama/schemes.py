@@ -290,40 +290,15 @@ def _below_a_bit() -> Iterator[LlamaScheme]:
         grid = SLOW if family == "s-256" else FAST if family == "b-640" else GRID
         return LlamaScheme(name, title, "ours", make, family=family, grid=grid)
 
-    for kept, down in (
-        (1280, 4096),
-        (1280, 2048),
-        (512, None),
-        (512, 2048),
-        (256, None),
-        (256, 2048),
-        (128, None),
-    ):
+    for kept, down in ((1280, 4096), (512, None), (512, 2048), (256, None)):
         family = "s-1280-o4096" if kept == 1280 else "s-256"
         name = f"s-{kept}" + ("" if down is None else f"-o{down}")
         title = f"rotated signs, {kept}/4096 bit; {_way(down)}"
         yield scheme(name, title, family, signs(kept, down=down))
-    for kept in (512, 256):
-        title = f"rotated signs, {kept}/4096 bit, halved; {_way(None)}"
-        yield scheme(f"s-{kept}-h", title, "s-256", signs(kept, 0.5))
-    for a, b, down in (
-        (256, 1024, None),
-        (256, 1024, 2048),
-        (512, 2048, 4096),
-        (128, 512, None),
-        (128, 512, 2048),
-        (64, 256, None),
-        (64, 1024, None),
-    ):
-        name = f"f-{b}-{a}" + ("" if down is None else f"-o{down}")
-        title = f"rotated signs, {b}/4096 bit of B and {a}/4096 of A; {_way(down)}"
-        yield scheme(name, title, "f-512-128", factors(a, b, down=down))
-    title = f"rotated signs, 512/4096 bit of B and 128/4096 of A, that halved; {_way(None)}"
-    yield scheme("f-512-128-h", title, "f-512-128", factors(128, 512, 0.5))
-    for b, down in ((1280, 4096), (640, None), (640, 2048), (320, None)):
-        name = f"b-{b}" + ("" if down is None else f"-o{down}")
-        title = f"A frozen, rotated signs, {b}/4096 bit of B; {_way(down)}"
-        yield scheme(name, title, "b-640", factors(None, b, down=down))
+    title = f"rotated signs, 512/4096 bit of B and 128/4096 of A; {_way(None)}"
+    yield scheme("f-512-128", title, "f-512-128", factors(128, 512))
+    title = f"A frozen, rotated signs, 640/4096 bit of B; {_way(None)}"
+    yield scheme("b-640", title, "b-640", factors(None, 640))
 
 
 def _way(down: int | None) -> str:
