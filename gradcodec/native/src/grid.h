@@ -1,8 +1,15 @@
 /* The levels of a block, gradcodec.reference.grid: value = (code - zero) * delta. */
+#define GAUSSIAN 16 /* in place of bits: the 16 levels of gradcodec.reference.gaussian */
+
+static const uint8_t SIZES[8] = {5, 15, 25, 36, 48, 62, 79, 104};
+
 INLINE float zero_of(int bits) { return bits == 8 ? 128 : bits == 4 ? 8 : bits == 2 ? 1.5f : 0.5f; }
 INLINE float low_of(int bits) { return bits >= 4 ? 1 : 0; }
 INLINE float high_of(int bits) { return (float)((1 << bits) - 1); }
-INLINE float top_of(int bits) { return bits == 8 ? 127 : bits == 4 ? 7 : bits == 2 ? 1.5f : 1; }
+INLINE float top_of(int bits) {
+    if (bits == GAUSSIAN) return 104;
+    return bits == 8 ? 127 : bits == 4 ? 7 : bits == 2 ? 1.5f : 1;
+}
 
 #define LARGEST 3e38f /* below the end of fp32, where rounding to bf16 could make an infinity */
 #define HEADROOM (1.0f + 0x1p-7f)
@@ -37,6 +44,7 @@ static double sum_of_sizes(const float *y, size_t count, int squares) {
 
 static float factor_of(int scale, int bits) {
     if (scale == SCALE_L1) return bits == 2 ? 1.2479f : 1;
+    if (bits == GAUSSIAN) return 0.026217f;
     return bits == 8 ? 0.0308f : bits == 4 ? 0.3535f : bits == 2 ? 0.9957f : 0.7979f;
 }
 
@@ -101,6 +109,30 @@ INLINE void shifts_of(const uint8_t *dither, int bits, vf shift[4]) {
     }
 }
 
+/* As quantise_as with these levels: a code counts the middles below a magnitude. */
+INLINE void quantise_gaussian(float *rest, const float *y, size_t count, float step,
+                              uint8_t *codes) {
+    float inverse = step > 0 ? 1.0f / step : 0.0f;
+    for (size_t i = 0; i < count; i += 4 * LANES) {
+        vi code[4];
+        for (int k = 0; k < 4; k++) {
+            vf x = load(y + i + (size_t)k * LANES);
+            vf size = (vf)((vi)(x * inverse) & 0x7FFFFFFF);
+            vi minus = x < 0, above = {0}, level = (vi){0} + SIZES[0];
+            for (int m = 0; m < 7; m++) {
+                vi more = size > every((float)(SIZES[m] + SIZES[m + 1]) / 2);
+                above -= more;
+                if (rest) level += more & (SIZES[m + 1] - SIZES[m]);
+            }
+            code[k] = (above + 8) ^ (minus & 15);
+            if (!rest) continue;
+            level = (level ^ minus) - minus;
+            store(rest + i + (size_t)k * LANES, x - __builtin_convertvector(level, vf) * step);
+        }
+        store_bytes(codes + i, code);
+    }
+}
+
 /* Codes; with `rest`, which may be y, also y - value(code). */
 INLINE void quantise_as(int bits, const uint8_t *dither, float *rest, const float *y, size_t count,
                         float step, uint8_t *codes) {
@@ -149,7 +181,11 @@ INLINE void quantise_with(int bits, const uint8_t *dither, float *rest, const fl
 static __attribute__((noinline)) void quantise_whole(int bits, const uint8_t *dither, float *rest,
                                                      const float *y, size_t count, float step,
                                                      uint8_t *codes) {
-    if (bits == 8)
+    if (bits == GAUSSIAN && rest)
+        quantise_gaussian(rest, y, count, step, codes);
+    else if (bits == GAUSSIAN)
+        quantise_gaussian(NULL, y, count, step, codes);
+    else if (bits == 8)
         quantise_with(8, dither, rest, y, count, step, codes);
     else if (bits == 4)
         quantise_with(4, dither, rest, y, count, step, codes);
@@ -172,6 +208,16 @@ static void quantise(int bits, const uint8_t *dither, float *rest, const float *
     quantise_whole(bits, dither ? of_dither : NULL, rest ? of_y : NULL, of_y, 64, step, of_codes);
     memcpy(codes + whole, of_codes, tail);
     if (rest) memcpy(rest + whole, of_y, 4 * tail);
+}
+
+/* Codes of Gaussian levels to those of 8 bits that have their values. */
+static void widen_gaussian(uint8_t *codes, size_t count) {
+    uint8_t wide[16];
+    for (int k = 0; k < 8; k++) {
+        wide[8 + k] = (uint8_t)(128 + SIZES[k]);
+        wide[7 - k] = (uint8_t)(128 - SIZES[k]);
+    }
+    for (size_t i = 0; i < count; i++) codes[i] = wide[codes[i]];
 }
 
 /* total += values of codes, times the weight if weighted; if `first`, total starts at zero. */
