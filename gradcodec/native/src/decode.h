@@ -21,13 +21,12 @@ static void mean_of(const struct payloads *of, size_t start, size_t count, int b
     uint8_t codes[CHUNK] ALIGNED;
     for (size_t w = 0; w < of->world; w++) {
         read_codes(codes, of->packed + w * of->stride, start, count, bits);
-        if (gaussian) widen_gaussian(codes, count);
         for (size_t at = 0, run; at < count; at += run) {
             size_t its = (start + at) / block;
             run = least(count - at, (its + 1) * block - start - at);
             float step = float_of_bf16(of->deltas[w * of->blocks + its]);
             const float *weight = of->weights ? of->weights + w : NULL;
-            add_values(gaussian ? 8 : bits, weight, w == 0, mean + at, codes + at, run, step);
+            add_values(gaussian ? GAUSSIAN : bits, weight, w == 0, mean + at, codes + at, run, step);
         }
     }
     if (of->weights) return;
