@@ -189,6 +189,8 @@ HEADLINES = (
             "bitsandbytes 8 bit of 256 (peer)",
             "int4",
             "int4-rotated",
+            "gauss4",
+            "gauss4-64",
             "bitsandbytes nf4 of 64 (peer)",
             "int2",
             "int2-rotated",

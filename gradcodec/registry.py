@@ -53,6 +53,10 @@ UNTRAINED: dict[str, Callable[[], Codec]] = {
     "int4-rotated": lambda: _rotated(4),
     "int2-rotated": lambda: _rotated(2),
     "sign-rotated": lambda: _rotated(1),
+    # Levels of a Gaussian that are not evenly spaced, after a rotation; "-64": a scale for every 64
+    # values.
+    "gauss4": lambda: _gaussian(CHUNK),
+    "gauss4-64": lambda: _gaussian(64),
     "int8-unbiased": lambda: _unbiased(8),
     "int4-unbiased": lambda: _unbiased(4),
     "int2-unbiased": lambda: _unbiased(2),
@@ -67,6 +71,10 @@ def _rotated(bits: int) -> Codec:
 def _unbiased(bits: int) -> Codec:
     config = BlockQuantConfig(bits, CHUNK, scale="absmax", rotate=True, stochastic=True)
     return BlockQuant(config)
+
+
+def _gaussian(block: int) -> Codec:
+    return BlockQuant(BlockQuantConfig(4, block, rotate=True, levels="gaussian"))
 
 
 def make_codec(name: str) -> Codec:

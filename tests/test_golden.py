@@ -109,6 +109,11 @@ def blockquant_rotated() -> tuple[Codec, Update]:
     return BlockQuant(BlockQuantConfig(4, 4096, rotate=True)), update
 
 
+def blockquant_gaussian() -> tuple[Codec, Update]:
+    config = BlockQuantConfig(4, 64, rotate=True, levels="gaussian")
+    return BlockQuant(config), blockquant_rotated()[1]
+
+
 def blockquant_stochastic() -> tuple[Codec, Update]:
     # The dither is integers; a product and a sum of fp32 follow, which every machine rounds alike.
     return BlockQuant(BlockQuantConfig(2, 16, "absmax", stochastic=True)), mixed()
@@ -169,6 +174,7 @@ CASES: dict[str, Callable[[], tuple[Codec, Update]]] = {
     "blockquant-2": lambda: blockquant(2),
     "blockquant-1": lambda: blockquant(1),
     "blockquant-rotated-4": blockquant_rotated,
+    "blockquant-rotated-gaussian-4": blockquant_gaussian,
     "blockquant-stochastic-2": blockquant_stochastic,
     "blockquant-rotated-stochastic-4": blockquant_rotated_stochastic,
     "topk": topk,

@@ -34,6 +34,8 @@ def samples() -> dict[str, list[Call]]:
     x, padded = torch.randn(NUMEL), ops.padded_numel(NUMEL, True)
     packed, scales = coded(4, 256, False)
     rotated, its = coded(2, 4096, True)
+    of_gaussian: dict[str, Any] = {"bits": 4, "block": 64, "rotate": True, "levels": "gaussian"}
+    fine = [t.expand(3, -1) for t in ops.encode(x, **of_gaussian, impl="reference")]
     kept, index = ops.topk_encode(x, k=8, chunk=64, impl="reference")
     fitted = [t.view(1, -1).expand(3, -1) for t in ops.lloyd_encode(x, block=256, impl="reference")]
     signs, of_rotsign = ops.random_sign_words(5120, 1), {"block": 256, "kept": 64}
@@ -49,9 +51,11 @@ def samples() -> dict[str, list[Call]]:
                 | {"residual": torch.zeros(padded)},
             ),
             ((x,), {"bits": 1, "block": 100, "scale": "l1"} | {"residual": x.bfloat16()}),
+            ((x,), of_gaussian | {"residual": torch.zeros(padded)}),
         ],
         "decode_mean": [
             ((packed, scales, NUMEL), {"bits": 4, "block": 256}),
+            ((*fine, NUMEL), of_gaussian),
             (
                 (rotated, its, NUMEL),
                 {"bits": 2, "rotate": True, "weights": weights, "dtype": torch.bfloat16},
@@ -264,7 +268,13 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "3 bits": (lambda: ops.encode(X, bits=3), "bits"),
     "a block of 7": (lambda: ops.encode(X, bits=4, block=7), "block"),
     "a long block": (lambda: ops.encode(X, bits=4, block=(1 << 20) + 1), "block"),
-    "rotation of 256": (lambda: ops.encode(X, bits=4, block=256, rotate=True), "rotation"),
+    "rotation of 100": (lambda: ops.encode(X, bits=4, block=100, rotate=True), "rotation"),
+    "unknown levels": (lambda: ops.encode(X, bits=4, levels="normal"), "normal"),
+    "gaussian at 2 bits": (lambda: ops.encode(X, bits=2, levels="gaussian"), "4 bits"),
+    "gaussian dithered": (
+        lambda: ops.encode(X, bits=4, levels="gaussian", stochastic=True),
+        "stochastic",
+    ),
     "an unknown scale": (lambda: ops.encode(X, bits=4, scale="max"), "max"),
     "l1 at 4 bits": (lambda: ops.encode(X, bits=4, scale="l1"), "l1"),
     "a short residual": (lambda: ops.encode(X, bits=4, residual=torch.ones(99)), "residual"),
@@ -369,8 +379,8 @@ def test_seeds_have_64_bits_of_either_sign(seed: int) -> None:
 # -- the four lists ------------------------------------------------------------------------------
 
 #: Parts that oracles and kernels are made of.
-PARTS = {"bitpack", "grid", "hadamard", "philox"}
-KERNEL_PARTS = {"launch", "quantise", "signs", "tiles", "unpack"}
+PARTS = {"bitpack", "gaussian", "grid", "hadamard", "philox"}
+KERNEL_PARTS = {"gaussian", "launch", "quantise", "signs", "tiles", "unpack"}
 #: Kernels that are no ops: they take no tensor whose device could choose an implementation.
 GENERATORS = {"sign_words"}
 

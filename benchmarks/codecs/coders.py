@@ -103,7 +103,16 @@ def _topk(name: str, **settings: Any) -> Scheme:
 
 _NAMED = (
     *("int8", "int8-rotated", "int8-unbiased", "int4", "int4-rotated", "int4-unbiased"),
-    *("int2", "int2-rotated", "int2-unbiased", "sign", "sign-rotated", "rotsign"),
+    *(
+        "gauss4",
+        "gauss4-64",
+        "int2",
+        "int2-rotated",
+        "int2-unbiased",
+        "sign",
+        "sign-rotated",
+        "rotsign",
+    ),
 )
 
 OURS: tuple[Scheme, ...] = (
@@ -113,6 +122,7 @@ OURS: tuple[Scheme, ...] = (
     _block("int8 dithered", 8, stochastic=True),
     _block("int4 of 4096", 4, 4096),
     _block("int4 of 32", 4, 32),
+    _block("gauss4 of 32", 4, 32, rotate=True, levels="gaussian"),
     _block("int4 dithered", 4, stochastic=True),
     _block("int4-rotated, EF", 4, 4096, scale="rms", rotate=True, feedback=True),
     _block("int4-unbiased, EF", 4, 4096, rotate=True, stochastic=True, feedback=True),
@@ -129,7 +139,7 @@ OURS: tuple[Scheme, ...] = (
 )
 
 #: Timed as torch computes them, beside what the machine has.
-BY_TORCH = ("int8", "int4", "int4 dithered", "int4-rotated", "int4-unbiased", "sign")
+BY_TORCH = ("int8", "int4", "int4 dithered", "int4-rotated", "int4-unbiased", "gauss4", "sign")
 BY_TORCH += ("topk 64 of 4096, 8 bit", "rows 1 of 64, 4 bit")
 
 

@@ -18,6 +18,7 @@ DITHERED = (("int8 dithered", "int8"), ("int4 dithered", "int4"))
 TURNED = (
     *("int8-rotated", "int4-rotated", "int2-rotated", "sign-rotated", "int8-unbiased"),
     *("int4-unbiased", "int2-unbiased", "int4-rotated, EF", "int4-unbiased, EF"),
+    *("gauss4", "gauss4-64", "gauss4 of 32"),
 )
 SLACK = 1.02
 """Equal bits: ours may have 2 % more than a peer's, for scales that the peer has none of."""

@@ -62,6 +62,7 @@ def _encode(
     stochastic: bool = False,
     ef: bool = False,
     tail: int = 0,
+    levels: str = "uniform",
 ) -> Make:
     def make(numel: int, device: torch.device) -> Timed:
         values = torch.randn(numel, device=device, dtype=DTYPES[dtype])[: numel - tail]
@@ -82,6 +83,7 @@ def _encode(
                 stochastic=stochastic,
                 seed=1,
                 residual=residual,
+                levels=levels,
             )
 
         return call, _bytes(values, residual, residual, packed, scales)
@@ -98,6 +100,7 @@ def _decode(
     rotate: bool = False,
     weighted: bool = False,
     apart: int = 0,
+    levels: str = "uniform",
 ) -> Make:
     def make(numel: int, device: torch.device) -> Timed:
         packed = _payloads(world, numel + 8 * apart // bits, bits, device)[:, : numel * bits // 8]
@@ -108,7 +111,14 @@ def _decode(
 
         def call() -> None:
             decode_mean(
-                packed, scales, result, bits=bits, block=block, rotation=rotation, weights=weights
+                packed,
+                scales,
+                result,
+                bits=bits,
+                block=block,
+                rotation=rotation,
+                weights=weights,
+                levels=levels,
             )
 
         return call, _bytes(packed, scales, result)
@@ -210,6 +220,7 @@ def _words(numel: int, device: torch.device) -> Timed:
 
 
 _ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
+_GAUSSIAN: dict[str, Any] = {"rotate": True, "levels": "gaussian"}
 
 #: By the names of ``variants.VARIANTS``.
 KERNELS: Mapping[str, Make] = {
@@ -220,6 +231,8 @@ KERNELS: Mapping[str, Make] = {
     "encode 4 bits, nearest, fp32": _encode(4, "fp32"),
     "encode 8 bits of 256, nearest, fp32": _encode(8, "fp32", block=256),
     "encode 4 bits of 64, dithered, EF": _encode(4, block=64, stochastic=True, ef=True),
+    "encode 4 bits of 64, Gaussian, rotated, EF": _encode(4, block=64, **_GAUSSIAN, ef=True),
+    "decode_mean of 8, 4 bits of 64, Gaussian, rotated": _decode(8, 4, block=64, **_GAUSSIAN),
     "decode_mean of 8, 4 bits, rotated": _decode(8, 4, rotate=True),
     "decode_mean of 8, 1 bit, rotated": _decode(8, 1, rotate=True),
     "decode_mean of 8, 4 bits of 256, fp32": _decode(8, 4, "fp32", block=256),

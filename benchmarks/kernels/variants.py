@@ -82,11 +82,13 @@ def _encode(
     stochastic: bool = False,
     ef: bool = False,
     even: bool = True,
+    gaussian: bool = False,
 ) -> Variant:
     constants = {
         "BITS": bits,
         "BLOCK": block,
         "SCALE": scale,
+        "GAUSSIAN": gaussian,
         "ROTATE": rotate,
         "STOCHASTIC": stochastic,
         "EF": ef,
@@ -106,10 +108,12 @@ def _decode(
     rotate: bool = False,
     weighted: bool = False,
     words: str = "i32",
+    gaussian: bool = False,
 ) -> Variant:
     constants = {
         "W": world,
         "BITS": bits,
+        "GAUSSIAN": gaussian,
         "BLOCK": block,
         "ROTATE": rotate,
         "WEIGHTED": weighted,
@@ -182,6 +186,7 @@ def _words() -> Variant:
 
 
 _ROTATED: dict[str, Any] = {"rotate": True, "stochastic": True, "ef": True}
+_GAUSSIAN: dict[str, Any] = {"rotate": True, "gaussian": True}
 
 VARIANTS: Mapping[str, Variant] = {
     "encode 4 bits, rotated, dithered, EF, bf16": _encode(4, **_ROTATED),
@@ -191,6 +196,8 @@ VARIANTS: Mapping[str, Variant] = {
     "encode 4 bits, nearest, fp32": _encode(4, "fp32"),
     "encode 8 bits of 256, nearest, fp32": _encode(8, "fp32", block=256),
     "encode 4 bits of 64, dithered, EF": _encode(4, block=64, stochastic=True, ef=True),
+    "encode 4 bits of 64, Gaussian, rotated, EF": _encode(4, block=64, **_GAUSSIAN, ef=True),
+    "decode_mean of 8, 4 bits of 64, Gaussian, rotated": _decode(8, 4, block=64, **_GAUSSIAN),
     "decode_mean of 8, 4 bits, rotated": _decode(8, 4, rotate=True),
     "decode_mean of 8, 1 bit, rotated": _decode(8, 1, rotate=True),
     "decode_mean of 8, 4 bits of 256, fp32": _decode(8, 4, "fp32", block=256),
@@ -225,6 +232,8 @@ EVERYWHERE = frozenset(
         "encode 4 bits, rotated, dithered, EF, fp32",
         "encode 1 bit, rotated, l1, EF",
         "encode 4 bits of 64, dithered, EF",
+        "encode 4 bits of 64, Gaussian, rotated, EF",
+        "decode_mean of 8, 4 bits of 64, Gaussian, rotated",
         "decode_mean of 8, 4 bits, rotated",
         "decode_mean of 8, 1 bit, rotated",
         "lloyd_encode of 256, EF",

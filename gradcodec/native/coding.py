@@ -37,6 +37,7 @@ def encode(
     stochastic: bool,
     seed: int,
     residual: Tensor | None,
+    levels: str,
     out: tuple[Tensor, Tensor],
 ) -> None:
     """``gradcodec.reference.encode.encode``.
@@ -50,6 +51,7 @@ def encode(
         *typed("values", values, numel),
         *(numel, total, bits, block, SCALES.index(scale), rotate, stochastic, seed & _MASK),
         *typed("residual", residual, total),
+        levels == "gaussian",
         at("packed", out[0], packed_nbytes(total, bits), torch.uint8),
         at("scales", out[1], -(-total // block), torch.bfloat16),
     )
@@ -64,6 +66,7 @@ def decode_mean(
     block: int,
     rotate: bool,
     weights: Tensor | None,
+    levels: str,
     dtype: torch.dtype,
     out: Tensor,
 ) -> None:
@@ -77,7 +80,7 @@ def decode_mean(
         nbytes,
         at("scales", scales, world * blocks, torch.bfloat16),
         *(blocks, world, at("weights", weights, world, torch.float32)),
-        *(numel, total, bits, block, rotate, its_dtype, memory),
+        *(numel, total, bits, block, rotate, levels == "gaussian", its_dtype, memory),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradcodec.errors import ConfigError
 from gradcodec.native import sources
 
-ABI = 2
+ABI = 3
 """``GRADCODEC_ABI`` of ``src/levels.h``."""
 
 SWITCH = "GRADCODEC_NATIVE"
@@ -30,11 +30,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "random_bytes": (None, _SEED, _SIZE, _SEED, _AT),
     "encode": (
         *(None, *_TYPED, _SIZE, _SIZE, _INT, _SIZE, _INT, _INT, _INT, _SEED, *_TYPED),
-        *(_AT, _AT),
+        *(_INT, _AT, _AT),
     ),
     "decode": (
         *(None, _AT, _SIZE, _AT, _SIZE, _SIZE, _AT, _SIZE, _SIZE, _INT, _SIZE, _INT),
-        *(_INT, _AT),
+        *(_INT, _INT, _AT),
     ),
     "topk": (_INT, *_TYPED, _SIZE, _SIZE, _SIZE, *_TYPED, _AT, _AT),
     "rows": (None, *_TYPED, _SIZE, _SIZE, *_TYPED, _AT, _AT),

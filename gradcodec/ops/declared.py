@@ -47,12 +47,14 @@ def encode(
     stochastic: bool = False,
     seed: int = 0,
     residual: Tensor | None = None,
+    levels: str = "uniform",
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise values to evenly spaced levels: ``gradcodec.reference.encode.encode``."""
+    """Quantise values to the levels of blocks: ``gradcodec.reference.encode.encode``."""
     check_vector("values", values)
     grid.check_grid(bits, block, rotate)
     grid.check_scale(scale, bits)
+    grid.check_levels(levels, bits, stochastic)
     total = padded_numel(values.numel(), rotate)
     check_residual(residual, total, values)
     return _coded(values, total * bits, -(-total // block))
@@ -68,11 +70,13 @@ def decode_mean(
     block: int = CHUNK,
     rotate: bool = False,
     weights: Tensor | None = None,
+    levels: str = "uniform",
     dtype: torch.dtype = torch.float32,
     impl: Impl | None = None,
 ) -> Tensor:
     """Mean of what ``encode`` made: ``gradcodec.reference.decode_mean.decode_mean``."""
     grid.check_grid(bits, block, rotate)
+    grid.check_levels(levels, bits)
     check_numel(numel)
     total = padded_numel(numel, rotate)
     check_payloads(packed, scales, total * bits, -(-total // block), weights)

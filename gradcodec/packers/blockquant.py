@@ -21,6 +21,8 @@ from gradcodec.settings import CodecConfig, check_one_of, check_whole
 #: What ``scale="auto"`` means at each bit width, without rotation or stochastic rounding.
 _DEFAULT_SCALE = {8: "absmax", 4: "absmax", 2: "lloyd", 1: "l1"}
 _SCALES = ("auto", "lloyd", *grid.SCALES)
+#: The largest block whose Gaussian levels err less when placed by the largest magnitude.
+_PEAKED = 128
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,25 @@ class BlockQuantConfig(CodecConfig):
 
     Attributes:
         bits: per value: 1, 2, 4 or 8.
-        block: values that share a scale; must be 4096 with ``rotate``.
+        block: values that share a scale; must divide 4096 with ``rotate``.
         scale: ``"absmax"``, ``"rms"``, ``"l1"`` (1 and 2 bits), ``"lloyd"`` (2 bits: two fitted
-            magnitudes) or ``"auto"``: absmax at 8 and 4 bits, lloyd at 2, l1 at 1.
+            magnitudes) or ``"auto"``: absmax at 8 and 4 bits, lloyd at 2, l1 at 1; with Gaussian
+            levels rms in blocks of more than 128 values.
         rotate: rotate chunks of 4096 values first, so that every block looks Gaussian.
         stochastic: round up or down at random. Unbiased with ``scale="absmax"``.
+        levels: ``"uniform"``: evenly spaced; ``"gaussian"`` (4 bits, to nearest): those of least
+            error for a Gaussian.
     """
 
     kind: ClassVar[str] = "blockquant"
-    LATER: ClassVar[tuple[str, ...]] = ("scale", "rotate", "stochastic")
+    LATER: ClassVar[tuple[str, ...]] = ("scale", "rotate", "stochastic", "levels")
 
     bits: int = 4
     block: int = 256
     scale: str = "auto"
     rotate: bool = False
     stochastic: bool = False
+    levels: str = "uniform"
 
     def __post_init__(self) -> None:
         check_one_of(self.kind, "bits", self.bits, tuple(grid.BITS))
@@ -51,9 +57,16 @@ class BlockQuantConfig(CodecConfig):
         check_one_of(self.kind, "scale", self.scale, _SCALES)
         for name in ("rotate", "stochastic"):
             check_one_of(self.kind, name, getattr(self, name), (True, False))
-        if self.rotate and self.block != ops.CHUNK:
+        check_one_of(self.kind, "levels", self.levels, grid.LEVELS)
+        if self.rotate and ops.CHUNK % self.block:
             raise ConfigError(
-                f"blockquant: rotate needs a block of {ops.CHUNK} values, got {self.block}"
+                f"blockquant: rotate needs a block that divides {ops.CHUNK} values, got "
+                f"{self.block}"
+            )
+        if self._gaussian and (self.bits != 4 or self.stochastic):
+            raise ConfigError(
+                f"blockquant: 'gaussian' levels are for 4 bits and stochastic=False, got "
+                f"{self.bits} bits and stochastic={self.stochastic}"
             )
         scale = self.placed
         if scale == "lloyd" and (self.bits != 2 or self.rotate or self.stochastic):
@@ -62,10 +75,16 @@ class BlockQuantConfig(CodecConfig):
             raise ConfigError(f"blockquant: 'l1' is for 1 and 2 bits, got {self.bits} bits")
 
     @property
+    def _gaussian(self) -> bool:
+        return self.levels == "gaussian"
+
+    @property
     def placed(self) -> str:
         """The scale that is used: ``scale``, or what ``"auto"`` means."""
         if self.scale != "auto":
             return self.scale
+        if self._gaussian:
+            return "rms" if self.block > _PEAKED else "absmax"
         if self.bits == 2 and (self.rotate or self.stochastic):
             return "absmax" if self.stochastic else "rms"
         return _DEFAULT_SCALE[self.bits]
@@ -80,8 +99,12 @@ class BlockQuantConfig(CodecConfig):
         """Whether the error is smaller than the input; otherwise error feedback diverges.
 
         With ``"absmax"`` the error is many times the input at 1 bit, and about as large as the
-        input at 2 bits with stochastic rounding.
+        input at 2 bits with stochastic rounding. Gaussian levels lose most where a single value is
+        not zero, 0.0172 (in squares of a standard deviation) for each of the zeros: more than the
+        value itself, in blocks larger than these.
         """
+        if self._gaussian:
+            return self.block <= (256 if self.placed == "absmax" else 1 << 16)
         return self.placed != "absmax" or self.bits > 2 or (self.bits == 2 and not self.stochastic)
 
 
@@ -91,7 +114,8 @@ class BlockQuantPacker(Packer):
         values (--rotate--> y) --blocks--> scales (bf16), codes --pack--> body = scales | codes
 
     The levels are those of ``gradcodec.reference.grid``; at 2 bits they are by default the two
-    fitted magnitudes of ``gradcodec.reference.two_means``. NaN and Inf raise ``NonFiniteError``.
+    fitted magnitudes of ``gradcodec.reference.two_means``, at 4 bits on request those of
+    ``gradcodec.reference.gaussian``. NaN and Inf raise ``NonFiniteError``.
 
     Stochastic rounding is that of QSGD (Alistarh et al. 2017, arXiv 1610.02132) with a byte of
     dither per value, the rotation that of Suresh et al. 2017 (arXiv 1611.00429) with fixed signs.
@@ -108,7 +132,11 @@ class BlockQuantPacker(Packer):
     @property
     def _grid(self) -> dict[str, Any]:
         c = self.config
-        return {"bits": c.bits, "block": c.block, "rotate": c.rotate}
+        return {"bits": c.bits, "block": c.block, "rotate": c.rotate, "levels": c.levels}
+
+    @property
+    def _top(self) -> float:
+        return grid.top_of(self.config.bits, self.config.levels)
 
     @property
     def _fitted(self) -> bool:
@@ -133,8 +161,10 @@ class BlockQuantPacker(Packer):
 
     @property
     def grain(self) -> int | None:
-        """A block; ``None`` with dither, which depends on the position in the vector."""
-        return None if self.config.stochastic else self.config.block
+        """A block, or what is rotated; ``None`` with dither, which depends on the position."""
+        if self.config.stochastic:
+            return None
+        return ops.CHUNK if self.config.rotate else self.config.block
 
     def nbytes(self, numel: int) -> int:
         """Two bytes per scale and ``bits`` bits per value, rounded up to a byte.
@@ -179,10 +209,10 @@ class BlockQuantPacker(Packer):
         return self.mean(body[None], numel)
 
     def surely_finite(self, body: Tensor, numel: int) -> bool:
-        """By the largest scale. No level exceeds ``2^bits`` scales, no sum of a rotation 4096."""
+        """By the largest scale: no level exceeds ``2 top`` scales, no sum of a rotation 4096."""
         scales = body[: self._scale_nbytes(numel)].clone().view(torch.bfloat16)
         terms = ops.CHUNK if self.config.rotate else 1
-        return layout.within_fp32(scales, terms * 2.0**self.config.bits)
+        return layout.within_fp32(scales, 2 * terms * self._top)
 
     @torch.no_grad()
     def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
@@ -193,7 +223,7 @@ class BlockQuantPacker(Packer):
         # stride is not a whole number of scales.
         scales = bodies[:, :cut].reshape(-1).clone().view(torch.bfloat16).view(len(bodies), -1)
         # The largest level must be finite too: no encoder makes one beyond fp32.
-        largest = scales.float() * (1.0 if self._fitted else grid.TOP[self.config.bits])
+        largest = scales.float() * (1.0 if self._fitted else self._top)
         if not bool((torch.isfinite(largest) & (scales >= 0)).all()):
             raise MalformedBodyError(
                 "blockquant: expected scales that are not negative and levels that are finite"

@@ -21,6 +21,7 @@ def decode_mean(
     block: int = CHUNK,
     rotate: bool = False,
     weights: Tensor | None = None,
+    levels: str = "uniform",
     dtype: torch.dtype = torch.float32,
     rotation_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -36,6 +37,7 @@ def decode_mean(
         weights: fp32 ``[W]``: ``sum_w weights_w x_w`` instead of the mean. Without them products
             are exact, sums are rounded to fp32 one by one, and the whole is multiplied by ``1/W``
             once; with them each product is rounded as well.
+        levels: as in ``encode``.
         dtype: of the result.
         rotation_dtype: see ``rotate_chunks``.
     """
@@ -44,9 +46,9 @@ def decode_mean(
     total = padded_numel(numel, rotate)
     for start in range(0, total, segment):
         count = min(segment, total - start)
-        mean = mean_rows(packed, scales, start, count, bits, block, weights)
+        mean = mean_rows(packed, scales, start, count, bits, block, weights, levels)
         if rotate:
-            mean = rotate_chunks_back(mean, rotation_dtype)
+            mean = rotate_chunks_back(mean.view(-1, CHUNK), rotation_dtype)
         its = out[start : start + count]
         its.copy_(mean.view(-1)[: len(its)])
     return out
@@ -60,6 +62,7 @@ def mean_rows(
     bits: int,
     block: int,
     weights: Tensor | None = None,
+    levels: str = "uniform",
 ) -> Tensor:
     """fp32 ``[blocks, block]``: the mean of a segment in the domain in which it was coded."""
     blocks = -(-count // block)
@@ -69,6 +72,6 @@ def mean_rows(
         its = packed[w, start * bits // 8 :][: -(-count * bits // 8)]
         codes[:count] = unpack_bits(its, bits, count)
         delta = scales[w, start // block :][:blocks]
-        values = grid.values_of(codes.view(blocks, block), delta, bits)
+        values = grid.values_of(codes.view(blocks, block), delta, bits, levels)
         total += values if weights is None else values.mul_(weights[w])
     return total if weights is not None else total.mul_(1.0 / max(1, len(packed)))

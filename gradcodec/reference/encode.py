@@ -29,6 +29,7 @@ def encode(
     stochastic: bool = False,
     seed: int = 0,
     residual: Tensor | None = None,
+    levels: str = "uniform",
     rotation_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Quantise ``values [n]`` on the grids of ``gradcodec.reference.grid``.
@@ -42,13 +43,14 @@ def encode(
     Args:
         values: 1-D, floating; converted to fp32.
         bits: 1, 2, 4 or 8 per value.
-        block: values that share a scale; 4096 when rotated.
+        block: values that share a scale; when rotated, a divisor of 4096.
         scale: ``"absmax"``, ``"l1"`` or ``"rms"``.
         rotate: rotate chunks of 4096 values first; the last is padded with zeros and sent whole.
         stochastic: dither with ``(byte + 1/2) / 256`` from ``random_bytes`` instead of 1/2. The
             expectation is then the value, to 1/512 of a step.
         seed: 64 bits; callers put the step number in the high half.
         residual: ``[padded_numel(n, rotate)]``, any floating dtype, updated in place.
+        levels: ``"uniform"``, or ``"gaussian"`` at 4 bits, to nearest.
         rotation_dtype: what the rotation is computed in; see ``rotate_chunks``.
 
     Returns:
@@ -66,14 +68,14 @@ def encode(
         if residual is not None:
             flat += residual[start : start + count].float()
         at = slice(start // block, start // block + len(rows))
-        used[at] = grid.deltas(rows, counts, bits, scale, stochastic)
+        used[at] = grid.deltas(rows, counts, bits, scale, stochastic, levels)
         dither = None
         if stochastic:
             u8 = random_bytes(start, rows.numel(), seed, values.device)
             dither = ((u8.float() + 0.5) / 256).view(rows.shape)
-        codes = grid.codes_of(rows, used[at], bits, dither)
+        codes = grid.codes_of(rows, used[at], bits, dither, levels)
         if residual is not None:
-            rest = rows - grid.values_of(codes, used[at], bits)
+            rest = rows - grid.values_of(codes, used[at], bits, levels)
             residual[start : start + count] = rest.view(-1)[:count].to(residual.dtype)
         its = pack_bits(codes.view(-1)[:count], bits)
         packed[start * bits // 8 :][: len(its)] = its
@@ -89,5 +91,6 @@ def _rows(
     rows[: part.numel()] = part
     counts = torch.full((blocks,), block, dtype=torch.float64, device=part.device)
     counts[-1] = count - (blocks - 1) * block
-    rows = rows.view(blocks, block)
-    return (rotate_chunks(rows, dtype) if rotate else rows), counts
+    if rotate:
+        rows = rotate_chunks(rows.view(-1, CHUNK), dtype)
+    return rows.view(blocks, block), counts

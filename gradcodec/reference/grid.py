@@ -1,5 +1,7 @@
 """The levels of a block: evenly spaced, ``value = (code - zero) * delta``, and what ``delta`` is.
 
+With ``levels="gaussian"`` they are those of ``gradcodec.reference.gaussian`` instead.
+
 | bits | zero | codes    | values            | absmax   | l1               | rms              |
 |------|------|----------|-------------------|----------|------------------|------------------|
 | 8    | 128  | 1 .. 255 | -127 .. 127       | max/127  | -                | rms * 0.0308     |
@@ -23,10 +25,12 @@ import torch
 from torch import Tensor
 
 from gradcodec.errors import ConfigError
+from gradcodec.reference import gaussian
 from gradcodec.reference.hadamard import CHUNK
 
 BITS = (1, 2, 4, 8)
 SCALES = ("absmax", "l1", "rms")
+LEVELS = ("uniform", "gaussian")
 
 ZERO = {8: 128.0, 4: 8.0, 2: 1.5, 1: 0.5}
 LOW = {8: 1, 4: 1, 2: 0, 1: 0}
@@ -53,8 +57,10 @@ def check_grid(bits: int, block: int, rotate: bool = False) -> None:
         raise ConfigError(f"expected bits of {BITS}, got {bits!r}")
     if not isinstance(block, int) or not 8 <= block <= 1 << 20:
         raise ConfigError(f"expected a block of 8..{1 << 20}, got {block!r}")
-    if rotate and block != CHUNK:
-        raise ConfigError(f"rotation works on blocks of {CHUNK} values, got a block of {block}")
+    if rotate and CHUNK % block:
+        raise ConfigError(
+            f"rotation works on {CHUNK} values, which a block must divide, got a block of {block}"
+        )
 
 
 def check_scale(scale: str, bits: int) -> None:
@@ -66,23 +72,50 @@ def check_scale(scale: str, bits: int) -> None:
         )
 
 
-def deltas(rows: Tensor, counts: Tensor, bits: int, scale: str, stochastic: bool) -> Tensor:
+def check_levels(levels: str, bits: int, stochastic: bool = False) -> None:
+    """Raise ``ConfigError`` unless these levels exist at this number of bits and rounding."""
+    if levels not in LEVELS:
+        raise ConfigError(f"expected levels of {LEVELS}, got {levels!r}")
+    if levels == "gaussian" and (bits != gaussian.BITS or stochastic):
+        raise ConfigError(
+            f"'gaussian' levels are for {gaussian.BITS} bits, to nearest, got {bits} bits"
+            f"{' and stochastic rounding' if stochastic else ''}"
+        )
+
+
+def top_of(bits: int, levels: str = "uniform") -> float:
+    """The largest level in units of delta."""
+    return gaussian.TOP if levels == "gaussian" else TOP[bits]
+
+
+def deltas(
+    rows: Tensor,
+    counts: Tensor,
+    bits: int,
+    scale: str,
+    stochastic: bool,
+    levels: str = "uniform",
+) -> Tensor:
     """bf16 ``[blocks]`` of fp32 rows ``[blocks, block]``; ``counts [blocks]`` excludes padding.
 
     Sums are taken in fp64: after rounding to bf16 their order makes no difference, except in rare
     ties.
     """
+    top = top_of(bits, levels)
     if scale == "absmax":
         peak = rows.abs().amax(1).clamp_max(_LARGEST) if rows.numel() else rows.new_empty(0)
-        delta = peak / TOP[bits]
+        delta = peak / top
         return (delta * HEADROOM if stochastic else delta).to(torch.bfloat16)
     wide = rows.double()
     mean = (wide.abs() if scale == "l1" else wide.square()).sum(1) / counts
     size = mean if scale == "l1" else mean.sqrt()
-    return (size.float() * FACTORS[scale][bits]).clamp_max(_LARGEST / TOP[bits]).to(torch.bfloat16)
+    factor = gaussian.FACTOR if levels == "gaussian" else FACTORS[scale][bits]
+    return (size.float() * factor).clamp_max(_LARGEST / top).to(torch.bfloat16)
 
 
-def codes_of(rows: Tensor, delta: Tensor, bits: int, dither: Tensor | None) -> Tensor:
+def codes_of(
+    rows: Tensor, delta: Tensor, bits: int, dither: Tensor | None, levels: str = "uniform"
+) -> Tensor:
     """uint8 codes of fp32 rows ``[blocks, block]`` on grids of bf16 ``delta [blocks]``.
 
         code = clamp(floor(y / delta + zero + u)),   u = 1/2 or a dither in (0, 1)
@@ -90,6 +123,8 @@ def codes_of(rows: Tensor, delta: Tensor, bits: int, dither: Tensor | None) -> T
     computed as ``y * (1 / delta) + (zero + u)``, product and sum rounded to fp32. ``dither`` is
     fp32 of the rows' shape; ``None`` rounds to nearest, halves up.
     """
+    if levels == "gaussian":
+        return gaussian.codes_of(rows, delta)
     if bits == 1 and dither is None:
         return (rows < 0).to(torch.uint8)
     step = delta.float()[:, None]
@@ -101,8 +136,10 @@ def codes_of(rows: Tensor, delta: Tensor, bits: int, dither: Tensor | None) -> T
     return t.floor_().clamp_(LOW[bits], (1 << bits) - 1).nan_to_num_(LOW[bits]).to(torch.uint8)
 
 
-def values_of(codes: Tensor, delta: Tensor, bits: int) -> Tensor:
+def values_of(codes: Tensor, delta: Tensor, bits: int, levels: str = "uniform") -> Tensor:
     """fp32 values of codes ``[blocks, block]``; exact."""
+    if levels == "gaussian":
+        return gaussian.values_of(codes, delta)
     step = delta.float()[:, None]
     if bits == 1:
         return (1.0 - 2.0 * codes.float()) * step

@@ -27,6 +27,7 @@ def decode_mean_kernel(
     rest,
     W: tl.constexpr,
     BITS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -47,6 +48,7 @@ def decode_mean_kernel(
         scales_stride,
         W,
         BITS,
+        GAUSSIAN,
         BLOCK,
         WEIGHTED,
         EVEN or ROTATE,
@@ -67,6 +69,7 @@ def decode_mean(
     block: int,
     rotation: Rotation | None = None,
     weights: Tensor | None = None,
+    levels: str = "uniform",
 ) -> None:
     """Mean, or weighted sum, of ``W`` payloads; equal to the reference's bits unless rotated.
 
@@ -78,6 +81,7 @@ def decode_mean(
         block: values that share a scale, as in ``encode``.
         rotation: if given, rotate back, once, after the mean; as in ``encode``.
         weights: fp32 ``[W]`` for a weighted sum instead of the mean.
+        levels: as in ``encode``.
     """
     check_block(block)
     left, right = rotation or (scales, scales)
@@ -97,6 +101,7 @@ def decode_mean(
             rest,
             W=len(packed),
             BITS=bits,
+            GAUSSIAN=levels == "gaussian",
             BLOCK=block,
             ROTATE=rotation is not None,
             WEIGHTED=weights is not None,

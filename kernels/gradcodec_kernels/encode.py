@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcodec_kernels.launch import Rotation, check_block, halves, launches, options
+from gradcodec_kernels.launch import CHUNK, Rotation, check_block, halves, launches, options
 from gradcodec_kernels.quantise import encode_tile
 from gradcodec_kernels.tiles import load_y
 
@@ -27,6 +27,7 @@ def encode_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     ROTATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     EF: tl.constexpr,
@@ -48,6 +49,7 @@ def encode_kernel(
         BITS,
         BLOCK,
         SCALE,
+        GAUSSIAN,
         ROTATE,
         STOCHASTIC,
         EF,
@@ -67,6 +69,7 @@ def encode(
     stochastic: bool = False,
     seed: int = 0,
     residual: Tensor | None = None,
+    levels: str = "uniform",
 ) -> None:
     """``y = R x + e``, ``code = Q(y / delta)``, ``e <- y - delta (code - zero)``.
 
@@ -80,14 +83,17 @@ def encode(
         packed: uint8 ``[ceil(N bits / 8)]``, written; ``N`` is ``n``, padded to chunks if rotated.
         scales: bf16 ``[ceil(N / block)]``, written.
         bits: 1, 2, 4 or 8.
-        block: values that share a scale, a power of two from 64 to 4096; 4096 if rotated.
+        block: values that share a scale, a power of two from 64 to 4096; 64 or 4096 if rotated.
         scale: ``"absmax"``, ``"l1"`` or ``"rms"``.
         rotation: if given, rotate chunks of 4,096 first.
         stochastic: dither instead of rounding to nearest.
         seed: 64 bits.
         residual: ``[N]``, updated in place.
+        levels: ``"uniform"`` or ``"gaussian"``.
     """
     check_block(block)
+    if rotation and block not in (64, CHUNK):
+        raise ValueError(f"expected a block of 64 or {CHUNK} with rotation, got {block}")
     low, high = halves(seed)
     left, right = rotation or (values, values)
     for grid, first, rest, even in launches(values.numel()):
@@ -105,6 +111,7 @@ def encode(
             BITS=bits,
             BLOCK=block,
             SCALE=scale,
+            GAUSSIAN=levels == "gaussian",
             ROTATE=rotation is not None,
             STOCHASTIC=stochastic,
             EF=residual is not None,

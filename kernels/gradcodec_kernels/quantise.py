@@ -6,6 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gradcodec_kernels.gaussian import FACTOR as GAUSSIAN_FACTOR
+from gradcodec_kernels.gaussian import TOP as GAUSSIAN_TOP
+from gradcodec_kernels.gaussian import gaussian_codes, gaussian_levels
 from gradcodec_kernels.tiles import (
     CHUNK,
     SIDE,
@@ -47,12 +50,16 @@ def block_delta(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     ROTATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """fp32 step of every row, before rounding to bf16; see ``gradcodec.reference.grid``."""
-    TOP: tl.constexpr = 127.0 if BITS == 8 else (7.0 if BITS == 4 else (1.5 if BITS == 2 else 1.0))
+    EVENLY: tl.constexpr = (
+        127.0 if BITS == 8 else (7.0 if BITS == 4 else (1.5 if BITS == 2 else 1.0))
+    )
+    TOP: tl.constexpr = GAUSSIAN_TOP if GAUSSIAN else EVENLY
     if SCALE == "absmax":
         peak = tl.minimum(block_max(y, ROTATE), LARGEST)
         delta = peak if BITS == 1 else divided(peak, TOP)
@@ -73,11 +80,12 @@ def block_delta(
         else:
             total = block_sum(y * y, ROTATE)
             size = tl.sqrt_rn(tl.div_rn(total, tl.zeros_like(total) + count))
-            FACTOR: tl.constexpr = (
+            EVENLY_BY: tl.constexpr = (
                 0.0308
                 if BITS == 8
                 else (0.3535 if BITS == 4 else (0.9957 if BITS == 2 else 0.7979))
             )
+            FACTOR: tl.constexpr = GAUSSIAN_FACTOR if GAUSSIAN else EVENLY_BY
             return tl.minimum(size * FACTOR, LARGEST / TOP)
 
 
@@ -131,6 +139,7 @@ def codes_of(
     high,
     chunk,
     BITS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     ROTATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -145,6 +154,8 @@ def codes_of(
         return (y < 0).to(tl.int32)
     else:
         inverse = tl.where(step > 0, tl.div_rn(tl.zeros_like(step) + 1.0, step), 0.0)
+        if GAUSSIAN:
+            return gaussian_codes(y, inverse)
         t = y * inverse
         if BITS == 1:
             t = t * -0.5
@@ -162,9 +173,12 @@ def codes_of(
 
 
 @triton.jit
-def rest_of(y, codes, step, BITS: tl.constexpr):
+def rest_of(y, codes, step, BITS: tl.constexpr, GAUSSIAN: tl.constexpr):
     """``y`` minus the values of its codes. The product in it is exact."""
-    if BITS == 1:
+    if GAUSSIAN:
+        level = -gaussian_levels(codes.to(tl.float32) - 7.5, 0)
+        return tl.fma(level, tl.broadcast_to(step, level.shape), y)
+    elif BITS == 1:
         return y - tl.where(codes > 0, -step, step)
     else:
         ZERO: tl.constexpr = 128.0 if BITS == 8 else (8.0 if BITS == 4 else 1.5)
@@ -217,16 +231,20 @@ def encode_tile(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     ROTATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     EF: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """The end of every encoder: steps, codes, bytes, and what is left over."""
-    delta = block_delta(y, rest, BITS, BLOCK, SCALE, ROTATE, STOCHASTIC, EVEN)
-    step = stored_scales(S, delta, chunk, rest, BLOCK, ROTATE, EVEN)
-    codes = codes_of(y, step, low, high, chunk, BITS, ROTATE, STOCHASTIC, BLOCK)
+    # A rotated tile has one step, or one for each of its rows of 64; padding is a part of it.
+    WHOLE: tl.constexpr = ROTATE and BLOCK == CHUNK
+    FULL: tl.constexpr = EVEN or ROTATE
+    delta = block_delta(y, rest, BITS, BLOCK, SCALE, GAUSSIAN, WHOLE, STOCHASTIC, FULL)
+    step = stored_scales(S, delta, chunk, rest, BLOCK, WHOLE, FULL)
+    codes = codes_of(y, step, low, high, chunk, BITS, GAUSSIAN, ROTATE, STOCHASTIC, BLOCK)
     if EF:
-        left_over = rest_of(y, codes, step, BITS)
+        left_over = rest_of(y, codes, step, BITS, GAUSSIAN)
         store_tile(E + chunk * CHUNK, offsets, left_over, rest, EVEN or ROTATE)
     store_codes(P, codes, chunk, rest, BITS, ROTATE, BLOCK, EVEN)

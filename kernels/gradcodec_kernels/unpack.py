@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gradcodec_kernels.gaussian import gaussian_levels
 from gradcodec_kernels.tiles import CHUNK, load_scales, side_by_side, tile_offsets
 
 GROUP = tl.constexpr(8)
@@ -49,24 +50,43 @@ def spread(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def level(x, magic, BITS: tl.constexpr, J: tl.constexpr):
+def level(x, magic, BITS: tl.constexpr, GAUSSIAN: tl.constexpr, J: tl.constexpr):
     """fp32 ``(code - zero) * 2**(BITS * J)`` of code ``J``; for 1 bit ``(2 code - 1) * 2**J``.
+
+    With Gaussian levels, ``zero`` is the middle of the codes.
 
     The code is put into the mantissa of 2**22, whose bits are ``magic``. That is one instruction if
     the compiler does not know ``magic``; with two constants it would be two.
     """
     UP: tl.constexpr = 2 if BITS == 1 else 1
-    ZERO: tl.constexpr = 128.0 if BITS == 8 else (8.0 if BITS == 4 else (1.5 if BITS == 2 else 1.0))
+    EVENLY: tl.constexpr = (
+        128.0 if BITS == 8 else (8.0 if BITS == 4 else (1.5 if BITS == 2 else 1.0))
+    )
+    ZERO: tl.constexpr = 7.5 if GAUSSIAN else EVENLY
     mask: tl.constexpr = (2**BITS - 1) << (UP + BITS * J)
     offset: tl.constexpr = 4194304.0 + ZERO * 2.0 ** (BITS * J)
     return ((x & mask) | magic).to(tl.float32, bitcast=True) - offset
 
 
 @triton.jit
-def added(acc, x, step, weight, magic, BITS: tl.constexpr, J: tl.constexpr, WEIGHTED: tl.constexpr):
+def added(
+    acc,
+    x,
+    step,
+    weight,
+    magic,
+    BITS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    J: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     """``acc`` plus the values of code ``J``. Products are exact, so fusing them changes nothing."""
-    value = level(x, magic, BITS, J)
-    small = tl.broadcast_to(step * 2.0 ** (-BITS * J), value.shape)
+    if GAUSSIAN:
+        value = gaussian_levels(level(x, magic, BITS, GAUSSIAN, J), J)
+        small = tl.broadcast_to(step, value.shape)
+    else:
+        value = level(x, magic, BITS, GAUSSIAN, J)
+        small = tl.broadcast_to(step * 2.0 ** (-BITS * J), value.shape)
     if WEIGHTED:
         return acc + (value * small) * weight
     else:
@@ -89,6 +109,7 @@ def add_rank(
     packed_stride,
     scales_stride,
     BITS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -102,11 +123,11 @@ def add_rank(
         step = -step
     weight = tl.load(WEIGHTS + w) if WEIGHTED else 1.0
     x = spread(words, BITS)
-    a0 = added(a0, x, step, weight, magic, BITS, 0, WEIGHTED)
-    a1 = added(a1, x, step, weight, magic, BITS, 1, WEIGHTED)
+    a0 = added(a0, x, step, weight, magic, BITS, GAUSSIAN, 0, WEIGHTED)
+    a1 = added(a1, x, step, weight, magic, BITS, GAUSSIAN, 1, WEIGHTED)
     if BITS < 8:
-        a2 = added(a2, x, step, weight, magic, BITS, 2, WEIGHTED)
-        a3 = added(a3, x, step, weight, magic, BITS, 3, WEIGHTED)
+        a2 = added(a2, x, step, weight, magic, BITS, GAUSSIAN, 2, WEIGHTED)
+        a3 = added(a3, x, step, weight, magic, BITS, GAUSSIAN, 3, WEIGHTED)
     return a0, a1, a2, a3
 
 
@@ -122,6 +143,7 @@ def mean_tile(
     scales_stride,
     W: tl.constexpr,
     BITS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -152,6 +174,7 @@ def mean_tile(
                 packed_stride,
                 scales_stride,
                 BITS,
+                GAUSSIAN,
                 BLOCK,
                 WEIGHTED,
                 WHOLE,
@@ -172,6 +195,7 @@ def mean_tile(
             packed_stride,
             scales_stride,
             BITS,
+            GAUSSIAN,
             BLOCK,
             WEIGHTED,
             WHOLE,

@@ -24,6 +24,8 @@ EXPECTED = {
     "int4-rotated": ("blockquant", 4),
     "int2-rotated": ("blockquant", 2),
     "sign-rotated": ("blockquant", 1),
+    "gauss4": ("blockquant", 4),
+    "gauss4-64": ("blockquant", 4.25),
     "int8-unbiased": ("blockquant", 8),
     "int4-unbiased": ("blockquant", 4),
     "int2-unbiased": ("blockquant", 2),

@@ -11,7 +11,17 @@ from gradcodec.types import TensorSpec, UpdateSpec
 
 NUMEL = 4096
 SPEC = UpdateSpec((TensorSpec("x", (NUMEL,), torch.float32),))
-NAMES = ["int8", "int4", "int2", "sign", "int8-rotated", "int4-rotated", "sign-rotated", "rotsign"]
+NAMES = [
+    "int8",
+    "int4",
+    "int2",
+    "sign",
+    "int8-rotated",
+    "int4-rotated",
+    "sign-rotated",
+    "gauss4-64",
+    "rotsign",
+]
 #: From a usual scale to the largest: high bytes of bf16 numbers.
 HIGH = st.sampled_from([0x3F, 0x70, 0x78, 0x79, 0x7A, 0x7B, 0x7C, 0x7D, 0x7E, 0x7F])
 

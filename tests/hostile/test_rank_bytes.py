@@ -120,7 +120,7 @@ SCHEMES: dict[str, Callable[[], Any]] = {
     **{
         name: (lambda n=name: n)  # type: ignore[misc]
         for name in (
-            "int8", "int4", "int2", "sign", "int4-rotated", "int4-unbiased",
+            "int8", "int4", "int2", "sign", "int4-rotated", "int4-unbiased", "gauss4-64",
             "topk", "rotsign", "bf16", "fp16", "fp32",
         )
     },

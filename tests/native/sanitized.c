@@ -13,9 +13,9 @@
 const char *gradcodec_level(int at);
 int gradcodec_levels(void);
 void gradcodec_encode(int, const void *, int, size_t, size_t, int, size_t, int, int, int, uint64_t,
-                      void *, int, uint8_t *, uint16_t *);
+                      void *, int, int, uint8_t *, uint16_t *);
 void gradcodec_decode(int, const uint8_t *, size_t, const uint16_t *, size_t, size_t,
-                      const float *, size_t, size_t, int, size_t, int, int, void *);
+                      const float *, size_t, size_t, int, size_t, int, int, int, void *);
 int gradcodec_topk(int, const void *, int, size_t, size_t, size_t, void *, int, void *,
                    uint16_t *);
 void gradcodec_rows(int, const void *, int, size_t, size_t, void *, int, void *, uint8_t *);
@@ -62,10 +62,12 @@ static void coding(int level, size_t numel, int bits, size_t block, int rotate, 
     void *decoded = filled(numel * width, dtype);
     for (int with = 0; with < 2; with++) {
         void *e = with ? residual : NULL;
-        gradcodec_encode(level, values, dtype, numel, total, bits, block, with ? 0 : 2, rotate,
-                         stochastic, 7, e, dtype, packed, deltas);
-        gradcodec_decode(level, packed, bytes, deltas, blocks, WORLD, with ? weights : NULL, numel,
-                         total, bits, block, rotate, dtype, decoded);
+        for (int gaussian = 0; gaussian <= (bits == 4 && !stochastic); gaussian++) {
+            gradcodec_encode(level, values, dtype, numel, total, bits, block, with ? 0 : 2, rotate,
+                             stochastic, 7, e, dtype, gaussian, packed, deltas);
+            gradcodec_decode(level, packed, bytes, deltas, blocks, WORLD, with ? weights : NULL,
+                             numel, total, bits, block, rotate, gaussian, dtype, decoded);
+        }
     }
     void *all[] = {values, residual, packed, deltas, weights, decoded};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
@@ -111,7 +113,8 @@ static void hostile_coding(int level) {
     const size_t blocks_of[] = {8, 9, 10, 64, 100, 256, 4096, 8192, 1 << 20};
     int bits = 1 << below(4), dtype = (int)below(3), rotate = below(3) == 0, other = (int)below(3);
     int scale = bits <= 2 ? (int)below(3) : (int)below(2) * 2, stochastic = (int)below(2);
-    size_t block = rotate ? 4096 : blocks_of[below(sizeof blocks_of / sizeof *blocks_of)];
+    int gaussian = bits == 4 && !stochastic && below(2);
+    size_t block = rotate ? (size_t)8 << below(10) : blocks_of[below(sizeof blocks_of / sizeof *blocks_of)];
     size_t world = 1 + below(below(8) ? 4 : 600);
     size_t numel = below(world > 4 || below(2) ? 70 : 9000);
     size_t total = rotate ? ceiling(numel, 4096) * 4096 : numel, width = dtype == FP32 ? 4 : 2;
@@ -124,9 +127,9 @@ static void hostile_coding(int level) {
     const float *shares = below(2) ? weights : NULL;
     uint64_t seed = (uint64_t)state << 32 | state;
     gradcodec_decode(level, packed, bytes, deltas, blocks, world, shares, numel, total, bits, block,
-                     rotate, dtype, decoded);
+                     rotate, gaussian, dtype, decoded);
     gradcodec_encode(level, values, dtype, numel, total, bits, block, scale, rotate, stochastic,
-                     seed, e, other, packed, deltas);
+                     seed, e, other, gaussian, packed, deltas);
     void *all[] = {values, residual, packed, deltas, weights, decoded};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }

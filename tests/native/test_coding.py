@@ -24,6 +24,7 @@ mean_in_c = functools.partial(ops.decode_mean, impl="native")
 Same = Callable[[Tensor, Tensor], bool]
 SIZES = (0, 1, 63, 64, 65, 4095, 4097, 3 * 4096 + 17)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+GAUSSIAN = {"levels": "gaussian"}
 SEED = 0xFEDCBA9876543210
 
 
@@ -43,6 +44,11 @@ def grids(bits: int) -> Iterator[dict[str, Any]]:
                 "stochastic": stochastic,
                 "seed": SEED,
             }
+    if bits == 4:
+        for (block, rotate), scale in itertools.product(
+            ((8, True), (64, True), (4096, True), (10, False), (64, False), (8192, False)), scales
+        ):
+            yield {"bits": 4, "block": block, "scale": scale, "rotate": rotate} | GAUSSIAN
 
 
 def payloads(world: int, numel: int, **grid: Any) -> tuple[Tensor, Tensor]:
@@ -80,6 +86,22 @@ def test_residual_has_the_references_bits(
             assert same(scales, its_scales), grid
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("numel", SIZES)
+def test_residual_of_gaussian_levels_has_the_references_bits(
+    level: str, numel: int, dtype: torch.dtype, same: Same
+) -> None:
+    values = torch.randn(numel)
+    for block, rotate in ((64, False), (1000, False), (64, True), (4096, True)):
+        mine = (torch.randn(padded_numel(numel, rotate)) * 0.3).to(dtype)
+        its = mine.clone()
+        grid: dict[str, Any] = {"bits": 4, "block": block, "rotate": rotate, **GAUSSIAN}
+        packed, _ = in_c(values, residual=mine, **grid)
+        expected, _ = encode(values, residual=its, **grid)
+        assert same(mine, its), grid
+        assert same(packed, expected), grid
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_settings_have_the_references_bits(
@@ -88,8 +110,10 @@ def test_any_settings_have_the_references_bits(
     pick = data.draw
     numel, seed = pick(st.integers(0, 9000)), pick(st.integers(0, (1 << 64) - 1))
     rotate = pick(st.booleans())
-    block = 4096 if rotate else pick(st.integers(8, 9000))
+    divisors = st.sampled_from([1 << n for n in range(3, 13)])
+    block = pick(divisors if rotate else st.integers(8, 9000))
     bits = pick(st.sampled_from((1, 2, 4, 8)))
+    levels = pick(st.sampled_from(("uniform", "gaussian"))) if bits == 4 else "uniform"
     make = torch.Generator().manual_seed(pick(st.integers(0, 1 << 32)))
     # Magnitudes from subnormal to infinite, or of equal size.
     spread = pick(st.sampled_from((0.0, 1.0, 30.0)))
@@ -105,7 +129,8 @@ def test_any_settings_have_the_references_bits(
         "bits": bits,
         "block": block,
         "rotate": rotate,
-        "stochastic": pick(st.booleans()),
+        "stochastic": levels == "uniform" and pick(st.booleans()),
+        "levels": levels,
         "seed": seed,
     }
     packed, scales = in_c(values, residual=mine, **grid)
@@ -141,6 +166,19 @@ def test_decode_mean_has_the_references_bits(level: str, numel: int, bits: int, 
                 grid.update(dtype=dtype, weights=its_weights)
                 mine = mean_in_c(packed, scales, numel, **grid)
                 assert same(mine, decode_mean(packed, scales, numel, **grid)), grid
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_a_mean_of_gaussian_levels_has_the_references_bits(
+    level: str, numel: int, same: Same
+) -> None:
+    for block, rotate in ((64, False), (1000, False), (64, True), (4096, True)):
+        grid: dict[str, Any] = {"bits": 4, "block": block, "rotate": rotate, **GAUSSIAN}
+        packed, scales = payloads(3, numel, **grid)
+        for dtype, weights in itertools.product(FLOATS, (None, torch.tensor([0.7, 0.1, 0.2]))):
+            grid.update(dtype=dtype, weights=weights)
+            mine = mean_in_c(packed, scales, numel, **grid)
+            assert same(mine, decode_mean(packed, scales, numel, **grid)), grid
 
 
 def test_a_sum_of_zeros_is_zero_and_not_minus_zero(level: str, same: Same) -> None:

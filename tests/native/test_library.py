@@ -55,7 +55,7 @@ def test_a_library_of_another_version_is_refused(
         'EXPORT const char *gradcodec_sources(void) { return ""; }\n'
         "EXPORT const char *gradcodec_level(int at) { return 0; }\n"
     )
-    with pytest.raises(ConfigError, match="stale: expected version 2, got 999"):
+    with pytest.raises(ConfigError, match="stale: expected version 3, got 999"):
         library.load(build("other.so", other))
 
 

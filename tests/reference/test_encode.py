@@ -22,23 +22,27 @@ GRIDS: list[dict[str, Any]] = [
     for bits, block, stochastic in itertools.product((1, 2, 4, 8), (8, 100, 4096), (False, True))
     for scale in ("absmax", "rms", *(["l1"] if bits <= 2 else []))
     for rotate in ([False, True] if block == CHUNK else [False])
+] + [
+    {"bits": 4, "block": block, "scale": scale, "rotate": rotate, "stochastic": False}
+    | {"levels": "gaussian"}
+    for block, rotate in ((100, False), (64, False), (64, True), (8, True), (CHUNK, True))
+    for scale in ("absmax", "rms")
 ]
 BY_GRID = pytest.mark.parametrize("given_grid", GRIDS, ids=lambda g: "-".join(map(str, g.values())))
 
 
 def rows_of(values: Tensor, block: int, rotate: bool) -> Tensor:
     """What is quantised, with zeros at the end: fp32 ``[blocks, block]``."""
-    total = -(-values.numel() // block) * block
+    total = padded_numel(-(-values.numel() // block) * block, rotate)
     rows = torch.zeros(total)
     rows[: values.numel()] = values.float()
-    rows = rows.view(-1, block)
-    return rotate_chunks(rows) if rotate else rows
+    return (rotate_chunks(rows.view(-1, CHUNK)) if rotate else rows).view(-1, block)
 
 
 def decoded(packed: Tensor, scales: Tensor, numel: int, g: dict[str, Any]) -> Tensor:
     """One payload in the domain in which it was coded, ``[padded numel]``."""
     total = padded_numel(numel, g["rotate"])
-    same = {"bits": g["bits"], "block": g["block"]}
+    same = {"bits": g["bits"], "block": g["block"], "levels": g.get("levels", "uniform")}
     return decode_mean(packed[None], scales[None], total, **same)
 
 
@@ -51,12 +55,13 @@ def test_it_is_the_parts_one_after_the_other(given_grid: dict[str, Any]) -> None
     rows = rows_of(x, g["block"], g["rotate"])
     counts = torch.full((len(rows),), g["block"], dtype=torch.float64)
     counts[-1] = total - (len(rows) - 1) * g["block"]
-    delta = grid.deltas(rows, counts, g["bits"], g["scale"], g["stochastic"])
+    levels = g.get("levels", "uniform")
+    delta = grid.deltas(rows, counts, g["bits"], g["scale"], g["stochastic"], levels)
     assert torch.equal(scales, delta)
     dither = None
     if g["stochastic"]:
         dither = ((random_bytes(0, rows.numel(), 99).float() + 0.5) / 256).view(rows.shape)
-    codes = grid.codes_of(rows, delta, g["bits"], dither).view(-1)[:total]
+    codes = grid.codes_of(rows, delta, g["bits"], dither, levels).view(-1)[:total]
     assert torch.equal(unpack_bits(packed, g["bits"], total), codes.int())
 
 

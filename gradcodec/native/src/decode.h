@@ -17,7 +17,7 @@ static void read_codes(uint8_t *codes, const uint8_t *payload, size_t start, siz
 
 /* The mean of values start .. start + count (at most a chunk), rotated if they were coded so. */
 static void mean_of(const struct payloads *of, size_t start, size_t count, int bits, size_t block,
-                    float *mean) {
+                    int gaussian, float *mean) {
     uint8_t codes[CHUNK] ALIGNED;
     for (size_t w = 0; w < of->world; w++) {
         read_codes(codes, of->packed + w * of->stride, start, count, bits);
@@ -26,7 +26,7 @@ static void mean_of(const struct payloads *of, size_t start, size_t count, int b
             run = least(count - at, (its + 1) * block - start - at);
             float step = float_of_bf16(of->deltas[w * of->blocks + its]);
             const float *weight = of->weights ? of->weights + w : NULL;
-            add_values(bits, weight, w == 0, mean + at, codes + at, run, step);
+            add_values(gaussian ? GAUSSIAN : bits, weight, w == 0, mean + at, codes + at, run, step);
         }
     }
     if (of->weights) return;
@@ -40,7 +40,7 @@ static void decode(const struct decode_job *job) {
         size_t count = least(CHUNK, job->total - start), wanted = least(count, job->numel - start);
         int direct = job->dtype == FP32 && wanted == count;
         float *mean = direct ? (float *)job->out + start : local;
-        mean_of(&job->of, start, count, job->bits, job->block, mean);
+        mean_of(&job->of, start, count, job->bits, job->block, job->gaussian, mean);
         if (job->rotate) rotate_back(mean);
         if (!direct) write_floats(job->out, job->dtype, start, mean, wanted);
     }

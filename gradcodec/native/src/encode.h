@@ -9,6 +9,9 @@ struct tile {
     uint8_t codes[CHUNK] ALIGNED;
 };
 
+/* Which levels: a number of bits, or GAUSSIAN. */
+INLINE int levels_of(const struct encode_job *job) { return job->gaussian ? GAUSSIAN : job->bits; }
+
 /* y = R x + e of the tile. */
 static void fetch(const struct encode_job *job, struct tile *tile) {
     float *y = tile->buffer;
@@ -39,7 +42,7 @@ static void measure(const struct encode_job *job) {
             run = least(tile.count - at, end - from);
             add_size(&size, tile.y + at, run, job->scale);
             if (from + run < end) continue;
-            job->deltas[its] = delta_of(size, end - its * job->block, job->bits, job->scale,
+            job->deltas[its] = delta_of(size, end - its * job->block, levels_of(job), job->scale,
                                         job->stochastic);
             size = (struct size){0};
         }
@@ -83,9 +86,9 @@ static void encode(const struct encode_job *job) {
             if (fits) {
                 struct size size = {0};
                 add_size(&size, tile.y + at, run, job->scale);
-                job->deltas[its] = delta_of(size, run, job->bits, job->scale, job->stochastic);
+                job->deltas[its] = delta_of(size, run, levels_of(job), job->scale, job->stochastic);
             }
-            quantise(job->bits, dither ? dither + at : NULL, rest ? rest + at : NULL,
+            quantise(levels_of(job), dither ? dither + at : NULL, rest ? rest + at : NULL,
                      tile.y + at, run, float_of_bf16(job->deltas[its]), tile.codes + at);
         }
         if (rest == tile.buffer)

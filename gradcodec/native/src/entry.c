@@ -51,12 +51,12 @@ EXPORT void gradcodec_random_bytes(int level, uint64_t start, size_t count, uint
 EXPORT void gradcodec_encode(int level, const void *values, int values_dtype, size_t numel,
                              size_t total, int bits, size_t block, int scale, int rotate,
                              int stochastic, uint64_t seed, void *residual, int residual_dtype,
-                             uint8_t *packed, uint16_t *deltas) {
+                             int gaussian, uint8_t *packed, uint16_t *deltas) {
     struct encode_job job = {
         .values = values, .values_dtype = values_dtype, .numel = numel, .total = total,
         .bits = bits, .block = block, .scale = scale, .rotate = rotate, .stochastic = stochastic,
         .seed = seed, .residual = residual, .residual_dtype = residual_dtype, .packed = packed,
-        .deltas = deltas,
+        .deltas = deltas, .gaussian = gaussian,
     };
     LEVELS[level]->encode(&job);
 }
@@ -64,12 +64,12 @@ EXPORT void gradcodec_encode(int level, const void *values, int values_dtype, si
 EXPORT void gradcodec_decode(int level, const uint8_t *packed, size_t stride,
                              const uint16_t *deltas, size_t blocks, size_t world,
                              const float *weights, size_t numel, size_t total, int bits,
-                             size_t block, int rotate, int dtype, void *out) {
+                             size_t block, int rotate, int gaussian, int dtype, void *out) {
     struct decode_job job = {
         .of = {.packed = packed, .deltas = deltas, .weights = weights, .world = world,
                .stride = stride, .blocks = blocks},
         .numel = numel, .total = total, .bits = bits, .block = block, .rotate = rotate,
-        .dtype = dtype, .out = out,
+        .gaussian = gaussian, .dtype = dtype, .out = out,
     };
     LEVELS[level]->decode(&job);
 }

@@ -1,8 +1,15 @@
 /* The levels of a block, gradcodec.reference.grid: value = (code - zero) * delta. */
+#define GAUSSIAN 16 /* in place of bits: the 16 levels of gradcodec.reference.gaussian */
+
+static const uint8_t SIZES[8] = {5, 15, 25, 36, 48, 62, 79, 104};
+
 INLINE float zero_of(int bits) { return bits == 8 ? 128 : bits == 4 ? 8 : bits == 2 ? 1.5f : 0.5f; }
 INLINE float low_of(int bits) { return bits >= 4 ? 1 : 0; }
 INLINE float high_of(int bits) { return (float)((1 << bits) - 1); }
-INLINE float top_of(int bits) { return bits == 8 ? 127 : bits == 4 ? 7 : bits == 2 ? 1.5f : 1; }
+INLINE float top_of(int bits) {
+    if (bits == GAUSSIAN) return 104;
+    return bits == 8 ? 127 : bits == 4 ? 7 : bits == 2 ? 1.5f : 1;
+}
 
 #define LARGEST 3e38f /* below the end of fp32, where rounding to bf16 could make an infinity */
 #define HEADROOM (1.0f + 0x1p-7f)
@@ -37,6 +44,7 @@ static double sum_of_sizes(const float *y, size_t count, int squares) {
 
 static float factor_of(int scale, int bits) {
     if (scale == SCALE_L1) return bits == 2 ? 1.2479f : 1;
+    if (bits == GAUSSIAN) return 0.026217f;
     return bits == 8 ? 0.0308f : bits == 4 ? 0.3535f : bits == 2 ? 0.9957f : 0.7979f;
 }
 
@@ -101,6 +109,32 @@ INLINE void shifts_of(const uint8_t *dither, int bits, vf shift[4]) {
     }
 }
 
+/* Gaussian levels of t = code - 7.5: an odd polynomial is within 0.4 of each of these whole numbers, and is
+ * rounded to them by a sum that has no bits below one. Looking them up takes twice as long. */
+#define GAUSSIAN_LEVEL(t) \
+    ((t) * (((t) * (t) * 0.00114183f + 0.0017385f) * ((t) * (t)) + 10.1032f) + 0x1.8p23f - 0x1.8p23f)
+
+/* As quantise_as with these levels: a code counts the middles below a magnitude. */
+INLINE void quantise_gaussian(float *rest, const float *y, size_t count, float step,
+                              uint8_t *codes) {
+    float inverse = step > 0 ? 1.0f / step : 0.0f;
+    for (size_t i = 0; i < count; i += 4 * LANES) {
+        vi code[4];
+        for (int k = 0; k < 4; k++) {
+            vf x = load(y + i + (size_t)k * LANES);
+            vf size = (vf)((vi)(x * inverse) & 0x7FFFFFFF);
+            vi minus = x < 0, above = {0};
+            for (int m = 0; m < 7; m++)
+                above -= size > every((float)(SIZES[m] + SIZES[m + 1]) / 2);
+            code[k] = (above + 8) ^ (minus & 15);
+            if (!rest) continue;
+            vf t = __builtin_convertvector(code[k], vf) - 7.5f;
+            store(rest + i + (size_t)k * LANES, x - GAUSSIAN_LEVEL(t) * step);
+        }
+        store_bytes(codes + i, code);
+    }
+}
+
 /* Codes; with `rest`, which may be y, also y - value(code). */
 INLINE void quantise_as(int bits, const uint8_t *dither, float *rest, const float *y, size_t count,
                         float step, uint8_t *codes) {
@@ -149,7 +183,11 @@ INLINE void quantise_with(int bits, const uint8_t *dither, float *rest, const fl
 static __attribute__((noinline)) void quantise_whole(int bits, const uint8_t *dither, float *rest,
                                                      const float *y, size_t count, float step,
                                                      uint8_t *codes) {
-    if (bits == 8)
+    if (bits == GAUSSIAN && rest)
+        quantise_gaussian(rest, y, count, step, codes);
+    else if (bits == GAUSSIAN)
+        quantise_gaussian(NULL, y, count, step, codes);
+    else if (bits == 8)
         quantise_with(8, dither, rest, y, count, step, codes);
     else if (bits == 4)
         quantise_with(4, dither, rest, y, count, step, codes);
@@ -183,7 +221,10 @@ INLINE void add_values_as(int bits, int weighted, int first, float *total, const
         load_bytes(codes + i, code);
         for (int k = 0; k < 4; k++) {
             vf level = __builtin_convertvector(code[k], vf);
-            level = (bits == 1 ? 1 - 2 * level : level - zero_of(bits)) * step;
+            if (bits == GAUSSIAN)
+                level = GAUSSIAN_LEVEL(level - 7.5f) * step;
+            else
+                level = (bits == 1 ? 1 - 2 * level : level - zero_of(bits)) * step;
             if (weighted) level *= weight;
             float *at = total + i + (size_t)k * LANES;
             store(at, (first ? every(0) : load(at)) + level);
@@ -191,7 +232,10 @@ INLINE void add_values_as(int bits, int weighted, int first, float *total, const
     }
     for (size_t i = whole; i < count; i++) {
         float level = codes[i];
-        level = (bits == 1 ? 1 - 2 * level : level - zero_of(bits)) * step;
+        if (bits == GAUSSIAN)
+            level = GAUSSIAN_LEVEL(level - 7.5f) * step;
+        else
+            level = (bits == 1 ? 1 - 2 * level : level - zero_of(bits)) * step;
         if (weighted) level *= weight;
         total[i] = (first ? 0 : total[i]) + level;
     }
@@ -211,7 +255,9 @@ INLINE void add_values_with(int bits, const float *weight, int first, float *tot
 
 static void add_values(int bits, const float *weight, int first, float *total,
                        const uint8_t *codes, size_t count, float step) {
-    if (bits == 8)
+    if (bits == GAUSSIAN)
+        add_values_with(GAUSSIAN, weight, first, total, codes, count, step);
+    else if (bits == 8)
         add_values_with(8, weight, first, total, codes, count, step);
     else if (bits == 4)
         add_values_with(4, weight, first, total, codes, count, step);

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raise it when a signature or a bit of any result changes; gradcodec/native/library.py has it too. */
-#define GRADCODEC_ABI 2
+#define GRADCODEC_ABI 3
 
 enum { FP32, BF16, FP16 };
 enum { SCALE_ABSMAX, SCALE_L1, SCALE_RMS };
@@ -27,13 +27,14 @@ struct encode_job {
     uint64_t seed;
     size_t numel, total, block; /* total: whole chunks where rotated */
     int values_dtype, residual_dtype, bits, scale, rotate, stochastic;
+    int gaussian; /* levels of gradcodec.reference.gaussian, 4 bits */
 };
 
 struct decode_job {
     struct payloads of;
     void *out;
     size_t numel, total, block;
-    int bits, rotate, dtype;
+    int bits, rotate, gaussian, dtype;
 };
 
 struct topk_job {

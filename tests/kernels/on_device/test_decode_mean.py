@@ -33,6 +33,25 @@ def test_unrotated_means_are_the_oracles(guarded, numel, bits):
     assert torch.equal(mine, oracle(packed, scales, numel, bits=bits, block=block))
 
 
+@pytest.mark.parametrize("numel", [1, 63, 64, 65, 4095, 4097, 3 * 4096 + 17])
+def test_means_of_gaussian_levels_are_the_oracles(guarded, numel):
+    packed, scales = payloads(3, numel, 4, 64)
+    options = {"bits": 4, "block": 64, "levels": "gaussian"}
+    for weights in (None, torch.rand(3)):
+        mine = decoded(guarded, packed, scales, numel, weights=weights, **options)
+        assert torch.equal(mine, oracle(packed, scales, numel, weights=weights, **options))
+
+
+def test_rotated_blocks_of_64_are_the_bf16_model(guarded, rotation):
+    options = {"bits": 4, "block": 64, "levels": "gaussian"}
+    pairs = [encode(row, rotate=True, **options) for row in torch.randn(3, 4097)]
+    packed, scales = (torch.stack(column) for column in zip(*pairs, strict=True))
+    mine = decoded(guarded, packed, scales, 4097, rotation=rotation, **options)
+    theirs = oracle(packed, scales, 4097, rotate=True, rotation_dtype=torch.bfloat16, **options)
+    # As above; levels have 104 steps where those of 4 bits have 8.
+    assert (mine - theirs).abs().max() <= 13 * 2e-3 * scales.float().max()
+
+
 @pytest.mark.parametrize("world", [1, 2, 8, 16, 17, 27, 64])
 def test_any_number_of_ranks_in_their_order(guarded, world):
     packed, scales = payloads(world, 4096, 4, 1024)

@@ -90,6 +90,35 @@ def test_mean_scales_are_within_a_bf16_number_and_codes_follow_them(guarded, bit
     assert torch.equal(mine[2], rest.view(-1)[: len(values)])
 
 
+@pytest.mark.parametrize("numel", [0, *SIZES])
+def test_bytes_of_gaussian_levels_are_the_oracles(guarded, numel):
+    values = torch.randn(numel) * torch.randn(numel).exp()
+    values[::7] = 0
+    for block in (64, 4096):
+        options = {"bits": 4, "block": block, "scale": "absmax", "levels": "gaussian"}
+        assert_equal(*both(guarded, values, torch.randn(numel) * 0.1, **options))
+
+
+@pytest.mark.parametrize("scale", ["absmax", "rms"])
+@pytest.mark.parametrize("block", [64, 4096])
+def test_rotated_gaussian_levels_follow_the_bf16_model(guarded, rotation, block, scale):
+    values, residual = torch.randn(4097), torch.randn(padded_numel(4097, True)) * 0.1
+    options = {"bits": 4, "block": block, "scale": scale, "levels": "gaussian"}
+    mine, theirs = both(guarded, values, residual, rotation, **options)
+    away = (mine[1].float() / theirs[1].float() - 1).abs()
+    assert away.max() <= 2.0**-7
+    same = mine[1].repeat_interleave(block) == theirs[1].repeat_interleave(block)
+    codes = [unpack_bits(packed, 4, len(same))[same] for packed in (mine[0], theirs[0])]
+    differ = (codes[0] - codes[1]).abs()
+    assert differ.max() <= 1
+    assert (differ > 0).float().mean() <= 1e-3
+
+
+def test_rotation_with_a_block_that_is_no_row_of_a_tile_is_refused(guarded, rotation):
+    with pytest.raises(ValueError, match="64 or 4096"):
+        both(guarded, torch.randn(100), rotation=rotation, bits=4, block=128, scale="rms")
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("numel", [1, 4097, 3 * 4096 - 17])
 def test_rotated_is_the_bf16_model(guarded, rotation, bits, numel):
