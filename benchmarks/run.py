@@ -212,7 +212,7 @@ _ALL = (
     ),
     Case(
         "ddp_auto",
-        "codec='auto' beside each codec that it may choose, on links of three rates",
+        "codec='auto' beside each codec that it may choose, on links of four rates",
         "benchmarks.ddp.ladder:main",
         tests=_EXCHANGE,
     ),

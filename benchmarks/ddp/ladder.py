@@ -1,10 +1,10 @@
-"""What ``codec="auto"`` chooses on links of three rates, and whether that is the best.
+"""What ``codec="auto"`` chooses on links of four rates, and whether that is the best.
 
     python -m benchmarks.run ddp_auto
 
 Plain DDP, each codec of the ladder and ``auto`` with ``quality=0.4`` take turns of a few steps in
-one run of two ranks, so that a busy machine slows all of them. Rows: ``ddp_auto.jsonl``, one per
-link, with the seconds of each turn and the line that ``auto`` logs.
+one run of two ranks, or of four, so that a busy machine slows all of them. Rows:
+``ddp_auto.jsonl``, one per link, with the seconds of each turn and the line that ``auto`` logs.
 """
 
 from __future__ import annotations
@@ -23,28 +23,34 @@ from benchmarks.run import Options
 CASE = "ddp_auto"
 AUTO = "auto-wide"
 BESIDE = (REFERENCE, "int4", "int2-rot", "sign-rot", AUTO)
-BLOCKS: Mapping[str, int] = {"100mbit": 4, "1gbit": 8, "unshaped": 12}
-"""Turns on each link; a step of plain DDP takes seconds on the slowest."""
+BLOCKS: Mapping[int, Mapping[str, int]] = {
+    2: {"10mbit": 2, "100mbit": 4, "1gbit": 8, "unshaped": 12},
+    4: {"100mbit": 4, "1gbit": 8},
+}
+"""Turns of so many ranks on each link; a step of plain DDP takes 20 seconds on the slowest."""
 
 
 def main(options: Options) -> list[str]:
     """Measure what is missing, then print the table."""
     work = work_named("llama")
     path = options.out / f"{CASE}.jsonl"
-    phases = tuple(Phase(link, BLOCK * count, BESIDE) for link, count in BLOCKS.items())
-    steps = max(phase.steps for phase in phases)
     name = "+".join(BESIDE)
-    run = Run(work.name, 2, name, 0, work.recipe.lr, steps, phases, case=CASE)
-    failed = execute([run], path, again=options.again)
-    print(aligned(table(rows.read(path))))
-    for row in rows.read(path):
-        print(f"{row['link']}: {row['notes'][AUTO]['auto']}")
+    runs = []
+    for world, blocks in BLOCKS.items():
+        phases = tuple(Phase(link, BLOCK * count, BESIDE) for link, count in blocks.items())
+        steps = max(phase.steps for phase in phases)
+        runs.append(Run(work.name, world, name, 0, work.recipe.lr, steps, phases, case=CASE))
+    failed = execute(runs, path, again=options.again)
+    measured = [row for row in rows.read(path) if "failed" not in row]
+    print(aligned(table(measured)))
+    for row in measured:
+        print(f"{row['link']}, {row['config']['world']} ranks: {row['notes'][AUTO]['auto']}")
     return failed
 
 
 def table(measured: Sequence[rows.Row]) -> Table:
     """Steps as fast as plain DDP's, median of the turns' ratios."""
-    head = ["link", *(SCHEMES[name].title for name in BESIDE[1:]), "auto / best of them"]
+    head = ["link", "ranks", *(SCHEMES[name].title for name in BESIDE[1:]), "auto / best of them"]
     out: Table = [tuple(head)]
     for row in measured:
         blocks = row["blocks"]
@@ -55,5 +61,5 @@ def table(measured: Sequence[rows.Row]) -> Table:
         }
         best = max([1.0, *(v for name, v in speed.items() if name != AUTO)])
         cells = [f"{speed[name]:.2f}x" for name in BESIDE[1:]]
-        out.append((row["link"], *cells, f"{speed[AUTO] / best:.0%}"))
+        out.append((row["link"], f"{row['config']['world']}", *cells, f"{speed[AUTO] / best:.0%}"))
     return out

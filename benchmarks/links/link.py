@@ -45,7 +45,15 @@ class Link:
         return 0.0 if rate is None else nbytes / rate
 
 
-LINKS = {link.name: link for link in (Link("unshaped"), Link("1gbit", 1000), Link("100mbit", 100))}
+LINKS = {
+    link.name: link
+    for link in (
+        Link("unshaped"),
+        Link("1gbit", 1000),
+        Link("100mbit", 100),
+        Link("10mbit", 10),
+    )
+}
 
 
 class Place(Protocol):

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.federated.world import world_of
+from benchmarks.gpu import llama as gpu
 from benchmarks.llama import case, tasks
 from benchmarks.llama.schemes import SCHEMES
 from benchmarks.llama.transfer import bundled
@@ -129,3 +130,11 @@ def test_a_run_is_the_same_wherever_its_model_and_data_are(
 
 def test_every_scheme_has_a_family_that_is_tuned() -> None:
     assert {s.family for s in SCHEMES.values()} <= set(SCHEMES)
+
+
+def test_the_script_for_a_gpu_asks_for_schemes_and_tasks_that_there_are() -> None:
+    groups = (*gpu.TWENTY, *gpu.TEN, *gpu.LAST, *gpu.OTHER, *gpu.MMLU, gpu.PEERS)
+    assert {name for group in groups for name in group} <= set(SCHEMES)
+    assert all(SCHEMES[SCHEMES[n].family].grid for group in groups for n in group)
+    for task in gpu.KNOWN:
+        assert tasks.settings(task, 0, 1).clients == 20
