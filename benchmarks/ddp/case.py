@@ -36,7 +36,7 @@ from benchmarks.ddp.rank import BLOCK, Phase, Spec
 from benchmarks.ddp.scheme import available
 from benchmarks.ddp.schemes import REFERENCE, SCHEMES, GradientScheme
 from benchmarks.ddp.work import WORKS, Work, kept_data, work_named
-from benchmarks.links.link import network
+from benchmarks.links.link import LINKS, network
 from benchmarks.run import ROOT, Options, choose
 from gradcodec.errors import ConfigError, TrainingError
 
@@ -62,6 +62,7 @@ BESIDE_LINKS = ("unshaped", "1gbit")
 BLOCKS = 10
 DATA = ROOT / "runs" / "bench-ddp"
 PATIENCE = 240.0
+"""Seconds without a word after which ranks are given up, at 100 Mbit/s and more."""
 LINKS_VARIABLE = "GRADCODEC_LINKS"
 
 
@@ -190,8 +191,10 @@ def perform(run: Run) -> Iterator[rows.Row]:
     )
     stamp = run.stamp()
     kind = os.environ.get(LINKS_VARIABLE)
+    slowest = min(LINKS[phase.link].mbit or 100 for phase in run.phases)
+    patience = PATIENCE * max(1.0, 100 / slowest)
     with network(run.world, kind) as links:
-        came = play(links, run.world, spec, patience=PATIENCE)
+        came = play(links, run.world, spec, patience=patience)
         for phase, row in zip(run.phases, came, strict=True):
             yield {**stamp, "network": links.kind, "asked": phase.steps, **row}
 
