@@ -50,8 +50,8 @@ class Compression(Protocol):
         - ``dense_wire_bytes``: bytes that this rank would have sent without compression, in a ring.
         - ``wire_bytes``: bytes that this rank has sent.
         - ``residual_bytes``: memory of error feedback.
-        - ``encode_seconds``, ``exchange_seconds``, ``decode_seconds``: time of each; waiting for
-          slower ranks is part of the exchange.
+        - ``encode_seconds``, ``exchange_seconds``, ``decode_seconds``: time of each, summed
+          over threads; waiting for slower ranks is part of the exchange.
         - ``codecs``: the codec that is used, by parameter, unit or group.
         - ``substituted``: names of codecs that were asked for, mapped to the codecs used instead:
           in a reduce-scatter ``"int4"`` becomes ``"int4-unbiased"`` (see ``plan.scattered_codec``).

@@ -120,7 +120,7 @@ class Flights:
             residuals.restore(saved)
             raise
         finally:
-            self._counters.traffic += link.meter.traffic + control.meter.traffic
+            self._counters.add(link.meter.traffic + control.meter.traffic)
         return next(iter(tensors.values()))
 
     def _common(self, names: Mapping[str, Tensor], step: int) -> dict[str, str]:

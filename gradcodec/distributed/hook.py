@@ -19,7 +19,7 @@ def compress_hook(
     """Average a bucket's gradients over all ranks, compressed as ``state`` says.
 
     Register it with ``ddp.register_comm_hook(state, compress_hook)``. It enqueues the bucket and
-    returns; the state's thread exchanges it while the backward pass goes on. DDP never passes
+    returns; a thread of the state exchanges it while the backward pass goes on. DDP never passes
     ``output``; FSDP1 would, and is refused.
 
     Raises:

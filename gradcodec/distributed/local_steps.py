@@ -281,7 +281,7 @@ class LocalSteps(Closing):
         with must_agree(_channel(group), _WHAT) as mine:
             mine.update(self._terms)
         self._at, behind, traffic = catch_up(self.anchors, self._at, group, self._device)
-        self.counters.traffic += traffic
+        self.counters.add(traffic)
         residuals = self.reducer.residuals
         if behind:
             residuals.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,14 @@ class Counters:
     log_every: int | None = None
     substituted: Mapping[str, str] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, traffic: Traffic) -> None:
+        """Count it; from any thread."""
+        with self._lock:
+            self.traffic += traffic
 
     def log(self, steps: int) -> None:
         """Write a line if one is due after ``steps`` steps."""

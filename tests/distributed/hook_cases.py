@@ -171,8 +171,6 @@ def buckets_and_skew_do_not_break_the_order(rank: int, world: int) -> None:
         real, sizes = state.reducer.reduce, []
 
         def noted(slots: Any, link: Any, step: int, **options: Any) -> None:
-            import threading
-
             threads.add(threading.current_thread().name)
             sizes.append(sum(s.flat.numel() for s in slots))
             assert link.group is not dist.group.WORLD
@@ -186,6 +184,29 @@ def buckets_and_skew_do_not_break_the_order(rank: int, world: int) -> None:
         assert len(sizes) >= 1 + 5 * 3, sizes
         assert len(set(last)) > 1, "expected buckets of uneven sizes"
         assert_replicas_equal(ddp)
+
+
+def one_bucket_is_coded_while_another_is_on_the_wire(rank: int, world: int) -> None:
+    """The first bucket of each step does not go on before the second one has begun."""
+    with wrapped("int4") as (ddp, state):
+        assert state is not None
+        train(ddp, range(2), sgd(ddp))  # DDP has its final buckets from the second step on
+        real, begun = state.reducer.reduce, []
+        second = threading.Event()
+
+        def noted(slots: Any, link: Any, step: int, **options: Any) -> None:
+            begun.append(link.group)
+            if len(begun) == 1:
+                assert second.wait(30), "the second bucket waits for the end of the first"
+            else:
+                second.set()
+            real(slots, link, step, **options)
+
+        state.reducer.reduce = noted  # type: ignore[method-assign]
+        backward(ddp, rank, 2)
+        assert len(begun) > 2
+        assert len({id(group) for group in begun}) == 2, "each worker has a group of its own"
+        assert all(group is not begun[0] for group in begun[1:2])
 
 
 # -- rule 2: state by name, buckets, resume ------------------------------------------------
@@ -746,7 +767,7 @@ def rules_choose_by_name_and_size(rank: int, world: int) -> None:
         assert 1e-2 < relative(came["0.weight"], exact["0.weight"]) < 0.9
 
 
-# -- rule 9: the worker ----------------------------------------------------------------------
+# -- rule 9: the workers ---------------------------------------------------------------------
 
 
 class Lines(logging.Handler):
@@ -782,11 +803,12 @@ def close_ends_the_thread(rank: int, world: int) -> None:
     with wrapped("int4") as (ddp, state):
         assert state is not None
         backward(ddp, rank, 0)
-        worker = state._worker
-        assert worker is not None
-        assert worker._thread.is_alive()
+        turns = state._turns
+        assert turns is not None
+        assert len(turns.workers) == 2
+        assert all(worker._thread.is_alive() for worker in turns.workers)
         state.close()
-        assert not worker._thread.is_alive()
+        assert not any(worker._thread.is_alive() for worker in turns.workers)
         with pytest.raises(TrainingError, match="closed"):
             state.submit(None)
 
@@ -795,22 +817,24 @@ def a_state_that_nobody_holds_ends_its_thread(rank: int, world: int) -> None:
     import gc
 
     state = CompressState(net(), "int4")
-    worker = state._worker
-    assert worker is not None
+    turns = state._turns
+    assert turns is not None
     del state
     gc.collect()
-    worker._thread.join(5)
-    assert not worker._thread.is_alive()
+    for worker in turns.workers:
+        worker._thread.join(5)
+        assert not worker._thread.is_alive()
 
 
 def destroying_the_group_ends_the_thread(rank: int, world: int) -> None:
     state = CompressState(net(), "int4")
-    worker = state._worker
-    assert worker is not None
+    turns = state._turns
+    assert turns is not None
     dist.barrier()
     dist.destroy_process_group()
-    worker._thread.join(10)
-    assert not worker._thread.is_alive()
+    for worker in turns.workers:
+        worker._thread.join(10)
+        assert not worker._thread.is_alive()
 
 
 # -- rule 10 and counters -----------------------------------------------------------------------

@@ -29,8 +29,7 @@ from gradcodec.distributed.plan import Choice, Plan, Rules
 from gradcodec.distributed.trial import AUTO, QUALITY, Trial, is_auto, ladder
 from gradcodec.distributed.wrappers.bucket import BucketReducer, ParameterNames, Slot
 from gradcodec.distributed.wrappers.fsdp1 import is_fsdp1
-from gradcodec.distributed.wrappers.torch_compat import sister_group
-from gradcodec.distributed.wrappers.worker import Worker
+from gradcodec.distributed.wrappers.worker import Turns
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import NamedParameters
 
@@ -63,7 +62,7 @@ class CompressState(Closing):
             ``"auto:int8,int4"`` names the codecs. ``"fp32"`` leaves gradients to the group's own
             all-reduce, as DDP without a hook does.
         process_group: the group of the data-parallel ranks; by default that of ``model`` if it is
-            wrapped, else the default group. Exchanges run on a new group of the same ranks.
+            wrapped, else the default group. Exchanges run on new groups of the same ranks.
         error_feedback: ``True``, ``False``, or ``"auto"``: on for codecs that need it (see
             ``coding.wants_feedback``).
         start_step: steps before this one are averaged exactly, as warm-up.
@@ -159,8 +158,8 @@ class CompressState(Closing):
         self._step = 0
         self._world = self._rank = 0
         self._pending: tuple[Mapping[str, Tensor | int], bool] | None = None
-        self._worker: Worker | None = None
-        self._own_group: dist.ProcessGroup | None = None
+        self._bucket = 0  # its number in this step
+        self._turns: Turns | None = None
         self._agreed = Agreed()
         if dist.is_initialized():
             self._start()
@@ -177,16 +176,17 @@ class CompressState(Closing):
         self._start()
         if self.closed:
             raise closed_error()
-        worker, step = self._worker, self._step
-        if worker is not None:
-            worker.check()
+        turns, step, number = self._turns, self._step, self._bucket
+        if turns is not None:
+            turns.check()
         buffer, last = bucket.buffer(), bool(bucket.is_last())
         slots = [] if buffer.is_sparse else self._names.slots(bucket)
         names = self._names.names(bucket)
         rung, dense = self._way(step)
+        self._bucket = 0 if last else number + 1
         if last:
             self._step += 1
-        if worker is None:  # a world of one
+        if turns is None:  # a world of one
             alone: Future[Tensor] = Future()
             alone.set_result(buffer)
             return alone
@@ -195,24 +195,21 @@ class CompressState(Closing):
         plain = dense and not measuring and not self.reducer.residuals.has(names)
         if plain and not buffer.is_sparse and key in self._agreed:
             future = self._left_to_ddp(buffer)
-            if last:
-                worker.finish()
-                self._step_done(step, buffer.device)
-            return future
+        else:
+            if rung and not dense and self._plans[rung - 1] is not self.reducer.plan:
+                turns.finish()  # nobody else uses what is kept by the plan so far
+                self.reducer.use(self._plans[rung - 1], self._rank, self._world)
 
-        def work() -> Tensor:
-            self._agree(key, names, buffer, step, rung)
-            if buffer.is_sparse or dense:
-                mean = self._all_reduce(buffer, slots)
-            else:
-                mean = self._reduce(buffer, slots, step, rung)
-            if last:
-                self._step_done(step, buffer.device)
-            return mean
+            def work(group: dist.ProcessGroup) -> Tensor:
+                self._agree(key, names, buffer, step, rung, group)
+                if buffer.is_sparse or dense:
+                    return self._all_reduce(buffer, slots, group)
+                return self._reduce(buffer, slots, step, rung, group)
 
-        future = worker.enqueue(work, buffer)
+            future = turns.enqueue(number, work, buffer)
         if last:
-            worker.finish()
+            turns.finish()
+            self._step_done(step, buffer.device)
         return future
 
     def _way(self, step: int) -> tuple[int, bool]:
@@ -228,22 +225,28 @@ class CompressState(Closing):
     def _left_to_ddp(self, buffer: Tensor) -> Future[Tensor]:
         """What ``DistributedDataParallel`` does without a hook; its seconds are not counted."""
         dense = buffer.numel() * buffer.element_size()
-        self.counters.traffic += Traffic(dense, ring_nbytes(dense, self._world))
+        self.counters.add(Traffic(dense, ring_nbytes(dense, self._world)))
         buffer.div_(self._world)
         work = dist.all_reduce(buffer, group=self.process_group, async_op=True)
         assert work is not None
         future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
 
-    # -- the worker's side ------------------------------------------------------------------
+    # -- the workers' side ------------------------------------------------------------------
 
     def _agree(
-        self, key: object, names: Sequence[str], buffer: Tensor, step: int, rung: int
+        self,
+        key: object,
+        names: Sequence[str],
+        buffer: Tensor,
+        step: int,
+        rung: int,
+        group: dist.ProcessGroup,
     ) -> None:
         """Compare ranks before a bucket that is new: DDP's first, rebuilt and resumed ones."""
         if key in self._agreed:
             return
-        link = control_link(self._own_group)
+        link = control_link(group)
         self._agreed.ensure(
             key,
             link,
@@ -258,45 +261,44 @@ class CompressState(Closing):
                 **self.reducer.terms(names),
             },
         )
-        self.counters.traffic += link.meter.traffic
+        self.counters.add(link.meter.traffic)
 
-    def _reduce(self, buffer: Tensor, slots: list[Slot], step: int, rung: int) -> Tensor:
-        link = Link(self._own_group, buffer.device)
+    def _reduce(
+        self, buffer: Tensor, slots: list[Slot], step: int, rung: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        link = Link(group, buffer.device)
         link.meter.dense = buffer.numel() * buffer.element_size()
         if rung:
-            plan = self._plans[rung - 1]
-            if plan is not self.reducer.plan:
-                self.reducer.use(plan, link.rank, link.size)
             measure = self.nmse_every is not None and step % self.nmse_every == 0
             self.reducer.reduce(slots, link, step, measure=measure)
         else:
             self.reducer.reduce_raw(slots, link, step)
-        self.counters.traffic += link.meter.traffic
+        self.counters.add(link.meter.traffic)
         return buffer
 
-    def _all_reduce(self, buffer: Tensor, slots: list[Slot]) -> Tensor:
-        link = Link(self._own_group, buffer.device)
+    def _all_reduce(self, buffer: Tensor, slots: list[Slot], group: dist.ProcessGroup) -> Tensor:
+        link = Link(group, buffer.device)
         self.reducer.send_rest(slots, link.rank, link.size)
         size = buffer._values().numel() if buffer.is_sparse else buffer.numel()
         link.meter.dense = size * buffer.element_size()
         link.meter.wire = ring_nbytes(link.meter.dense, self._world)
         with link.meter.phase("exchange"):
             mean = buffer / self._world if buffer.is_sparse else buffer.div_(self._world)
-            dist.all_reduce(mean, group=self._own_group)
-        self.counters.traffic += link.meter.traffic
+            dist.all_reduce(mean, group=group)
+        self.counters.add(link.meter.traffic)
         return mean
 
     def _step_done(self, step: int, device: torch.device) -> None:
         if self.auto is not None and step >= self.start_step:
-            assert self._own_group is not None
-            if self.auto.step_done(self._own_group, device) and not self._rank:
+            assert self._turns is not None
+            if self.auto.step_done(self._turns.groups[0], device) and not self._rank:
                 _log.info("gradcodec: %s", self.auto.describe())
         self.counters.log(step + 1)
 
     # -- life -------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Make group and thread; if there is no process group yet, do so at the first bucket."""
+        """Make groups and threads; if there is no process group yet, do so at the first bucket."""
         if self._world:
             return
         rank, world = place(self.process_group)
@@ -305,10 +307,9 @@ class CompressState(Closing):
                 mine.update(self._terms)
         self._world = world
         if self._world > 1:
-            self._own_group = sister_group(self.process_group)
-            rank = dist.get_rank(self._own_group)
-            self._worker = Worker()
-            weakref.finalize(self, self._worker.stop)
+            self._turns = Turns(self.process_group)
+            rank = dist.get_rank(self._turns.groups[0])
+            weakref.finalize(self, self._turns.stop)
         elif self.auto is not None:
             self.auto.settle(0)  # nothing is exchanged
         self._rank = rank
@@ -322,10 +323,10 @@ class CompressState(Closing):
         return None if self._early else LinkChannel(control_link(self.process_group))
 
     def close(self) -> None:
-        """End the thread. A backward pass that comes after it raises ``TrainingError``."""
+        """End the threads. A backward pass that comes after it raises ``TrainingError``."""
         super().close()
-        if self._worker is not None:
-            self._worker.stop()
+        if self._turns is not None:
+            self._turns.stop()
 
     # -- what it knows --------------------------------------------------------------------------
 

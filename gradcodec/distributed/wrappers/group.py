@@ -157,13 +157,14 @@ class CompressedGroup(Closing, dist.ProcessGroup):
         # Detached, so that autograd does not record the changes in place.
         values = tensor.detach()
         self._agree(values, "sum" if summed else "mean")
-        self.counters.traffic += all_reduce(
+        traffic = all_reduce(
             values,
             self.settings.codec,
             self,
             seed=derive_seed(self.settings.seed, self._steps),
             agreed=True,
         )
+        self.counters.add(traffic)
         self._steps += 1
         if summed:
             values.mul_(self.size())
@@ -185,7 +186,7 @@ class CompressedGroup(Closing, dist.ProcessGroup):
                 "step": str(self._steps),
             },
         )
-        self.counters.traffic += link.meter.traffic
+        self.counters.add(link.meter.traffic)
 
     def _compresses(self, tensors: Sequence[Tensor]) -> bool:
         if len(tensors) != 1 or self.size() == 1:

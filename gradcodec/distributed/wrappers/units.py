@@ -289,7 +289,7 @@ class ShardedState(Closing):
     def _count(self, unit: Unit, traffic: Traffic, dense_wire: int) -> None:
         unit.steps += 1
         self._dense_wire += dense_wire
-        self.counters.traffic += traffic
+        self.counters.add(traffic)
         if unit is next(iter(self.units.values())):
             self.counters.log(unit.steps)
 

@@ -1,8 +1,14 @@
-"""One thread that does jobs in the order in which they came.
+"""Threads that exchange, each in the order in which its jobs came.
 
 On gloo, collectives that are issued from callbacks of futures run on whatever thread is free. Their
 order then differs between ranks, and they abort or hang (pytorch#48478). Here the hook only
-enqueues; this thread alone issues collectives, on its own group.
+enqueues; a worker alone issues collectives on its group. Two of them take buckets in turn:
+
+    worker 0   code 0 | wire 0 | decode 0   code 2 | wire 2 | ...
+    worker 1            code 1 | wire 1 | decode 1   code 3 | ...
+
+While one waits for the wire, the other codes. DDP hands out buckets in the same order on all ranks:
+so the order of collectives on every group is the same, whichever worker is ahead.
 """
 
 from __future__ import annotations
@@ -17,11 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradcodec.distributed.exchange.link import backends_of
+from gradcodec.distributed.wrappers.torch_compat import sister_group
 from gradcodec.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+_WORKERS = 2
 
 Future = torch.futures.Future
 
@@ -94,8 +103,12 @@ class Worker:
             raise self.failure
         raise TrainingError(f"an earlier exchange failed: {self.failure}") from self.failure
 
-    def finish(self) -> None:
-        """Wait until every job is done, then ``check``."""
+    def wait(self) -> None:
+        """Wait until every job is done.
+
+        Raises:
+            TrainingError: the thread has ended before that.
+        """
         with self._changed:
             while self._waiting:
                 if not self._changed.wait(_POLL_SECONDS) and not self._thread.is_alive():
@@ -103,7 +116,6 @@ class Worker:
                         "the thread that exchanges gradients has ended before they were exchanged: "
                         "its state was closed, or the process group destroyed"
                     )
-        self.check()
 
     def stop(self, timeout: float = 5.0) -> None:
         """End the thread after the jobs that are queued; gives up waiting after ``timeout``.
@@ -144,3 +156,43 @@ class Worker:
                 self._waiting -= 1
                 self._changed.notify_all()
             del job, future
+
+
+class Turns:
+    """Workers that take buckets in turn, each with a group of the same ranks.
+
+    All ranks make it together. NCCL does not promise that collectives of two groups on one GPU make
+    progress side by side, so there one worker does it all.
+
+    Args:
+        group: of these ranks; ``None`` is the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        over_gloo = set(backends_of(group).values()) == {"gloo"}
+        self.groups = [sister_group(group) for _ in range(_WORKERS if over_gloo else 1)]
+        self.workers = [Worker() for _ in self.groups]
+
+    def enqueue(
+        self, number: int, work: Callable[[dist.ProcessGroup], Tensor], *tensors: Tensor
+    ) -> Future[Tensor]:
+        """A future of ``work``, done on the group of the worker whose turn ``number`` is."""
+        turn = number % len(self.workers)
+        group = self.groups[turn]
+        return self.workers[turn].enqueue(lambda: work(group), *tensors)
+
+    def check(self) -> None:
+        """As ``Worker.check``, of all workers."""
+        for worker in self.workers:
+            worker.check()
+
+    def finish(self) -> None:
+        """Wait until every job of every worker is done, then ``check``."""
+        for worker in self.workers:
+            worker.wait()
+        self.check()
+
+    def stop(self) -> None:
+        """End the threads after the jobs that are queued."""
+        for worker in self.workers:
+            worker.stop()
