@@ -70,17 +70,25 @@ def check_floating(spec: UpdateSpec) -> None:
             )
 
 
-def check_finite(vector: Tensor, what: str) -> None:
-    """Raise ``NonFiniteError`` if ``vector`` holds NaN or Inf, saying how many."""
+def check_finite(vector: Tensor, what: str, room: float = 1.0) -> None:
+    """Raise ``NonFiniteError`` if ``vector`` holds NaN or Inf, saying how many.
+
+    With ``room`` also if a value times ``room`` is beyond fp32, for coders that compute with sums.
+    """
     if not vector.numel() or not vector.is_floating_point():
         return
     # If there is a NaN, aminmax returns it; unlike a mask this takes no memory.
-    low, high = torch.aminmax(vector.detach())
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        bad = int((~torch.isfinite(vector)).sum())
+    ends = torch.stack(torch.aminmax(vector.detach()))
+    if not bool(_is_finite(ends, room).all()):
+        bad = int((~_is_finite(vector, room)).sum())
+        large = "" if room == 1 else f" or beyond {torch.finfo(torch.float32).max / room:.1e}"
         raise NonFiniteError(
-            f"{what}: expected finite values, {bad} of {vector.numel()} are NaN or Inf"
+            f"{what}: expected finite values, {bad} of {vector.numel()} are NaN or Inf{large}"
         )
+
+
+def _is_finite(vector: Tensor, room: float) -> Tensor:
+    return torch.isfinite(vector if room == 1 else vector.float() * room)
 
 
 def check_unpacked(vector: Tensor, what: str) -> None:

@@ -105,6 +105,14 @@ def test_check_finite_counts_what_is_not() -> None:
         layout.check_finite(torch.tensor([1, math.nan, math.inf, -math.inf, 0]), "w")
 
 
+def test_check_finite_counts_what_leaves_no_room() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.tensor([1e30, -1e37, math.nan, 1e34], dtype=dtype)
+        layout.check_finite(values[[0, 3]], "w", 1e3)
+        with pytest.raises(NonFiniteError, match=r"w: .* 2 of 4 are NaN or Inf or beyond 3.4e\+35"):
+            layout.check_finite(values, "w", 1e3)
+
+
 def test_check_finite_passes_finite_and_empty() -> None:
     layout.check_finite(torch.tensor([torch.finfo(torch.float32).max]), "w")
     layout.check_finite(torch.empty(0), "w")

@@ -23,6 +23,9 @@ _DEFAULT_SCALE = {8: "absmax", 4: "absmax", 2: "lloyd", 1: "l1"}
 _SCALES = ("auto", "lloyd", *grid.SCALES)
 #: The largest block whose Gaussian levels err less when placed by the largest magnitude.
 _PEAKED = 128
+#: No sum of a rotation exceeds 64 times the largest value, no level four times the largest of
+#: these, and no sum of the rotation back 4,096 levels.
+_ROOM = 64.0 * 4 * ops.CHUNK
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class BlockQuantPacker(Packer):
 
     The levels are those of ``gradcodec.reference.grid``; at 2 bits they are by default the two
     fitted magnitudes of ``gradcodec.reference.two_means``, at 4 bits on request those of
-    ``gradcodec.reference.gaussian``. NaN and Inf raise ``NonFiniteError``.
+    ``gradcodec.reference.gaussian``. NaN and Inf raise ``NonFiniteError``; with rotation values
+    beyond 3.2e32 do so too, since sums of them may leave fp32.
 
     Stochastic rounding is that of QSGD (Alistarh et al. 2017, arXiv 1610.02132) with a byte of
     dither per value, the rotation that of Suresh et al. 2017 (arXiv 1611.00429) with fixed signs.
@@ -189,7 +193,7 @@ class BlockQuantPacker(Packer):
 
     def _coded(self, x: Tensor, seed: int, residual: Tensor | None) -> Tensor:
         values = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
-        layout.check_finite(values, "blockquant")
+        layout.check_finite(values, "blockquant", _ROOM if self.config.rotate else 1.0)
         if self._fitted:
             packed, scales = ops.lloyd_encode(values, block=self.config.block, residual=residual)
         else:

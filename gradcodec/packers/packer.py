@@ -66,8 +66,8 @@ class Packer(ABC):
                 that rotates keeps it in rotated coordinates.
 
         Raises:
-            NonFiniteError: ``x`` holds NaN or Inf and the packer is ``finite``; the residual is
-                then untouched.
+            NonFiniteError: ``x`` holds NaN or Inf and the packer is ``finite``, or values so large
+                that sums of them leave fp32; the residual is then untouched.
         """
         x = x.detach().float()
         if residual is None:

@@ -477,6 +477,23 @@ def test_a_refused_vector_leaves_the_residual(bad: float) -> None:
 
 
 @BY_CONFIG
+def test_a_few_huge_values_break_no_residual(config: BlockQuantConfig) -> None:
+    codec = BlockQuant(config)
+    places = ([5], [0, 1], [0, 2048], list(range(0, 4096, 64)))
+    for at, size in itertools.product(places, (3.3e38, 2e38, 1e36, 3e32)):
+        x = torch.zeros(5000)
+        x[at] = size
+        residual = torch.zeros(codec.packer.residual_numel(5000))
+        try:
+            body = codec.packer.pack(x, residual=residual)
+        except NonFiniteError:
+            assert not bool(residual.any())
+            continue
+        assert bool(torch.isfinite(residual).all()), size
+        assert bool(torch.isfinite(codec.packer.unpack(body, 5000)).all()), size
+
+
+@BY_CONFIG
 def test_the_largest_values_come_back_finite_or_are_refused(config: BlockQuantConfig) -> None:
     codec = BlockQuant(config)
     for share in (1.0, 0.5, 0.01):

@@ -205,7 +205,7 @@ def what_is_not_finite_arrives_and_the_rest_is_coded(rank: int, world: int) -> N
 
 def huge_values_do_not_break_residuals(rank: int, world: int) -> None:
     """The sum of finite values may overflow: the owner then says so and sends what it has."""
-    for name in ("int8", "bf16", "fp16"):
+    for name in ("int8", "bf16", "fp16", "int8-rotated", "gauss4-64"):
         kept = Residuals()
         for step in range(2):
             mine = torch.full((5000,), 3e38)

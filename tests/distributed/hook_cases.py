@@ -58,6 +58,7 @@ CODECS: dict[str, tuple[Any, float]] = {
     "topk": ("topk", 0.97),
     "rotsign": ("rotsign", 3.0),
     "int4-rotated": ("int4-rotated", 0.07),
+    "gauss4-64": ("gauss4-64", 0.035),
     "int8-unbiased": ("int8-unbiased", 1e-3),
     "lowrank": ("lowrank", 0.85),
     "lowrank fp32": (LowRank(rank=2, refresh=3, code="fp32"), 0.95),
