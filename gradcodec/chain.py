@@ -93,6 +93,9 @@ class Chain(Codec):
     config: ChainConfig
 
     def __init__(self, outer: Codec, inner: Codec) -> None:
+        for codec in (outer, inner):
+            if not isinstance(codec, Codec):
+                raise ConfigError(f"chain: expected two codecs, got {shown(codec)}")
         if inner.weights or inner.spec is not None:
             raise ConfigError(f"chain: the inner codec codes a bare vector; got {inner}")
         self.outer = outer

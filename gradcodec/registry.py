@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
@@ -17,7 +19,7 @@ from gradcodec.codecs import (
     TopK,
 )
 from gradcodec.encodable import shown
-from gradcodec.errors import ConfigError
+from gradcodec.errors import ConfigError, HubError
 from gradcodec.ops import CHUNK
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.cast import CastConfig
@@ -83,5 +85,32 @@ def make_codec(name: str) -> Codec:
     Trained ones come from ``Codec.from_pretrained`` or ``gradcodec.tgap``.
     """
     if not isinstance(name, str) or name not in UNTRAINED:
-        raise ConfigError(f"expected a codec name of {sorted(UNTRAINED)}, got {shown(name)}")
+        raise ConfigError(
+            f"expected a codec name of {sorted(UNTRAINED)}, got {shown(name)} (fitted codecs are "
+            f"loaded by Codec.from_pretrained){_meant(name)}"
+        )
     return UNTRAINED[name]()
+
+
+def find_codec(name: str, revision: str | None = None) -> Codec:
+    """An untrained codec by name, such as ``int4``, or what ``Codec.from_pretrained`` finds.
+
+    Raises:
+        HubError: there is no such codec.
+        ConfigError: its files do not fit together.
+    """
+    if name in UNTRAINED:
+        return make_codec(name)
+    try:
+        return Codec.from_pretrained(name, revision=revision)
+    except HubError as err:
+        if Path(name).name != name or Path(name).exists():
+            raise
+        raise HubError(
+            f"{err}; codecs that need no fitting are {sorted(UNTRAINED)}{_meant(name)}"
+        ) from err
+
+
+def _meant(name: object) -> str:
+    close = difflib.get_close_matches(name, UNTRAINED, 1) if isinstance(name, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""

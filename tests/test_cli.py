@@ -181,6 +181,8 @@ def test_errors_are_one_line_with_the_class_and_status_2(
     damaged.write_bytes(blob)
     empty = tmp_path / "empty.bin"
     empty.write_bytes(b"")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     cases = {
         ("inspect", str(damaged)): "ChecksumError",
         ("inspect", str(empty)): "TruncatedError",
@@ -192,6 +194,7 @@ def test_errors_are_one_line_with_the_class_and_status_2(
         ("tgap", "--out", str(tmp_path / "x"), "--ratio", "0.5"): "ConfigError",
         ("tgap", "--out", str(empty)): "ConfigError",
         ("tgap", "--out", ""): "ConfigError",
+        ("tgap", "--out", str(tmp_path / "model")): "ConfigError",
         ("run-federated", "--out", ".."): "ConfigError",
         ("run-federated", "--out", str(empty)): "ConfigError",
         ("run-federated", "--schemes", "zip"): "ConfigError",
@@ -219,6 +222,18 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         cli.main([command, "--help"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: gradcodec {command}")
+
+
+@pytest.mark.parametrize("command", ["run-federated", "tgap"])
+def test_every_setting_says_what_it_is_and_its_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--clients CLIENTS how many there are (40)" in text
+    assert "--lr LR a client's learning rate in the first round; it falls to 0 (0.012)" in text
+    assert "--targets TARGETS comma-separated modules that get an adapter (q_proj,k_proj" in text
 
 
 # -- processes ------------------------------------------------------------------------------------

@@ -233,7 +233,12 @@ class Codec(ABC):
         """Write ``config.json``, ``model.safetensors`` and a card ``README.md`` into ``folder``.
 
         Set ``codec.notes`` first to say what the codec was fitted on; it goes into the config and
-        the card.
+        the card. A codec that is in the folder already is replaced.
+
+        Raises:
+            ConfigError: only one half is loaded, weights have changed, or files of these names are
+                there that are no codec's, such as those of a model.
+            HubError: the folder cannot be written.
         """
         hub.write(folder, folder_of(self), card=card)
 

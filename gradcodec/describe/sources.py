@@ -41,20 +41,6 @@ def read_update(path: str | Path) -> dict[str, Tensor]:
     return {name: found[name] for name in sorted(found, key=natural)}
 
 
-def find_codec(name: str, revision: str | None = None) -> Codec:
-    """An untrained codec by name, such as ``int4``, or what ``Codec.from_pretrained`` finds.
-
-    A folder of that name comes first.
-
-    Raises:
-        HubError: there is no such codec.
-        ConfigError: its files do not fit together.
-    """
-    if name in UNTRAINED and not Path(name).is_dir():
-        return make_codec(name)
-    return Codec.from_pretrained(name, revision=revision)
-
-
 def writer_of(payload: Payload, update: Update | None) -> tuple[str, Codec] | None:
     """The codec that wrote a payload, if it is untrained or bundled; it is known by its digest.
 

@@ -21,6 +21,7 @@ from gradcodec.describe.chart import Chart
 from gradcodec.describe.spectrum import bases, spectrum
 from gradcodec.errors import ConfigError
 from gradcodec.metrics import flat64
+from gradcodec.registry import find_codec
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
@@ -79,9 +80,9 @@ def report(
         return of_update(sources.read_update(path), each)
     given = None if update is None else sources.read_update(update)
     if path.is_file():
-        known = None if codec is None else sources.find_codec(codec, revision)
+        known = None if codec is None else find_codec(codec, revision)
         return of_payload(path.read_bytes(), known, given, each)
-    return of_codec(sources.find_codec(target, revision), given, each)
+    return of_codec(find_codec(target, revision), given, each)
 
 
 def of_update(update: Update, each: bool = False) -> Report:

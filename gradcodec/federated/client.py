@@ -69,11 +69,11 @@ class Client:
         self,
         number: ClientId,
         initial: State,
-        uplink: Codec,
-        downlink: Codec | None = None,
+        uplink: Codec | str,
+        downlink: Codec | str | None = None,
         config: ServerConfig | None = None,
     ) -> None:
-        self._start(number, initial, Fixed(uplink, downlink, config or ServerConfig()), FIXED)
+        self._start(number, initial, Fixed(uplink, downlink, config), FIXED)
 
     def _start(
         self, number: ClientId, initial: State, schedule: Schedule, kinds: tuple[int, ...]

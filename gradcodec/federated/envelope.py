@@ -26,6 +26,7 @@ from typing import Final
 from gradcodec.errors import (
     BadMagicError,
     ChecksumError,
+    ConfigError,
     LimitError,
     MalformedBodyError,
     TrailingBytesError,
@@ -227,7 +228,10 @@ def _opened(blob: bytes, magic: bytes, what: str) -> tuple[memoryview, int]:
 
     Version 1 has no magic: only its checksum, the complement of later ones, tells it from them.
     """
-    view = memoryview(blob).toreadonly()
+    try:
+        view = memoryview(blob).toreadonly()
+    except TypeError as err:
+        raise ConfigError(f"expected the bytes of a {what}, got {type(blob).__name__}") from err
     shortest = len(magic) + 1 + _CRC_BYTES
     if len(view) < shortest:
         raise TruncatedError(f"{what}: expected at least {shortest} bytes, got {len(view)}")

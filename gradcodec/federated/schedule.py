@@ -14,6 +14,7 @@ from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codec.pins import table_of
 from gradcodec.codecs import BlockQuant, RotatedSign, Subspace
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Reply
@@ -80,11 +81,29 @@ class Schedule(Protocol):
         """Inverse of ``state_dict``; ``ConfigError`` if it is another federation's."""
 
 
-class Fixed:
-    """The same stage for all rounds."""
+def _codec(codec: object) -> Codec:
+    if isinstance(codec, str):
+        return make_codec(codec)
+    if not isinstance(codec, Codec):
+        raise ConfigError(f"expected a codec or its name, such as 'int4', got {shown(codec)}")
+    return codec
 
-    def __init__(self, uplink: Codec, downlink: Codec | None, config: ServerConfig) -> None:
-        self.first = Stage(uplink, downlink or uplink, config)
+
+class Fixed:
+    """The same stage for all rounds.
+
+    Raises:
+        ConfigError: an argument is of another kind, or there is no codec of this name.
+    """
+
+    def __init__(
+        self, uplink: Codec | str, downlink: Codec | str | None, config: ServerConfig | None
+    ) -> None:
+        config = ServerConfig() if config is None else config
+        if not isinstance(config, ServerConfig):
+            raise ConfigError(f"expected a ServerConfig, got {shown(config)}")
+        up = _codec(uplink)
+        self.first = Stage(up, up if downlink is None else _codec(downlink), config)
 
     def config(self, mode: str) -> ServerConfig:
         """There is no later stage."""

@@ -45,7 +45,8 @@ class Server:
     Args:
         initial: the initial state, which every participant builds locally: a module, or tensors by
             name.
-        uplink: codec of replies; it is bound to the initial state here (``for_state``).
+        uplink: codec of replies, or its name; it is bound to the initial state here
+            (``for_state``).
         downlink: codec of broadcasts, likewise; the uplink codec by default. Latent mode needs the
             same code space in both directions (another quantiser is fine).
         config: aggregation settings.
@@ -58,11 +59,11 @@ class Server:
     def __init__(
         self,
         initial: State,
-        uplink: Codec,
-        downlink: Codec | None = None,
+        uplink: Codec | str,
+        downlink: Codec | str | None = None,
         config: ServerConfig | None = None,
     ) -> None:
-        self._start(initial, Fixed(uplink, downlink, config or ServerConfig()))
+        self._start(initial, Fixed(uplink, downlink, config))
 
     def _start(self, initial: State, schedule: Schedule) -> None:
         """Begin round 0 of a schedule."""

@@ -50,6 +50,15 @@ def to_document(folder: Folder) -> dict[str, Any]:
     return document
 
 
+def is_document(text: bytes) -> bool:
+    """Whether gradcodec wrote this ``config.json``, of whatever schema; models have one too."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and str(document.get("library")).startswith("gradcodec ")
+
+
 def parse(text: bytes) -> dict[str, Any]:
     """``config.json`` as a checked document of the current schema."""
     if len(text) > MAX_CONFIG_BYTES:

@@ -18,7 +18,13 @@ from gradcodec import wire
 from gradcodec.encodable import DTYPE_CODES, shown
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.hub.card import make_card
-from gradcodec.hub.document import MAX_CONFIG_BYTES, parse, spec_from_rows, to_document
+from gradcodec.hub.document import (
+    MAX_CONFIG_BYTES,
+    is_document,
+    parse,
+    spec_from_rows,
+    to_document,
+)
 from gradcodec.hub.folder import (
     CARD_NAME,
     CONFIG_NAME,
@@ -39,7 +45,7 @@ def write(path: str | Path, folder: Folder, *, card: str | None = None) -> None:
 
     Raises:
         ConfigError: weights are missing (only one half was loaded), or have changed since the
-            digest was taken.
+            digest was taken; or files of these names are there that are no codec's.
         HubError: the folder cannot be written.
     """
     document = to_document(folder)
@@ -52,17 +58,47 @@ def write(path: str | Path, folder: Folder, *, card: str | None = None) -> None:
         if wire.tensor_digest(tensor) != folder.digests[name]:
             raise ConfigError(f"weight {name!r} was changed after the codec's digest was taken")
     path = Path(path)
+    check_place(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with _replacing(path / WEIGHTS_NAME) as temporary:
+        # All three are on the disk before the first of them, the last in this list, takes its
+        # place: config.json, by which a later call knows whose folder this is.
+        with (
+            _replacing(path / WEIGHTS_NAME) as weights_file,
+            _replacing(path / CARD_NAME) as card_file,
+            _replacing(path / CONFIG_NAME) as config_file,
+        ):
             # Not save_file: it makes files that only their owner can read.
-            temporary.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
-        with _replacing(path / CONFIG_NAME) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        with _replacing(path / CARD_NAME) as temporary:
-            temporary.write_text(make_card(folder) if card is None else card, encoding="utf-8")
+            weights_file.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+            card_file.write_text(make_card(folder) if card is None else card, encoding="utf-8")
+            config_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as err:
         raise HubError(f"cannot write the codec folder {path}: {err}") from err
+
+
+def check_place(path: str | Path) -> None:
+    """Check that a codec can be written into a folder without loss of anything else.
+
+    Models and runs have files of the same names. A codec's own folder is written anew.
+
+    Raises:
+        ConfigError: the path is a file, or one of the three files is there and no codec's.
+        HubError: the folder cannot be read.
+    """
+    path = Path(path)
+    try:
+        there = [n for n in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME) if (path / n).exists()]
+        config = (path / CONFIG_NAME).read_bytes() if CONFIG_NAME in there else b""
+        file = path.exists() and not path.is_dir()
+    except OSError as err:
+        raise HubError(f"cannot read the codec folder {path}: {err}") from err
+    if file:
+        raise ConfigError(f"expected a folder for the codec, got {path}: it is a file")
+    if there and not is_document(config):
+        raise ConfigError(
+            f"expected a new folder for the codec, or one that holds a codec, got {path}: its "
+            f"{' and '.join(there)} would be lost; choose another folder"
+        )
 
 
 def bundled() -> list[str]:

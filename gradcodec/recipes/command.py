@@ -8,11 +8,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from gradcodec import describe
 from gradcodec.chain import Chain
 from gradcodec.codecs import BlockQuant, RotatedSign
 from gradcodec.errors import ConfigError
+from gradcodec.hub.local import check_place
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.recipes import report, schemes
 from gradcodec.recipes.federated_llama import Experiment
@@ -30,26 +32,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", default="runs/demo", help="the run's folder")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
+    add(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="settings to start from: the paper's, a small LLaMA, quick",
+    )
     add("--full", action="store_true", help="compare all schemes, for 20 rounds")
     add("--schemes", help=f"comma-separated, of: {', '.join(schemes.SCHEMES)}")
-    add("--codecs", help="comma-separated codecs to compare too: bundled, folders or Hub ids")
+    add("--codecs", help="comma-separated codecs to compare too: names, folders or Hub ids")
     _add_settings(parser)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    settings = parser.add_argument_group("settings")
+    settings = parser.add_argument_group("settings", "In brackets: the default without --preset.")
     for field in (*dataclasses.fields(Settings), *_local_fields()):
         if field.name in ("local", "schemes", "codecs"):
             continue
-        flag = "--" + field.name.replace("_", "-")
+        flag, text = "--" + field.name.replace("_", "-"), f"{_HELP[field.name]}{_default(field)}"
         if field.type == "bool":
-            settings.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        elif field.name == "targets":
-            settings.add_argument(flag, help="comma-separated module names, e.g. q_proj,v_proj")
+            settings.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
         else:
             kind = {"int": int, "int | None": int, "float": float}.get(str(field.type), str)
-            settings.add_argument(flag, type=kind)
+            settings.add_argument(flag, type=kind, help=text)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """In brackets, for a person; a setting that is ``None`` is off."""
+    value = field.default
+    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    return "" if value is None else f" ({text})"
+
+
+_HELP = {
+    "model": "embedded, a folder, a GGUF file or a Hub id",
+    "revision": "branch, tag or commit of the model on the Hub",
+    "dataset": "stdlib, a .jsonl or .json file, or a Hub id, id:configuration:split",
+    "limit": "use this many examples, from the start (all)",
+    "lora_r": "rank of the adapter",
+    "lora_alpha": "scale of the adapter, before division by its rank",
+    "targets": "comma-separated modules that get an adapter",
+    "dtype": "of the weights: float32, bfloat16 or float16",
+    "device": "auto, cpu or cuda",
+    "gradient_checkpointing": "less memory, longer steps",
+    "max_length": "most tokens of an example",
+    "clients": "how many there are",
+    "fraction": "share of the clients in each round",
+    "rounds": "of each scheme",
+    "dirichlet": "how alike clients are; with small values each has few labels",
+    "min_client": "fewest examples of a client",
+    "d1": "share of each client's examples that TGAP may see",
+    "held_out": "examples that no client has, for the loss",
+    "questions": "how many of those are asked with four options",
+    "tgap_rounds": "rounds in which TGAP gathers",
+    "tgap_reading": "who trains meanwhile: federated or local",
+    "tgap_records": "what subspaces are fitted on: auto, signal, gradient, update, state, balanced",
+    "representation": "what autoencoders encode: update, state or balanced",
+    "aggregation": "of the paper's schemes: mean, sum, trimmed or median",
+    "server_lr": "the server's learning rate",
+    "server_momentum": "the server's momentum",
+    "ae_steps": "training steps of each autoencoder",
+    "seed": "of adapter, clients, sampling and batches",
+    "lr": "a client's learning rate in the first round; it falls to 0",
+    "batch": "examples of a step",
+    "micro_batch": "examples of a forward pass",
+    "steps": "of a client in a round; 0: whole epochs",
+    "epochs": "of a client in a round, with --steps 0",
+    "clip": "largest norm of a gradient",
+    "weight_decay": "AdamW's",
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -113,15 +165,18 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="subspace: a basis for one kind of factor in all layers, or for all of one input",
     )
-    add("--preset", choices=sorted(PRESETS), help="the paper's settings, or a quick check")
+    add(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="settings to start from: the paper's, a small LLaMA, quick",
+    )
     _add_settings(parser)
 
 
 def run_tgap(options: argparse.Namespace) -> int:
     """Gather on D1, fit one codec, save it and print what it is."""
     out = _out(options.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"expected a folder for the codec (--out), got {out}: it is a file")
+    check_place(out)  # now, not after the run
     settings = dataclasses.replace(settings_of(options), schemes=("fp32",), codecs=())
     config: SubspaceConfig | AutoencoderConfig
     if options.family == "subspace":

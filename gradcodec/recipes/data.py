@@ -10,7 +10,7 @@ choices      makes multiple-choice questions of them
 """
 
 from gradcodec.recipes.choices import Choice, multiple_choice
-from gradcodec.recipes.examples import UNLABELLED, Example, example_of
+from gradcodec.recipes.examples import UNLABELLED, Example, check_filled, example_of
 from gradcodec.recipes.partition import dirichlet_partition, held_out, split_d1_d2
 from gradcodec.recipes.sources import load_examples, rows_of_file
 from gradcodec.recipes.tokens import IGNORED, Encoded, collate, encode_example
@@ -21,6 +21,7 @@ __all__ = [
     "Choice",
     "Encoded",
     "Example",
+    "check_filled",
     "collate",
     "dirichlet_partition",
     "encode_example",

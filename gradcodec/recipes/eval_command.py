@@ -118,10 +118,26 @@ def run_eval(options: argparse.Namespace) -> int:
 
 
 def _out(name: str) -> Path:
+    """The path of ``--out``; only what an earlier call wrote is written anew, FILE.md likewise."""
     path = Path(name)
     if path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"expected a file name that ends in .json (--out), got {name!r}")
+    there = [str(file) for file in (path, path.with_suffix(".md")) if file.exists()]
+    if there and not _is_written(path):
+        raise ConfigError(
+            f"expected a new file or one of an earlier `gradcodec eval` (--out), got {name!r}: "
+            f"{' and '.join(there)} would be lost"
+        )
     return path
+
+
+def _is_written(path: Path) -> bool:
+    """Whether ``_write`` wrote this file."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"schema", "settings", "figures"} <= document.keys()
 
 
 def _sources(options: argparse.Namespace) -> list[Source]:

@@ -250,6 +250,7 @@ def _by_task(file: str, task: str, kind: _Kind, manager: Any) -> dict[str, list[
             raise ConfigError(
                 f"{where}: expected the columns of {task}: {', '.join(kind.columns)}; got {got}"
             )
+        data.check_filled(row, kind.columns, where)
         name = f"{task}_{row['subject']}" if kind.by_subject else task
         if name not in manager.task_index:
             subjects = [n.removeprefix(f"{task}_") for n in manager.all_subtasks]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
 
 UNLABELLED = "unlabelled"
@@ -41,6 +42,7 @@ def example_of(row: object, where: str) -> Example:
         raise ConfigError(f"{where}: expected an object with columns, got {type(row).__name__}")
     for columns, read in _FORMATS.values():
         if all(column in row for column in columns):
+            check_filled(row, columns, where)
             try:
                 return read(row)
             except (IndexError, TypeError, ValueError) as error:
@@ -48,6 +50,26 @@ def example_of(row: object, where: str) -> Example:
     expected = "; ".join(f"{name}: {', '.join(cols)}" for name, (cols, _) in _FORMATS.items())
     found = ", ".join(map(str, row)) or "none"
     raise ConfigError(f"{where}: unknown columns. Expected one of [{expected}]; found: {found}")
+
+
+def check_filled(row: Row, columns: Sequence[str], where: str) -> None:
+    """Raise ``ConfigError`` for what would become the text "None", "nan" or a list in brackets."""
+    for column in columns:
+        value = row[column]
+        if column == "choices":
+            expected, holds = (
+                "a list of texts",
+                isinstance(value, list) and all(map(_is_text, value)),
+            )
+        else:
+            expected, holds = "text", _is_text(value)
+        if not holds:
+            raise ConfigError(f"{where}: expected {expected} in {column!r}, got {shown(value)}")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text or a number; NaN, which stands for an empty cell, equals nothing."""
+    return isinstance(value, str | int | float) and value == value
 
 
 def _dolly(row: Row) -> Example:
@@ -144,6 +166,8 @@ def _instruction(instruction: object, context: object) -> str:
 
 def _lettered(row: Row, choices: Sequence[object], letter: str) -> Example:
     letters = _LETTERS[: len(choices)]
+    if len(choices) > len(letters):
+        raise ValueError(f"expected at most {len(letters)} choices, got {len(choices)}")
     if len(letter) != 1 or letter not in letters:
         raise ValueError(f"answer {letter!r} is none of {', '.join(letters)}")
     listed = "\n".join(f"{name}. {choice}" for name, choice in zip(letters, choices, strict=True))

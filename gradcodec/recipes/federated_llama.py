@@ -124,7 +124,7 @@ class Experiment:
         """The codecs that the chosen schemes need, fitted on D1 or loaded from the run's folder."""
         for key, codec in self.codecs.items():  # a run holds what it used
             if codec.config.learned:
-                codec.save_pretrained(self.folder.path / "codecs" / key)
+                codec.save_pretrained(self.folder.fresh(f"codecs/{key}"))
         names = list(dict.fromkeys(n for s in self.schemes for n in s.needs if n in TRAINED))
         return self.fit({n: TRAINED[n] for n in names}, "codecs") if names else {}
 
@@ -205,7 +205,7 @@ class Experiment:
             records = s.records_for(config.ratio)
             codec: Codec = fit_subspace(moments[records], config)
             codec.notes = self._notes(records)
-            codec.save_pretrained(self.folder.path / place / name)
+            codec.save_pretrained(self.folder.fresh(f"{place}/{name}"))
             digests[name] = codec.digest.hex()
         for name, net in nets.items():
             digests[name] = self._train_autoencoder(store, name, net, spec, place)
@@ -243,7 +243,7 @@ class Experiment:
                 loss_log=partial(self._ae_progress, name),
             )
         fit.codec.notes = self._notes(self.settings.representation)
-        fit.codec.save_pretrained(self.folder.path / place / name)
+        fit.codec.save_pretrained(self.folder.fresh(f"{place}/{name}"))
         digest = fit.codec.digest.hex()
         self.folder.save(history, {"digest": digest, "rows": [asdict(r) for r in fit.history]})
         return digest

@@ -62,6 +62,8 @@ def load_base(
         ) from error
     library: Any = transformers  # annotated only in part
     embedded = name in ("embedded", "embedded-untrained")
+    if not embedded:
+        _check_place(name)
     gguf = None if embedded else _gguf_file(Path(name))
     place = str(EMBEDDED_FOLDER) if embedded else name if gguf is None else str(gguf.parent)
     options: dict[str, Any] = {"revision": revision}
@@ -87,6 +89,19 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(nn.Module, model).to(device).train(), tokenizer
+
+
+def _check_place(name: str) -> None:
+    """Raise ``ConfigError`` for what can only be a path, and has no model; else it may be an id."""
+    place = Path(name)
+    path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or len(place.parts) > 2
+    why = ""
+    if path and not place.exists():
+        why = "there is no such file or folder"
+    elif place.is_dir() and not (place / "config.json").exists() and not any(place.glob("*.gguf")):
+        why = "the folder has neither a config.json nor a GGUF file"
+    if why:
+        raise ConfigError(f"cannot load the model {name!r}: {why}")
 
 
 def _gguf_file(place: Path) -> Path | None:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
-from gradcodec.describe.sources import find_codec
 from gradcodec.errors import ConfigError
 from gradcodec.federated.config import ServerConfig
 from gradcodec.recipes.schemes import SCHEMES, TRAINED, Scheme
-from gradcodec.registry import make_codec
+from gradcodec.registry import find_codec, make_codec
 from gradcodec.types import UpdateSpec
 
 

@@ -76,12 +76,12 @@ class RunFolder:
 
     def _open(self, config: dict[str, Any], resume: bool) -> None:
         settings = self.path / CONFIG
+        if settings.exists() and not files.is_sealed(settings.read_bytes()):
+            raise ConfigError(
+                f"{settings} is not the settings of a run (of this version of gradcodec); "
+                "choose another folder (--out)"
+            )
         if self._holds_results():
-            if settings.exists() and not files.is_sealed(settings.read_bytes()):
-                raise ConfigError(
-                    f"{settings} is not the settings of a run (of this version of gradcodec); "
-                    "choose another folder (--out)"
-                )
             if not resume:
                 raise ConfigError(
                     f"{self.path} already holds a run; resume it (--resume) or choose another "

@@ -25,8 +25,9 @@ def load_examples(source: str, *, limit: int | None = None) -> list[Example]:
         limit: Keep this many examples from the start; ``None`` keeps all.
 
     Raises:
-        ConfigError: The file is missing or not JSON, the columns are unknown, nothing was read,
-            or the ``datasets`` package is needed and not installed.
+        ConfigError: The file is missing, not JSON or of another kind, the columns are unknown, a
+            value is missing, nothing was read, or the ``datasets`` package is needed and not
+            installed.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
@@ -35,6 +36,8 @@ def load_examples(source: str, *, limit: int | None = None) -> list[Example]:
         return examples[:limit]
     if not source:
         raise ConfigError("expected 'stdlib', a file or the name of a data set, got ''")
+    if Path(source).is_file() and not source.endswith((".jsonl", ".json")):
+        raise ConfigError(f"expected a file of examples that ends in .jsonl or .json, got {source}")
     if source.endswith((".jsonl", ".json")):
         rows: Iterable[Row] = rows_of_file(Path(source))
     else:

@@ -27,7 +27,10 @@ def fit_subspace(moments: SecondMoments, config: SubspaceConfig | None = None) -
     """
     config = config or moments.config
     if moments.count == 0:
-        raise TrainingError("nothing was recorded; was the optimiser stepped inside the recorder?")
+        raise TrainingError(
+            "nothing was recorded: expected optimiser steps inside the recorder, or, of signal "
+            "moments, a round with updates of two clients or more"
+        )
     shared = config.share != "none"
     spectra = moments.merged(config.share) if shared else moments.spectra()
     if all(float(values.sum()) == 0 for values, _ in spectra.values()):

@@ -1,6 +1,7 @@
 """A transform and a packer in a row: what is looked at once, and what each promises the other."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,12 @@ def test_a_value_of_fp64_beyond_fp32_is_refused_by_name() -> None:
     update = {"a": torch.ones(3), "b": torch.tensor([1.0, 1e300], dtype=torch.float64)}
     with pytest.raises(NonFiniteError, match="'b' in fp32: expected finite values, 1 of 2"):
         BlockQuant().encoder.encode(update)
+
+
+@pytest.mark.parametrize("inner", ["int4", BlockQuantConfig(4), None])
+def test_a_chain_of_what_is_no_codec_is_refused(inner: Any) -> None:
+    with pytest.raises(ConfigError, match="chain: expected two codecs, got"):
+        Chain(Identity(), inner)
 
 
 def test_a_code_of_another_length_is_refused() -> None:

@@ -1,13 +1,16 @@
 """Names, kinds and wire ids."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from gradcodec import wire
 from gradcodec.codec import Codec, codec_class
-from gradcodec.errors import ConfigError
-from gradcodec.registry import UNTRAINED, make_codec
+from gradcodec.errors import ConfigError, GradcodecError, HubError
+from gradcodec.hub import bundled
+from gradcodec.registry import UNTRAINED, find_codec, make_codec
 from gradcodec.wire import CODEC_IDS
 
 EXPECTED = {
@@ -51,6 +54,29 @@ def test_an_unknown_name_lists_the_names(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_codec(name)
     assert re.findall(r"'([\w-]+)'", str(caught.value))[: len(UNTRAINED)] == sorted(UNTRAINED)
+
+
+@pytest.mark.parametrize("find", [make_codec, find_codec])
+def test_a_slip_of_the_pen_gets_a_suggestion(find: Callable[[str], Codec]) -> None:
+    with pytest.raises(GradcodecError, match="did you mean 'int4-rotated'"):
+        find("int4_rotated")
+
+
+def test_a_codec_that_cannot_be_found_lists_what_needs_no_fitting_and_what_is_bundled() -> None:
+    with pytest.raises(HubError) as caught:
+        find_codec("mine")
+    for name in (*UNTRAINED, *bundled()):
+        assert repr(name) in str(caught.value)
+
+
+def test_a_folder_does_not_take_the_name_of_an_untrained_codec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does not take that of a bundled one: a name means the same wherever one works."""
+    monkeypatch.chdir(tmp_path)
+    make_codec("int8").save_pretrained("int4")
+    assert find_codec("int4").digest == make_codec("int4").digest
+    assert find_codec("./int4").digest == make_codec("int8").digest
 
 
 def test_codecs_are_made_anew() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,10 +22,12 @@ from gradcodec.errors import (
     TrainingError,
     WireError,
 )
+from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.server import Server
 from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import make_codec
 
 INITIAL = Toy().initial
 
@@ -400,3 +403,41 @@ def test_a_bound_that_nobody_reaches_changes_no_bit(codec: Codec) -> None:
 def test_a_bound_that_is_none_is_refused(bound: float) -> None:
     with pytest.raises(ConfigError, match="max_norm"):
         ServerConfig(max_norm=bound)
+
+
+# -- what is handed over ---------------------------------------------------------------------------
+
+
+def test_ends_take_codecs_by_name() -> None:
+    """As every other front end does."""
+    named = Server(INITIAL, "int8", "int4")
+    made = Server(INITIAL, make_codec("int8"), make_codec("int4"))
+    update = values(1)
+    assert close(named, update) == close(made, update)
+    client = Client(1, INITIAL, "int8", "int4")
+    assert equal(client.receive(named.broadcast(0)), made.replica.state())
+
+
+@pytest.mark.parametrize("end", [Server, partial(Client, 1)])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("int5",), "did you mean"),
+        ((BlockQuantConfig(4),), "codec or its name"),
+        (("int4", 4), "codec or its name"),
+        (("int4", None, {"mode": "latent"}), "expected a ServerConfig"),
+    ],
+)
+def test_what_is_no_codec_or_config_is_refused(
+    end: Callable[..., object], arguments: tuple[Any, ...], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        end(INITIAL, *arguments)
+
+
+@pytest.mark.parametrize("blob", [None, "text", 3])
+def test_what_is_no_bytes_is_refused(blob: Any) -> None:
+    with pytest.raises(ConfigError, match="expected the bytes of a reply"):
+        Server(INITIAL, "int4").receive(blob)
+    with pytest.raises(ConfigError, match="expected the bytes of a broadcast"):
+        Client(1, INITIAL, "int4").receive(blob)

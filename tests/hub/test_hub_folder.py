@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -54,19 +55,52 @@ def test_views_and_shared_memory_are_saved_by_value(tmp_path: Path) -> None:
     assert all(torch.equal(read[n], weights[n]) and read[n].is_contiguous() for n in weights)
 
 
-def test_failed_write_leaves_the_old_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["write_bytes", "write_text"])
+def test_failed_write_leaves_the_old_folder(
+    method: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are written as bytes, the config and the card as text."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
-    write = Path.write_bytes
+    write = getattr(Path, method)
 
-    def full(path: Path, data: bytes) -> int:
-        write(path, data[: len(data) // 2])
+    def full(path: Path, data: Any, **options: Any) -> int:
+        write(path, data[: len(data) // 2], **options)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, method, full)
     with pytest.raises(HubError, match="No space left"):
         chain(seed=5).save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"},
+        {"config.json": b"{"},
+        {"model.safetensors": b"weights"},
+        {"README.md": b"# A project"},
+    ],
+    ids=["model", "damaged", "weights", "project"],
+)
+def test_files_that_are_no_codecs_are_not_overwritten(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    names = " and ".join(sorted(files, reverse=True))
+    with pytest.raises(ConfigError, match=f"{names} would be lost"):
+        chain().save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+
+
+def test_a_codec_takes_the_place_of_another_and_leaves_other_files_alone(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    made = subspace()
+    made.save_pretrained(saved)
+    assert Codec.from_pretrained(saved).digest == made.digest
+    assert (saved / "notes.txt").read_text() == "mine"
 
 
 def test_written_files_have_the_permissions_of_new_files(tmp_path: Path) -> None:

@@ -339,6 +339,34 @@ def test_a_downlink_whose_errors_add_up_is_refused(downlink: Any) -> None:
         CodecGrid(LoopbackGrid(WITH, 1), "int4", downlink)
 
 
+def test_a_tensor_of_another_shape_costs_that_reply_and_is_named() -> None:
+    """One row of a matrix would otherwise be repeated to fit."""
+
+    def one_row(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        arrays = {n: a.numpy() for n, a in reply.content["arrays"].items()}
+        reply.content["arrays"] = record({**arrays, "lora_A": arrays["lora_A"][:1]})
+        return reply
+
+    def make() -> ClientApp:
+        made = ClientApp(mods=[CompressMod()])
+        made.train()(one_row)
+        return made
+
+    grid = CodecGrid(LoopbackGrid(make, 1), "int4")
+    content = RecordDict({"arrays": record(model()), "config": ConfigRecord()})
+    (reply,) = grid.send_and_receive([Message(content, message_type="train", dst_node_id=100)])
+    assert reply.has_error()
+    assert "'lora_A': expected the shape (8, 96) of the model that came, got (1, 96)" in str(
+        reply.error.reason
+    )
+
+
+def test_a_rule_that_matches_no_tensor_is_refused_with_the_first_model() -> None:
+    with pytest.raises(ConfigError, match=r"rule 'loar_\*' matches no tensor; there are frozen"):
+        run(LoopbackGrid(WITH, 2), "int4", rules=[("loar_*", "fp32")])
+
+
 def test_the_state_of_another_run_or_choice_is_not_used() -> None:
     grid = LoopbackGrid(WITH, 2)
     run(grid, "int4", evaluated=0.0)

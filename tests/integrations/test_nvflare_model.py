@@ -306,6 +306,12 @@ def test_a_codec_whose_errors_would_grow_is_refused(codec: Any) -> None:
         Site().ask(EncodeModel(codec), model())
 
 
+def test_a_rule_that_matches_no_tensor_is_refused() -> None:
+    encode = EncodeModel("int4", rules=[("w", "fp32"), ("head.*", "fp32")])
+    with pytest.raises(ConfigError, match=r"rule 'head\.\*' matches no tensor; there are w, "):
+        Site().ask(encode, model())
+
+
 def test_nan_is_refused_and_the_next_model_follows_the_last_good_one() -> None:
     encode, site, state = EncodeModel("int4"), Site(), model()
     site.ask(encode, state)

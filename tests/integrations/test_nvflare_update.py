@@ -15,7 +15,7 @@ from integrations.nvflare_toy import context, tensors, through, update
 from nvflare.apis.dxo import DXO, DataKind, MetaKey
 
 import gradcodec as gc
-from gradcodec.errors import ConfigError, UpdateError
+from gradcodec.errors import ConfigError, GradcodecError, UpdateError
 from gradcodec.integrations.nvflare import DecodeUpdate, EncodeUpdate
 
 BUNDLED = "stdlib-llama-lora-r8-32x"
@@ -178,6 +178,23 @@ def test_a_trained_codec_names_tensors_that_it_was_not_made_for() -> None:
 def test_what_is_no_codecs_name_or_config_is_refused_at_once(codec: Any) -> None:
     with pytest.raises(ConfigError, match="name, config, folder or Hub id"):
         EncodeUpdate(codec)
+
+
+@pytest.mark.parametrize("codec", ["int5", {"kind": "blockquant", "bits": 3}, {"kind": "zip"}])
+def test_a_codec_that_cannot_be_is_refused_at_once(codec: Any) -> None:
+    """And not in the job, by every site, when its first update is ready."""
+    with pytest.raises(GradcodecError, match=r"int4|bits|blockquant"):
+        EncodeUpdate(codec)
+
+
+@pytest.mark.parametrize("codec", ["/srv/codecs/mine", "./mine", "user/mine"])
+def test_a_codec_that_only_the_sites_may_have_is_not_looked_for(codec: str) -> None:
+    assert EncodeUpdate(codec).codec == codec
+
+
+def test_a_rules_codec_that_cannot_be_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'fp32'"):
+        DecodeUpdate("int4", rules=[("head.*", "fp3")])
 
 
 @pytest.mark.parametrize("rules", [["head"], [("head",)], [("head", 4)], ["ab"]])

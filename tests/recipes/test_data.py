@@ -103,9 +103,47 @@ def test_an_answer_that_is_no_choice_raises(answer: object, tmp_path: Path) -> N
         load_examples(write(tmp_path / "rows.jsonl", [row]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "column", "value"),
+    [
+        ("dolly", "response", None),
+        ("alpaca", "instruction", None),
+        ("mmlu", "choices", None),
+        ("mmlu", "choices", "x, y"),
+        ("mmlu", "choices", ["x", None]),
+        ("c-eval", "B", None),
+        ("gsm8k", "answer", None),
+        ("gsm8k", "question", float("nan")),
+        ("plain", "answer", ["A", "B"]),
+        ("plain", "prompt", {"text": "P"}),
+    ],
+)
+def test_a_value_that_is_no_text_is_not_trained_on(
+    kind: str, column: str, value: object, tmp_path: Path
+) -> None:
+    """``str(None)`` would be the answer "None"."""
+    row = {**ROWS[kind][0], column: value}
+    with pytest.raises(
+        ConfigError, match=f"row 0: expected (text|a list of texts) in '{column}', got "
+    ):
+        load_examples(write(tmp_path / "rows.jsonl", [row]))
+
+
+def test_more_choices_than_letters_raise_with_their_number(tmp_path: Path) -> None:
+    row = {"question": "Q?", "choices": ["x"] * 11, "answer": 0}
+    with pytest.raises(ConfigError, match="row 0: expected at most 10 choices, got 11"):
+        load_examples(write(tmp_path / "rows.jsonl", [row]))
+
+
 def test_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_examples(str(tmp_path / "none.jsonl"))
+
+
+def test_a_file_of_another_kind_is_not_asked_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,answer\nP,A\n")
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl or \.json, got .*rows\.csv"):
+        load_examples(str(tmp_path / "rows.csv"))
 
 
 def test_an_empty_file_raises(tmp_path: Path) -> None:

@@ -359,6 +359,17 @@ def test_bad_requests_are_one_line(
     assert named in refused(capsys, "--model", "embedded", *arguments)
 
 
+@pytest.mark.parametrize("name", ["notes.json", "notes.md"])
+def test_files_that_eval_has_not_written_are_not_overwritten(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("{}")
+    out = str(tmp_path / "notes.json")
+    line = refused(capsys, "--model", "embedded", "--tasks", "mmlu", "--out", out)
+    assert f"{tmp_path / name} would be lost" in line
+    assert (tmp_path / name).read_text() == "{}"
+
+
 @needs_lm_eval
 @pytest.mark.parametrize(
     ("arguments", "named"),

@@ -155,6 +155,8 @@ def row(**changes: Any) -> dict[str, Any]:
         ([{"question": "q", "answer": "2"}], "row 0: .*got question, answer"),
         ([row(), row(subject="alchemy")], "row 1: mmlu has no subject 'alchemy'; it has abstract"),
         ([row(choices=["x"])], r"a list of 4 choices, got \['x'\]"),
+        ([row(choices=["x", "y", "z", None])], "row 0: expected a list of texts in 'choices'"),
+        ([row(question=None)], "row 0: expected text in 'question', got None"),
         ([row(answer=4)], "0 to 3, or A to D, got 4"),
         ([row(answer="AB")], "0 to 3, or A to D, got 'AB'"),
         ([row(answer=True)], "0 to 3, or A to D, got True"),

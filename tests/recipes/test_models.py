@@ -78,6 +78,17 @@ def test_a_gguf_file_is_the_model_that_it_was_written_from(by: str, tmp_path: Pa
     assert tokenizer.pad_token_id is not None
 
 
+@pytest.mark.parametrize("name", ["./gone", "~/gone", "gone.gguf", "models/llama/gone"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        load_base(name)
+
+
+def test_a_folder_without_a_model_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a config\.json nor a GGUF file"):
+        load_base(str(tmp_path))
+
+
 def test_of_two_gguf_files_one_must_be_named(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()

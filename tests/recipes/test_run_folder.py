@@ -91,12 +91,14 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["rounds"] == 3
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"kind": "subspace"}'])
-def test_a_foreign_config_is_named(text: bytes, resume: bool, tmp_path: Path) -> None:
+def test_a_foreign_config_is_named(text: bytes, resume: bool, alone: bool, tmp_path: Path) -> None:
     """A codec's folder, for example, has a file of that name."""
     (tmp_path / "config.json").write_bytes(text)
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    if not alone:
+        (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ConfigError, match="not the settings of a run"):
         RunFolder(tmp_path, CONFIG, resume=resume)
     assert (tmp_path / "config.json").read_bytes() == text

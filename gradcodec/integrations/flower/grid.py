@@ -74,7 +74,9 @@ class CodecGrid(Grid):
             BatchNorm's statistics need no rule: they travel bit for bit.
 
     Raises:
-        ConfigError: an argument is of another kind, or ``downlink`` cannot be used.
+        ConfigError: an argument is of another kind, or ``downlink`` cannot be used; with the first
+            model, a rule matches none of its tensors.
+        HubError: there is no such codec.
     """
 
     def __init__(

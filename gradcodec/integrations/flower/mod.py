@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 
 from gradcodec import wire
-from gradcodec.errors import ConfigError, WireError
+from gradcodec.errors import ConfigError, UpdateError, WireError
 from gradcodec.integrations.flower import container
 from gradcodec.integrations.messages.choice import codec_of
 from gradcodec.integrations.messages.coding import Coding
@@ -53,6 +53,7 @@ class CompressMod:
     Raises, as an error reply, of which the server makes another start with this node:
         WireError: a message is damaged, or applies to another version of the model.
         NonFiniteError: training has left NaN or Inf.
+        UpdateError: a tensor came out of training with another shape.
     """
 
     def __call__(self, msg: Message, ctx: Context, call_next: App) -> Message:
@@ -136,9 +137,19 @@ class Node:
             self.copy = Copy(container.tensors_of(record), bytes.fromhex(offer[VERSION]))
 
     def encoded(self, trained: ArrayRecord, ctx: Context) -> ArrayRecord:
-        """The record of what training has changed."""
+        """The record of what training has changed.
+
+        Raises:
+            UpdateError: a tensor has another shape than the model's.
+        """
         coding, tensors = self._coding("uplink"), container.tensors_of(trained)
         held = self.copy.tensors
+        for name, before in held.items():
+            if tensors[name].shape != before.shape:  # torch would repeat it to fit
+                raise UpdateError(
+                    f"{name!r}: expected the shape {tuple(before.shape)} of the model that came, "
+                    f"got {tuple(tensors[name].shape)}"
+                )
         update = changes({name: tensors[name] for name in held}, held, coding)
         seed = zlib.crc32(f"{ctx.node_id}/{self.copy.version.hex()}".encode())
         parts = coding.encode(update, seed=seed, feedback=self.feedback) if update else {}

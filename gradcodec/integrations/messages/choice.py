@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gradcodec.codec import Codec, codec_class
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
-from gradcodec.registry import UNTRAINED, make_codec
+from gradcodec.registry import find_codec, make_codec
 from gradcodec.settings import CodecConfig
 
 
@@ -16,25 +17,33 @@ def codec_of(choice: str | dict[str, Any]) -> Codec:
     """The codec of a choice.
 
     Raises:
-        ConfigError: there is none of this name, or the settings or the folder make none.
+        HubError: there is none of this name.
+        ConfigError: the settings or the folder make none.
     """
     if isinstance(choice, dict):
         return codec_class(choice["kind"]).from_config(choice)
-    return make_codec(choice) if choice in UNTRAINED else Codec.from_pretrained(choice)
+    return find_codec(choice)
 
 
 def plain_choice(codec: object) -> str | dict[str, Any]:
     """A choice of a codec as a plain JSON value: a name, a folder, a Hub id, or settings.
 
+    Names and settings are tried at once, so that a slip of the pen costs no run. What has a
+    ``/`` may be a folder that only the other machines have.
+
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is something else, or settings that make no codec.
+        HubError: there is no codec of this name.
     """
     if isinstance(codec, CodecConfig):
         codec = codec.to_dict()
     if isinstance(codec, Mapping):
         if codec.get("kind"):
+            codec_of(dict(codec))
             return dict(codec)
     elif isinstance(codec, str) and codec:
+        if Path(codec).name == codec:
+            codec_of(codec)
         return codec
     raise ConfigError(
         f"expected a codec's name, config, folder or Hub id, got {shown(codec)}; of a codec "
@@ -46,10 +55,11 @@ def plain_rules(rules: Sequence[Sequence[str]]) -> list[list[str]]:
     """Rules as plain JSON values.
 
     Raises:
-        ConfigError: they are not pairs of a pattern and a codec's name.
+        ConfigError: they are not pairs of a pattern and the name of a codec without weights.
     """
     for rule in rules:
         pair = isinstance(rule, tuple | list) and len(rule) == 2
         if not (pair and all(type(part) is str for part in rule)):
             raise ConfigError(f"expected rules as (pattern, codec name) pairs, got {shown(rule)}")
+        make_codec(rule[1])
     return [list(rule) for rule in rules]

@@ -20,6 +20,7 @@ from gradcodec import layout
 from gradcodec.codecs import Identity
 from gradcodec.errors import CodecMismatchError, ConfigError, MalformedBodyError
 from gradcodec.federated.replica import state_digest
+from gradcodec.federated.tensors import check_rules
 from gradcodec.integrations.messages.coding import Coding, Parts
 from gradcodec.types import Update, UpdateSpec
 
@@ -166,12 +167,15 @@ class Sender:
         """Move to a model; nothing happens if it is the one of the last call.
 
         Raises:
+            ConfigError: a rule matches none of the tensors of the first model.
             NonFiniteError: it holds NaN or Inf.
         """
         digest = state_digest(model)
         if digest == self._model:
             return
         spec = UpdateSpec.of(model)
+        if self._spec is None:
+            check_rules(self._coding.rules, (t.name for t in spec))
         if spec == self._spec:
             step = self._coding.encode(changes(model, self.copy.tensors, self._coding))
             self._steps.append((self.copy.version, step))

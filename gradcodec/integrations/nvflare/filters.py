@@ -27,7 +27,8 @@ class CodecFilter(DXOFilter):
         rules: ``(pattern, codec name)`` by tensor name.
 
     Raises:
-        ConfigError: an argument is of another kind.
+        ConfigError: an argument is of another kind, or settings that make no codec.
+        HubError: there is no codec of this name.
     """
 
     def __init__(

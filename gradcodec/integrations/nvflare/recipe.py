@@ -41,7 +41,8 @@ def compress(
         tasks: the tasks that train.
 
     Raises:
-        ConfigError: an argument is of another kind.
+        ConfigError: an argument is of another kind, or settings that make no codec.
+        HubError: there is no codec of this name.
     """
     encode = EncodeUpdate(codec, error_feedback=error_feedback, rules=rules)
     recipe.add_client_output_filter(encode, tasks=list(tasks))
