@@ -47,7 +47,6 @@ def _wrong_name(name: str) -> str:
     close = difflib.get_close_matches(name, bundled(), 1)
     return (
         f"expected a codec, got {name!r}: no bundled codec has this name ({bundled()}), "
-        "no such folder is here, and it is not a Hub repository id 'user/name' "
-        "(make_codec makes those that need no fitting)"
+        "no such folder is here, and it is not a Hub id 'user/name'; unfitted: make_codec"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )

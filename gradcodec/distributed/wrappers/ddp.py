@@ -158,7 +158,6 @@ class CompressState(Closing):
         self._step = 0
         self._world = self._rank = 0
         self._pending: tuple[Mapping[str, Tensor | int], bool] | None = None
-        self._bucket = 0  # its number in this step
         self._turns: Turns | None = None
         self._agreed = Agreed()
         if dist.is_initialized():
@@ -176,14 +175,13 @@ class CompressState(Closing):
         self._start()
         if self.closed:
             raise closed_error()
-        turns, step, number = self._turns, self._step, self._bucket
+        turns, step = self._turns, self._step
         if turns is not None:
             turns.check()
         buffer, last = bucket.buffer(), bool(bucket.is_last())
         slots = [] if buffer.is_sparse else self._names.slots(bucket)
         names = self._names.names(bucket)
         rung, dense = self._way(step)
-        self._bucket = 0 if last else number + 1
         if last:
             self._step += 1
         if turns is None:  # a world of one
@@ -206,7 +204,9 @@ class CompressState(Closing):
                     return self._all_reduce(buffer, slots, group)
                 return self._reduce(buffer, slots, step, rung, group)
 
-            future = turns.enqueue(number, work, buffer)
+            # What ranks may not agree on waits in one queue: its failure stops what follows.
+            turn = bucket.index() if key in self._agreed else 0
+            future = turns.enqueue(turn, work, buffer)
         if last:
             turns.finish()
             self._step_done(step, buffer.device)
