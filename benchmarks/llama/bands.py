@@ -121,13 +121,13 @@ class Banded(Peer):
         self, initial: State, code: Code, codec_bytes: int = 0, down: Code | None = None
     ) -> None:
         start = flat(initial)
-        self.relayed = Relayed(start, self._step_of)
+        # All clients decode the same bytes, so here it is done once.
+        step_of = functools.lru_cache(maxsize=32)(self._step_of)
+        self.relayed = Relayed(start, step_of)
         self.own = None if down is None else Own(start, down)
         super().__init__(initial, self.own or self.relayed)
         self.code, self.codec_bytes = code, codec_bytes
         self._came: dict[int, bytes] = {}
-        # All clients decode the same bytes as the server, so here it is done once.
-        self._step_from = functools.lru_cache(maxsize=32)(self._decoded_step)
 
     def broadcast(self, client: int) -> bytes:
         """What this client lacks."""
@@ -169,9 +169,6 @@ class Banded(Peer):
 
     def _step_of(self, part: bytes) -> Tensor:
         """The server's own arithmetic, on the replies in the order of its sum."""
-        return self._step_from(part)
-
-    def _decoded_step(self, part: bytes) -> Tensor:
         size = _EXAMPLES.size + self.code.nbytes
         if not part or len(part) % size:
             raise MalformedBodyError(f"expected replies of {size} bytes each, got {len(part)}")
