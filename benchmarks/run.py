@@ -213,8 +213,14 @@ _ALL = (
     Case(
         "ddp_auto",
         "codec='auto' beside each codec that it may choose, on links of four rates",
-        "benchmarks.ddp.ladder:main",
+        "benchmarks.ddp.turns:auto",
         tests=_EXCHANGE,
+    ),
+    Case(
+        "fsdp2",
+        "fully_shard with compressed reduce-scatters in turns with torch's own",
+        "benchmarks.ddp.turns:sharded",
+        tests=("tests/distributed/test_fsdp2.py",),
     ),
     Case(
         "local-tune",

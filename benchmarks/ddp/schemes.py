@@ -10,7 +10,13 @@ from typing import Any
 from torch import nn
 
 from benchmarks.ddp.scheme import Scheme, chosen_codec
-from benchmarks.ddp.trainers import HookTrainer, LocalTrainer, Trainer, library_times
+from benchmarks.ddp.trainers import (
+    HookTrainer,
+    LocalTrainer,
+    ShardedTrainer,
+    Trainer,
+    library_times,
+)
 from benchmarks.ddp.work import Recipe, Work
 from benchmarks.peers.ddp.checkout import DEMO, EPFML, GRACE
 from benchmarks.peers.ddp.demo import Demo
@@ -226,6 +232,21 @@ LOCAL = GradientScheme("local", "no exchange", "reference", LocalTrainer)
 """Not a way of exchanging anything: what a step takes without."""
 
 
+def _sharded(codec: str | None = None, *, waits: bool = False) -> Make:
+    return lambda model, recipe: ShardedTrainer(model, recipe, codec, waits=waits)
+
+
+_SHARDED = (
+    GradientScheme("fsdp2", "fully_shard", "reference", _sharded()),
+    GradientScheme("fsdp2-int4", "int4", "ours", _sharded("int4")),
+    GradientScheme("fsdp2-int4-waits", "int4, waited for", "ours", _sharded("int4", waits=True)),
+    GradientScheme("fsdp2-int2", "int2", "ours", _sharded("int2")),
+)
+"""Of the case ``fsdp2``, in turns; not in DDP's tables."""
+
+_NAMED = {**SCHEMES, LOCAL.name: LOCAL, **{scheme.name: scheme for scheme in _SHARDED}}
+
+
 def scheme_named(name: str) -> GradientScheme:
-    """A scheme of the table, or ``LOCAL``."""
-    return LOCAL if name == LOCAL.name else SCHEMES[name]
+    """A scheme of any table, or ``LOCAL``."""
+    return _NAMED[name]

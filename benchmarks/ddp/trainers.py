@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ddp.work import Recipe
-from gradcodec import Compression, LocalSteps
+from gradcodec import Compression, LocalSteps, compress
 
 Times = dict[str, float]
 """Seconds by part of a step: ``encode``, ``exchange``, ``decode``; ``coding`` where the first and
@@ -132,6 +133,47 @@ class HookTrainer(OptimiserTrainer):
         """The hook's own end."""
         if self._close:
             self._close()
+
+
+class ShardedTrainer(OptimiserTrainer):
+    """A model that ``fully_shard`` shards, layer by layer; its reduce-scatters compressed or not.
+
+    Args:
+        model: the same on all ranks; what is in a ``ModuleList`` is a unit.
+        recipe: its optimiser.
+        codec: of the reduce-scatters; ``None`` for torch's own.
+        waits: have FSDP2 read each gradient as soon as it is reduced, so that no reduction goes on
+            behind the backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, codec: str | None, *, waits: bool = False
+    ) -> None:
+        for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+            for layer in layers:
+                fully_shard(layer)
+        fully_shard(model)
+        super().__init__(model, recipe)
+        self._compression = None if codec is None else compress(model, codec)
+        if waits:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda _: None)
+
+    def times(self) -> Times:
+        """The library's own."""
+        return {} if self._compression is None else library_times(self._compression)
+
+    def notes(self) -> dict[str, Any]:
+        """Bytes of the reduce-scatters."""
+        if self._compression is None:
+            return {}
+        stats = self._compression.stats()
+        return {name: stats[name] for name in ("wire_bytes", "dense_wire_bytes", "codecs")}
+
+    def close(self) -> None:
+        """End the compression."""
+        if self._compression is not None:
+            self._compression.close()
 
 
 class AggregateTrainer(OptimiserTrainer):

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from conftest import _poisoned
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from gradcodec.codecs import BlockQuant
 from gradcodec.distributed.compress import compress
 from gradcodec.distributed.compression import Compression
+from gradcodec.distributed.wrappers import units
 from gradcodec.distributed.wrappers.ddp import CompressState
 from gradcodec.distributed.wrappers.group import CompressedGroup, register_compressed_backend
-from gradcodec.errors import GradcodecError
+from gradcodec.errors import GradcodecError, NonFiniteError
 from gradcodec.packers.blockquant import BlockQuantConfig
 
 WIDTH, CLASSES, STEPS, RATE = 131, 10, 8, 1.0
@@ -419,6 +422,140 @@ def fsdp2_compiled() -> dict[str, Any]:
     fully_shard(net)
     handle = compress(net, "fp32", min_numel=0)
     return result(net, train(net), handle)
+
+
+# -- reductions behind the backward pass --------------------------------------------------------
+
+
+def waits_for_each(net: Any) -> None:
+    """Let FSDP2 read every gradient as soon as it is reduced, so that nothing may come later."""
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: None)
+
+
+@cases(
+    late={"wait": False},
+    waited={"wait": True},
+    late_by_three={"wait": False, "factor": 3.0},
+    waited_by_three={"wait": True, "factor": 3.0},
+)
+def fsdp2_behind(wait: bool, factor: float | None = None) -> dict[str, Any]:
+    net = fsdp2()
+    if factor is not None:
+        for m in net.modules():
+            if isinstance(m, FSDPModule):
+                m.set_gradient_divide_factor(factor)
+    handle = compress(net, nearest(4), min_numel=0, error_feedback=True)
+    if wait:
+        waits_for_each(net)
+    return result(net, train(net), handle)
+
+
+@case
+def fsdp2_goes_on() -> bool:
+    """The last block's reduction does not begin before the backward pass has reached the first."""
+    net = fsdp2()
+    handle = compress(net, "int4", min_numel=0)
+    train(net, 1)
+    reached = threading.Event()
+    net[0].register_full_backward_pre_hook(lambda *_: reached.set())
+    real, seen = units.reduce_scatter, []
+
+    def held(*args: Any, **options: Any) -> Any:
+        seen.append(reached.wait(20))
+        return real(*args, **options)
+
+    units.reduce_scatter = held
+    try:
+        train(net, 1, start=1)
+    finally:
+        units.reduce_scatter = real
+    handle.close()
+    return len(seen) == 4 and all(seen)
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp2_added(codec: str | None) -> dict[str, Any]:
+    """Two backward passes that both reduce, into one gradient."""
+    net = fsdp2()
+    handle = None if codec is None else compress(net, codec, min_numel=0)
+    for step in range(2):
+        x, y = batch(step)
+        nn.functional.cross_entropy(net(x), y).backward()
+    with torch.no_grad():
+        for p in net.parameters():
+            p -= RATE * p.grad
+    return result(net, [], handle)
+
+
+class Twice(nn.Module):
+    """One block used twice, once behind a checkpoint that runs a backward pass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.utils.checkpoint.checkpoint(self.block, self.block(x), use_reentrant=True)
+        return self.head(x)
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp2_twice(codec: str | None) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = fsdp2(net=Twice())
+    handle = None if codec is None else compress(net, codec, min_numel=0)
+    return result(net, train(net), handle)
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp2_failed_pass(codec: str | None) -> dict[str, Any]:
+    """Training after a pass that an error has ended midway on all ranks."""
+    net = fsdp2()
+    handle = None if codec is None else compress(net, codec, min_numel=0)
+    broken = net[1].register_full_backward_pre_hook(lambda *_: 1 / 0)
+    x, y = batch(0)
+    loss = nn.functional.cross_entropy(net(x), y)
+    try:
+        loss.backward()
+    except ZeroDivisionError:
+        broken.remove()
+    return result(net, train(net), handle)
+
+
+def fails_at(number: int, real: Callable[..., Any], calls: Iterator[int]) -> Callable[..., Any]:
+    def call(*given: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            raise NonFiniteError("as coding would")
+        return real(*given, **options)
+
+    return call
+
+
+@case
+def fsdp2_failed_reduction() -> list[list[str]]:
+    """What the caller of ``backward`` is told if the first, or the last, reduction of it fails."""
+    logging.disable(logging.CRITICAL)
+    told = []
+    for bad in (0, 3):
+        net = fsdp2()
+        compress(net, "int4", min_numel=0)
+        train(net, 1)
+        real, calls = units.reduce_scatter, itertools.count()
+
+        def failing(
+            *given: Any, bad: int = bad, real: Any = real, calls: Any = calls, **more: Any
+        ) -> Any:
+            if next(calls) == bad:
+                raise NonFiniteError("as coding would")
+            return real(*given, **more)
+
+        units.reduce_scatter = failing
+        try:
+            told.append(error_of(lambda net=net: train(net, 1)))
+        finally:
+            units.reduce_scatter = real
+    return told
 
 
 @case

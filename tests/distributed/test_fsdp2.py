@@ -21,6 +21,13 @@ QUICK = (
     "fsdp2_ruled",
     "fsdp2_not_a_number",
     "fsdp2_refusals",
+    "fsdp2_behind__late",
+    "fsdp2_behind__waited",
+    "fsdp2_goes_on",
+    "fsdp2_added__native",
+    "fsdp2_added__fp32",
+    "fsdp2_failed_pass__native",
+    "fsdp2_failed_pass__fp32",
 )
 SLOW = (
     "trained_fsdp2__native",
@@ -45,8 +52,19 @@ SLOW = (
     "fsdp2_grouped",
     "fsdp2_compiled",
     "fsdp2_other_world",
+    "fsdp2_behind__late_by_three",
+    "fsdp2_behind__waited_by_three",
+    "fsdp2_twice__native",
+    "fsdp2_twice__fp32",
+    "fsdp2_failed_reduction",  # the last: nothing is compressed after it
 )
-THREE = ("trained_fsdp2__native", "trained_fsdp2__fp32", "trained_fsdp2__int8")
+THREE = (
+    "trained_fsdp2__native",
+    "trained_fsdp2__fp32",
+    "trained_fsdp2__int8",
+    "fsdp2_behind__late",
+    "fsdp2_behind__waited",
+)
 HSDP = (
     "hsdp_native",
     "hsdp_by_hand__fp32",
@@ -335,3 +353,50 @@ def test_hsdp_refusals_say_why(hsdp: Results, case: str, says: str) -> None:
         name, message = rank[case]
         assert name == "ConfigError"
         assert says in message
+
+
+# -- reductions behind the backward pass --------------------------------------------------------
+
+
+def test_reductions_go_on_behind_the_backward_pass(quick: Results) -> None:
+    assert quick["fsdp2_goes_on"] == [True, True]
+
+
+def check_late_is_waited(of: Results, kind: str = "") -> None:
+    late, waited = of[f"fsdp2_behind__late{kind}"], of[f"fsdp2_behind__waited{kind}"]
+    assert [rank["digest"] for rank in late] == [rank["digest"] for rank in waited]
+    assert [rank["losses"] for rank in late] == [rank["losses"] for rank in waited]
+
+
+def test_a_late_gradient_has_the_bits_of_one_waited_for(quick: Results) -> None:
+    check_late_is_waited(quick)
+
+
+def test_gradients_are_added_to_those_that_are_there(quick: Results) -> None:
+    assert distance(quick["fsdp2_added__fp32"], quick["fsdp2_added__native"]) < 1e-6
+
+
+def test_training_goes_on_after_a_failed_pass_as_natively(quick: Results) -> None:
+    ours, native = quick["fsdp2_failed_pass__fp32"], quick["fsdp2_failed_pass__native"]
+    assert distance(ours, native) < 1e-6
+
+
+@slow
+def test_a_late_gradient_is_divided_as_one_waited_for(more: Results) -> None:
+    check_late_is_waited(more, "_by_three")
+
+
+@slow
+def test_a_late_gradient_has_the_bits_of_one_waited_for_on_three_ranks() -> None:
+    check_late_is_waited(results(3, THREE))
+
+
+@slow
+def test_a_block_may_be_used_twice_and_behind_a_checkpoint(more: Results) -> None:
+    assert distance(more["fsdp2_twice__fp32"], more["fsdp2_twice__native"]) < 1e-6
+
+
+@slow
+def test_a_workers_error_reaches_the_caller(more: Results) -> None:
+    for told in more["fsdp2_failed_reduction"]:
+        assert told == [["NonFiniteError", "as coding would"]] * 2

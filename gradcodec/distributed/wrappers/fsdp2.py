@@ -86,6 +86,36 @@ class Managed:
         factor: float | None = self.group.gradient_divide_factor
         return factor
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether gradients are on the CPU. On CUDA, streams keep the order without waiting."""
+        device: torch.device = self.group.device
+        return device.type == "cpu"
+
+    def late(self, output: Tensor, *, hooked: bool = False) -> tuple[float, ...]:
+        """By what FSDP2 may divide a reduced gradient, if it does nothing else with its values.
+
+        Empty if it reads them at once: to add them to gradients that are there, to give them
+        another dtype, or for a hook of the user's; and in fp16, which is scaled before and after.
+
+        Args:
+            output: the reduced gradient.
+            hooked: whether the all-reduce hook of the module is the one that asks.
+        """
+        group = self.group
+        read = any(
+            p.sharded_param.grad is not None
+            or getattr(p.sharded_param, "_post_accumulate_grad_hooks", None)
+            or p.offload_to_cpu
+            for p in group.fsdp_params
+        )
+        given = getattr(group, "_orig_dtype", None)  # of the parameters, known in the first forward
+        cast = given is not output.dtype or given is torch.float16
+        others = self.replicated or (group._all_reduce_hook is not None and not hooked)
+        if read or cast or others:
+            return ()
+        return 1.0, self.divide_factor or float(self.shards.size())
+
 
 def is_fsdp2(model: nn.Module) -> bool:
     """Whether ``fully_shard`` or ``replicate`` manages some module of the model."""
@@ -111,6 +141,7 @@ def managed(model: nn.Module) -> list[Managed]:
             for group in groups:
                 one = Managed(name, module, group)
                 _ = one.parameters, one.replicated, one.shard_numel(), one.divide_factor
+                _ = one.on_cpu, one.late(torch.empty(0))
                 found.append(one)
     except AttributeError as err:
         raise ConfigError(
@@ -185,8 +216,9 @@ class CompressedReduceScatter:
                 "set_gradient_divide_factor"
             )
         whole = output_tensor.numel() == self.of.shard_numel()
+        late = self.of.late(output_tensor)
         self.state.reduce_scatter(
-            self.unit, output_tensor, input_tensor, group, op=kind, whole=whole
+            self.unit, output_tensor, input_tensor, group, op=kind, whole=whole, late=late
         )
 
 
@@ -202,7 +234,10 @@ class CompressedReplicaReduce:
         """Average ``[n]`` in place, or sum if a divide factor replaces the average."""
         whole = reduce_output.numel() == self.of.shard_numel()
         op = "mean" if self.of.divide_factor is None else "sum"
-        self.state.all_reduce(self.unit, reduce_output, self.replicas, op=op, whole=whole)
+        late = self.of.late(reduce_output, hooked=True)
+        self.state.all_reduce(
+            self.unit, reduce_output, self.replicas, op=op, whole=whole, late=late
+        )
 
 
 def compress_sharded(units: list[Managed], **options: Any) -> ShardedState:
@@ -221,7 +256,10 @@ def compress_sharded(units: list[Managed], **options: Any) -> ShardedState:
                 raise ConfigError(f"{one.name}: its reduce-scatter is {there} already")
         return _with_units(units, scattered=True, **options)
 
-    state = agreed_state(make, [one.shards for one in units])
+    groups = [one.shards for one in units]
+    state = agreed_state(make, groups)
+    if all(one.on_cpu for one in units):
+        state.reduce_behind(groups)
     for one in units:
         unit = state.units[one.name]
         one.module.set_custom_reduce_scatter(CompressedReduceScatter(state, unit, one))
@@ -249,6 +287,8 @@ def compress_replicas(
 
     state = agreed_state(make, [replicas])
     _check_equal_start(model, replicas)
+    if all(one.on_cpu for one in units):
+        state.reduce_behind([replicas])
     for one in units:
         unit = state.units[one.name]
         one.module.set_all_reduce_hook(CompressedReplicaReduce(state, unit, one, replicas))

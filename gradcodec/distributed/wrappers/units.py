@@ -8,6 +8,7 @@ changes with the parameters that got gradients.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
 from gradcodec.distributed.plan import UnitCodec, UnitPlan
 from gradcodec.distributed.residuals import Residuals
 from gradcodec.distributed.shards import derive_seed
+from gradcodec.distributed.wrappers.behind import Behind
 from gradcodec.errors import ConfigError, NonFiniteError
 
 _log = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ class ShardedState(Closing):
         self.units: dict[str, Unit] = {}
         self._dense_wire = 0
         self._agreed = Agreed()
+        self._behind: dict[int, Behind] = {}
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
 
     def add(self, name: str, parameters: Sequence[str] = ()) -> Unit:
@@ -150,6 +153,47 @@ class ShardedState(Closing):
             },
         }
 
+    # -- reductions behind the backward pass ---------------------------------------------------
+
+    def reduce_behind(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Leave the reductions over these groups to workers; all ranks call it together."""
+        for group in groups:
+            if id(group) not in self._behind and group.size() > 1:
+                behind = self._behind[id(group)] = Behind(group)
+                weakref.finalize(self, behind.turns.stop)
+
+    def _submit(
+        self,
+        unit: Unit,
+        values: Tensor,
+        output: Tensor,
+        group: dist.ProcessGroup,
+        op: str,
+        work: Callable[[Tensor, dist.ProcessGroup], None],
+        late: Sequence[float],
+    ) -> None:
+        """Let ``work`` write into ``output``: here, or by a worker behind the backward pass."""
+        behind = self._behind.get(id(group))
+        if behind is None:
+            work(output, group)
+            return
+        if not late:
+            behind.finish()  # the unit may be under way
+
+        def reduced(sister: dist.ProcessGroup) -> Tensor:
+            own = torch.empty_like(output)
+            work(own, sister)
+            return own
+
+        key = self._key(unit, values, op, self._codec_now(unit, values.numel()))
+        behind.reduce(key, output, reduced, late=bool(late), factors=late)
+
+    def close(self) -> None:
+        """End the compression and its threads."""
+        super().close()
+        for behind in self._behind.values():
+            behind.turns.stop()
+
     # -- the two reductions -------------------------------------------------------------------
 
     def reduce_scatter(
@@ -161,6 +205,7 @@ class ShardedState(Closing):
         *,
         op: str = "mean",
         whole: bool = True,
+        late: Sequence[float] = (),
     ) -> None:
         """This rank's shard of the mean (or sum) of ``input`` over ``group``.
 
@@ -172,25 +217,31 @@ class ShardedState(Closing):
             op: ``"mean"`` or ``"sum"``.
             whole: whether ``input`` holds all of the unit's trainable parameters. If not, the
                 residual, which belongs to the whole unit, is not used.
+            late: if nothing reads ``output`` before the backward pass ends, but that it is divided:
+                by what it may be divided, 1 included. Then it may be written at the pass's end.
         """
-        codec = self._codec_now(unit, input.numel())
-        residual = None
-        if self._feeds_back(unit, codec, whole):
-            residual = self._scatter_residual(unit, output, group.size())
-        asked = self._agree(unit, input, group, op, codec)
-        self._measure(unit, input, codec)
-        traffic = reduce_scatter(
-            output,
-            input,
-            codec,
-            group,
-            op=op,
-            seed=self._seed(unit),
-            residual=residual,
-            agreed=True,
-        )
-        world = group.size()
-        self._count(unit, traffic + asked, (world - 1) * traffic.dense // world)
+
+        def work(output: Tensor, group: dist.ProcessGroup) -> None:
+            codec = self._codec_now(unit, input.numel())
+            residual = None
+            if self._feeds_back(unit, codec, whole):
+                residual = self._scatter_residual(unit, output, group.size())
+            asked = self._agree(unit, input, group, op, codec)
+            self._measure(unit, input, codec)
+            traffic = reduce_scatter(
+                output,
+                input,
+                codec,
+                group,
+                op=op,
+                seed=self._seed(unit),
+                residual=residual,
+                agreed=True,
+            )
+            world = group.size()
+            self._count(unit, traffic + asked, (world - 1) * traffic.dense // world)
+
+        self._submit(unit, input, output, group, op, work, late)
 
     def all_reduce(
         self,
@@ -200,19 +251,26 @@ class ShardedState(Closing):
         *,
         op: str = "mean",
         whole: bool = True,
+        late: Sequence[float] = (),
     ) -> None:
-        """Replace a contiguous tensor by its mean (or sum) over ``group``; ``whole`` as above."""
-        codec = self._codec_now(unit, tensor.numel())
-        residuals = unit.reduce if self._feeds_back(unit, codec, whole) else None
-        asked = self._agree(unit, tensor, group, op, codec)
-        self._measure(unit, tensor, codec)
-        traffic = all_reduce(
-            tensor, codec, group, seed=self._seed(unit), residuals=residuals, agreed=True
-        )
-        world = group.size()
-        if op == "sum":
-            tensor.mul_(world)
-        self._count(unit, traffic + asked, ring_nbytes(traffic.dense, world))
+        """Replace a contiguous tensor by its mean (or sum) over ``group``; the rest as above."""
+        values = tensor.clone() if late else tensor
+
+        def work(output: Tensor, group: dist.ProcessGroup) -> None:
+            output.copy_(values)
+            codec = self._codec_now(unit, output.numel())
+            residuals = unit.reduce if self._feeds_back(unit, codec, whole) else None
+            asked = self._agree(unit, output, group, op, codec)
+            self._measure(unit, output, codec)
+            traffic = all_reduce(
+                output, codec, group, seed=self._seed(unit), residuals=residuals, agreed=True
+            )
+            world = group.size()
+            if op == "sum":
+                output.mul_(world)
+            self._count(unit, traffic + asked, ring_nbytes(traffic.dense, world))
+
+        self._submit(unit, tensor, tensor, group, op, work, late)
 
     def _codec_now(self, unit: Unit, numel: int) -> Codec:
         if self.closed:
@@ -231,7 +289,7 @@ class ShardedState(Closing):
         self, unit: Unit, values: Tensor, group: dist.ProcessGroup, op: str, codec: Codec
     ) -> Traffic:
         """Compare ranks before a reduction of a new unit, length or kind; returns the traffic."""
-        key = (unit.name, id(group), op, codec.digest, values.numel(), values.dtype)
+        key = self._key(unit, values, op, codec)
         if key in self._agreed:
             return Traffic()
         link = control_link(group)
@@ -248,6 +306,10 @@ class ShardedState(Closing):
             },
         )
         return link.meter.traffic
+
+    @staticmethod
+    def _key(unit: Unit, values: Tensor, op: str, codec: Codec) -> object:
+        return unit.name, op, codec.digest, values.numel(), values.dtype
 
     def _seed(self, unit: Unit) -> int:
         return derive_seed(self.seed, *unit.name.encode(), unit.steps)
@@ -361,6 +423,8 @@ class ShardedState(Closing):
         for name in sorted(theirs - set(self.units)):
             _log.warning("the state of unit %r is dropped: this model has no such unit", name)
         self._agreed.clear()  # the terms may have changed
+        for behind in self._behind.values():
+            behind.forget()
         world, rank = int(state.get(_WORLD, -1)), int(state.get(_RANK, -1))
         known = (self.world, self.rank)
         same = (world, rank) == known
