@@ -217,6 +217,12 @@ _ALL = (
         tests=_EXCHANGE,
     ),
     Case(
+        "ddp_buckets",
+        "buckets of 4 MB in turns with those of 25 MB, compressed and not",
+        "benchmarks.ddp.turns:buckets",
+        tests=_EXCHANGE,
+    ),
+    Case(
         "fsdp2",
         "fully_shard with compressed reduce-scatters in turns with torch's own",
         "benchmarks.ddp.turns:sharded",

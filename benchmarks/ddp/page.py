@@ -80,19 +80,23 @@ def time_rows(group: Group) -> Table:
 
 
 def part_rows(group: Group, link: str) -> Table:
-    """Where a step's time goes on a link, in ms; empty where a scheme does not tell."""
+    """Where a step's time goes on a link, in ms; empty where a scheme does not tell.
+
+    Hidden is what of the parts goes on beside the backward pass, or beside each other.
+    """
     parts = ("encode", "exchange", "decode", "coding")
-    out: Table = [("scheme", "step", "compute", *parts, "step - compute")]
+    out: Table = [("scheme", "step", "compute", *parts, "step - compute", "hidden")]
     for name in _names(group):
         row = group[name].links.get(link)
         if row is None:
             continue
         told = [f"{1000 * row[f'{p}_s']:.1f}" if f"{p}_s" in row else "" for p in parts]
-        step, compute = row["p50_s"], row["compute_s"]
-        rest = f"{1000 * (step - compute):.1f}"
-        out.append(
-            (SCHEMES[name].title, f"{1000 * step:.1f}", f"{1000 * compute:.1f}", *told, rest)
-        )
+        step, compute = 1000 * row["p50_s"], 1000 * row["compute_s"]
+        rest = step - compute
+        of_parts = sum(float(t) for t in told if t)
+        hidden = f"{of_parts - rest:.1f}" if of_parts else ""
+        title = SCHEMES[name].title
+        out.append((title, f"{step:.1f}", f"{compute:.1f}", *told, f"{rest:.1f}", hidden))
     return out
 
 
@@ -175,6 +179,9 @@ def _notes(path: Path, loaded: dict[tuple[str, int], dict[int, Group]]) -> list[
         "`faster` its median step over the scheme's; `equal`: all replicas equal to the bit",
         "a link on which a scheme was not trained to the end has the losses of the unshaped link "
         "and the step times of its own",
+        "hidden: all parts less what a step takes beyond compute; negative where compute takes "
+        "longer beside them; DDP's buckets of 25 MB hold this whole model, so little can be hidden "
+        "(`ddp_buckets` has smaller ones)",
         "compute is a step without any exchange, all ranks at it; parts may overlap with it and "
         "with each other, so they need not add up; plain DDP and torch's hooks do not tell theirs",
     ]

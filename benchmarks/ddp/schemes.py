@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,11 +59,14 @@ class GradientScheme(Scheme):
         return self.rates.get(work.name, work.recipe.lr)
 
 
-def ours(codec: str | Callable[[], Any], **options: Any) -> Make:
+def ours(
+    codec: str | Callable[[], Any], ddp: Mapping[str, Any] | None = None, **options: Any
+) -> Make:
     """This project's hook.
 
     Args:
         codec: what ``CompressState`` takes, or a function that makes it in the rank's process.
+        ddp: further arguments of DDP.
         options: further arguments of ``CompressState``.
     """
 
@@ -83,6 +86,7 @@ def ours(codec: str | Callable[[], Any], **options: Any) -> Make:
             report=partial(library_times, state),
             notes=notes,
             close=state.close,
+            ddp=ddp,
         )
 
     return make
@@ -244,7 +248,21 @@ _SHARDED = (
 )
 """Of the case ``fsdp2``, in turns; not in DDP's tables."""
 
-_NAMED = {**SCHEMES, LOCAL.name: LOCAL, **{scheme.name: scheme for scheme in _SHARDED}}
+_SMALL = {"bucket_cap_mb": 4}
+
+
+def _plain_small(model: nn.Module, recipe: Recipe) -> Trainer:
+    return HookTrainer(model, recipe, ddp=_SMALL)
+
+
+_SMALL_BUCKETS = (
+    GradientScheme("ddp-4mb", "plain DDP, buckets of 4 MB", "reference", _plain_small),
+    GradientScheme("int4-4mb", "int4, 4 MB", "ours", ours("int4", _SMALL)),
+    GradientScheme("sign-rot-4mb", "sign, rotated, 4 MB", "ours", ours("sign-rotated", _SMALL)),
+)
+"""Of the case ``ddp_buckets``, in turns with those of DDP's own 25 MB."""
+
+_NAMED = {s.name: s for s in (LOCAL, *_ALL, *_SHARDED, *_SMALL_BUCKETS)}
 
 
 def scheme_named(name: str) -> GradientScheme:

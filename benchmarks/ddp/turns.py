@@ -1,9 +1,10 @@
 """Schemes that take turns of a few steps in one run, so that a busy machine slows all of them.
 
     python -m benchmarks.run ddp_auto    # what codec="auto" chooses, and whether that is the best
+    python -m benchmarks.run ddp_buckets # whether smaller buckets hide more behind the backward
     python -m benchmarks.run fsdp2       # fully_shard, its reduce-scatters compressed or not
 
-Rows: ``ddp_auto.jsonl`` and ``fsdp2.jsonl``, one per link and number of ranks, with the seconds of
+Rows: a file of the case's name, one per link and number of ranks, with the seconds of
 each turn and what a scheme remarks, such as the line that ``auto`` logs.
 """
 
@@ -81,6 +82,12 @@ LADDER = Turns(
     },
 )
 
+BUCKETS = Turns(
+    "ddp_buckets",
+    (REFERENCE, "ddp-4mb", "int4", "int4-4mb", "sign-rot", "sign-rot-4mb"),
+    {2: {"100mbit": 4, "1gbit": 10, "unshaped": 10}},
+)
+
 SHARDED = Turns(
     "fsdp2",
     ("fsdp2", "fsdp2-int4-waits", "fsdp2-int4", "fsdp2-int2"),
@@ -106,6 +113,13 @@ def ladder_table(measured: Sequence[rows.Row]) -> Table:
         best = max([1.0, *(speed for name, speed in speeds.items() if name != AUTO)])
         out.append((*cells, f"{speeds[AUTO] / best:.0%}"))
     return out
+
+
+def buckets(options: Options) -> list[str]:
+    """DDP's own buckets and smaller ones."""
+    measured, failed = BUCKETS.measure(options)
+    print(aligned(BUCKETS.table(measured)))
+    return failed
 
 
 def sharded(options: Options) -> list[str]:
