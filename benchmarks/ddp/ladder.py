@@ -1,6 +1,6 @@
 """What ``codec="auto"`` chooses on links of four rates, and whether that is the best.
 
-    python -m benchmarks.run ddp_auto
+    python -m benchmarks.run ddp_auto [--quick]
 
 Plain DDP, each codec of the ladder and ``auto`` with ``quality=0.4`` take turns of a few steps in
 one run of two ranks, or of four, so that a busy machine slows all of them. Rows:
@@ -28,6 +28,7 @@ BLOCKS: Mapping[int, Mapping[str, int]] = {
     4: {"100mbit": 4, "1gbit": 8},
 }
 """Turns of so many ranks on each link; a step of plain DDP takes 20 seconds on the slowest."""
+QUICK: Mapping[int, Mapping[str, int]] = {2: {"100mbit": 2, "1gbit": 4}}
 
 
 def main(options: Options) -> list[str]:
@@ -36,7 +37,7 @@ def main(options: Options) -> list[str]:
     path = options.out / f"{CASE}.jsonl"
     name = "+".join(BESIDE)
     runs = []
-    for world, blocks in BLOCKS.items():
+    for world, blocks in (QUICK if options.quick else BLOCKS).items():
         phases = tuple(Phase(link, BLOCK * count, BESIDE) for link, count in blocks.items())
         steps = max(phase.steps for phase in phases)
         runs.append(Run(work.name, world, name, 0, work.recipe.lr, steps, phases, case=CASE))
