@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Where in the site a file of the repository is, if not under its own path. In a site, README.md
 # would be the front page.
-MOVED = {"README.md": "tour.md"}
+MOVED = {"README.md": "readme.md"}
 
 FENCE = re.compile(r"^ *(```|~~~)")
 TARGET = re.compile(r"(\]\()([^()\s]+)(\))")
@@ -103,6 +103,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if page.file.generated_by:
         return markdown
     return rewritten(f"docs/{page.file.src_uri}", markdown)
+
+
+PLOT = re.compile(r'(<img [^>]*?src="([^"]+\.png)"[^>]*>)')
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A plot is a link to itself: a phone shows it alone, in whatever size its reader wants."""
+    return PLOT.sub(r'<a class="plot" href="\2">\1</a>', html)
 
 
 # What browsers fetch by themselves: sources, style sheets, fonts, but not links to follow.

@@ -251,6 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.cases or reported:
         for stem in CASES[name].pages():
             path = args.rows / f"{stem}.jsonl"
+            if not path.exists():
+                print(f"no rows yet: {path}")
+                continue
             page: Page | None = CASES[name].load_page()(path)
             print(f"no finished reference run in {path}" if page is None else page.write(path))
     if args.rows == RESULTS:

@@ -7,12 +7,14 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from gradcodec.errors import ConfigError
+from gradcodec.errors import ConfigError, GradcodecError
+from gradcodec.names import wrong_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,7 +69,7 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
     """
     unknown = [name for name in names if name not in set(known)]
     if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(known)}")
+        raise ConfigError(wrong_name("a name", unknown[0], known))
 
 
 def choose(schemes: Mapping[str, S], options: Options, reference: str) -> list[S]:
@@ -96,6 +98,8 @@ class Case:
         stems: names of the rows' files that have a page, if not the case's own name alone.
         tests: files and folders of tests that have to be green, in the same command, before the
             case measures anything: no speed is reported of code that may be wrong.
+        tunes: whether it only chooses settings for another case. ``all`` leaves it out: what was
+            chosen is committed.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Case:
     page: str | None = None
     stems: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
+    tunes: bool = False
 
     def load(self) -> Callable[[Options], list[str]]:
         """Import the function that measures."""
@@ -176,6 +181,7 @@ _ALL = (
         "tune",
         "learning rate of every scheme of `federated`, on a seed that is never reported",
         "benchmarks.federated.tune:main",
+        tunes=True,
     ),
     Case(
         "speed",
@@ -232,6 +238,7 @@ _ALL = (
         "local-tune",
         "rates of every scheme of `local`, on a seed that is never reported",
         "benchmarks.local.case:tune",
+        tunes=True,
     ),
     Case(
         "local",
@@ -279,17 +286,50 @@ _ALL = (
 )
 
 CASES = {case.name: case for case in _ALL}
+EVERY = "all"
+"""What stands for every case that needs nothing but this checkout."""
+
+
+def chosen(names: Sequence[str], model: Path | None) -> list[Case]:
+    """The cases of a command line; says which of ``all`` are left out, and why."""
+    if EVERY not in names:
+        return [CASES[name] for name in names]
+    out = []
+    for case in _ALL:
+        why = "it only chooses settings, and they are committed" if case.tunes else ""
+        if case.name == "llama" and model is None:
+            why = "it needs a model and questions (--model, --data)"
+        if why and case.name not in names:
+            print(f"{case.name} is left out: {why}", flush=True)
+        else:
+            out.append(case)
+    return out
+
+
+def attempt(case: Case, options: Options) -> list[str]:
+    """Run a case; what failed, as text. What it cannot run at all is no reason to leave others."""
+    bad = red(case)
+    if bad:
+        return [bad]
+    began = time.monotonic()
+    try:
+        return case.load()(options)
+    except (GradcodecError, ImportError) as err:
+        return [f"{case.name}: {err}"]
+    finally:
+        print(f"{case.name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named cases; 1 if anything of them failed."""
     cases = "\n".join(f"  {case.name:12} {case.help}" for case in _ALL)
+    cases += f"\n  {EVERY:12} every case but those that tune, and `llama` without --model"
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=f"{__doc__}\n\ncases:\n{cases}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE")
+    parser.add_argument("cases", nargs="+", choices=[*CASES, EVERY], metavar="CASE")
     parser.add_argument("--quick", action="store_true", help="one seed, few schemes, minutes")
     parser.add_argument("--seeds", type=_integers, help="such as 0,1,2")
     parser.add_argument("--schemes", type=_names, help="such as fp32,topk")
@@ -318,10 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=args.model,
         data=args.data,
     )
-    failed = []
-    for case in (CASES[name] for name in args.cases):
-        bad = red(case)
-        failed += [bad] if bad else case.load()(options)
+    failed = [text for case in chosen(args.cases, args.model) for text in attempt(case, options)]
     if failed:
         print("failed:\n  " + "\n  ".join(failed), file=sys.stderr)
     return 1 if failed else 0

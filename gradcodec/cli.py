@@ -62,13 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--plot", metavar="FILE.png", help="draw the charts (needs matplotlib)")
     inspect.add_argument("--revision", help="of a Hub repository")
-    inspect.add_argument("--image", default="4096x2048", help="input of an architecture, HxW")
+    inspect.add_argument("--image", help="input of an architecture, HxW (4096x2048)")
 
     push = commands.add_parser("push", help="publish a codec folder on the Hugging Face Hub")
     push.add_argument("folder")
     push.add_argument("repo_id", help="user/name")
-    push.add_argument("--private", action="store_true")
-    push.add_argument("--message", default="Upload codec")
+    push.add_argument("--private", action="store_true", help="a repository that nobody else sees")
+    push.add_argument("--message", default="Upload codec", help="of the commit")
+    push.add_argument(
+        "--replace", action="store_true", help="also the files of a repository without a codec"
+    )
 
     commands.add_parser("info", help="versions, codec families, bundled codecs, who computes")
 
@@ -132,7 +135,8 @@ def _push(options: argparse.Namespace) -> int:
     from gradcodec.codec import Codec
 
     codec = Codec.from_pretrained(options.folder)
-    print(codec.push_to_hub(options.repo_id, private=options.private, message=options.message))
+    given = {name: getattr(options, name) for name in ("private", "message", "replace")}
+    print(codec.push_to_hub(options.repo_id, **given))
     return 0
 
 
@@ -140,11 +144,14 @@ def _info() -> int:
     import torch
 
     from gradcodec import describe, hub, ops
+    from gradcodec.registry import UNTRAINED
     from gradcodec.wire import CODEC_IDS, WIRE_VERSION
 
     rows = {name: version or "not installed" for name, version in describe.versions().items()}
     rows["wire version"] = str(WIRE_VERSION)
     rows["families"] = ", ".join(CODEC_IDS)
+    rows["codecs"] = ", ".join(UNTRAINED)
+    rows["under DDP also"] = "lowrank, auto"
     rows["bundled"] = ", ".join(hub.bundled()) or "none"
     # The state of each implementation of the ops, and the default one for each device.
     rows |= {f"ops: {name}": state for name, state in ops.status().items()}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gradcodec.chain import Chain
@@ -18,8 +17,9 @@ from gradcodec.codecs import (
     Subspace,
     TopK,
 )
-from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError, HubError
+from gradcodec.hub import bundled
+from gradcodec.names import wrong_name
 from gradcodec.ops import CHUNK
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.cast import CastConfig
@@ -37,6 +37,9 @@ _CLASSES = {
 
 if not set(_CLASSES) == set(KINDS) == set(CODEC_IDS):
     raise ImportError(f"codec classes {sorted(KINDS)} and wire ids {sorted(CODEC_IDS)} differ")
+
+WHERE = "`gradcodec info` lists all"
+"""What errors say of the names of all codecs."""
 
 #: Codecs that need no fitting, by the name a user types.
 UNTRAINED: dict[str, Callable[[], Codec]] = {
@@ -80,37 +83,36 @@ def _gaussian(block: int) -> Codec:
 
 
 def make_codec(name: str) -> Codec:
-    """An untrained codec by name; ``ConfigError`` lists the names.
+    """An untrained codec by name; ``ConfigError`` has the nearest names.
 
     Trained ones come from ``Codec.from_pretrained`` or ``gradcodec.tgap``.
     """
     if not isinstance(name, str) or name not in UNTRAINED:
-        raise ConfigError(
-            f"expected a codec name of {sorted(UNTRAINED)}, got {shown(name)} (fitted codecs are "
-            f"loaded by Codec.from_pretrained){_meant(name)}"
-        )
+        raise ConfigError(wrong_codec(name))
     return UNTRAINED[name]()
+
+
+def wrong_codec(name: object, more: Iterable[str] = ()) -> str:
+    """The text of an error about a codec's name; ``more``: what else could have been meant."""
+    where = f"{WHERE}; fitted codecs are loaded by Codec.from_pretrained"
+    return wrong_name("a codec name", name, (*UNTRAINED, *more), where)
 
 
 def find_codec(name: str, revision: str | None = None) -> Codec:
     """An untrained codec by name, such as ``int4``, or what ``Codec.from_pretrained`` finds.
 
     Raises:
-        HubError: there is no such codec.
+        HubError: there is no such codec, or a ``revision`` of one that is in no repository.
         ConfigError: its files do not fit together.
     """
     if name in UNTRAINED:
+        if revision is not None:
+            raise HubError(f"{name} needs no files; only a Hub repository has a {revision=}")
         return make_codec(name)
     try:
         return Codec.from_pretrained(name, revision=revision)
     except HubError as err:
         if Path(name).name != name or Path(name).exists():
             raise
-        raise HubError(
-            f"{err}; codecs that need no fitting are {sorted(UNTRAINED)}{_meant(name)}"
-        ) from err
-
-
-def _meant(name: object) -> str:
-    close = difflib.get_close_matches(name, UNTRAINED, 1) if isinstance(name, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+        what = "a codec's name, its folder, or a Hub id 'user/name'"
+        raise HubError(wrong_name(what, name, (*UNTRAINED, *bundled()), WHERE)) from err

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
+from gradcodec.names import wrong_name
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class CodecConfig:
         if not isinstance(data, Mapping) or data.get("kind", cls.kind) != cls.kind:
             raise ConfigError(f"{cls.kind}: expected settings of this kind, got {shown(data)}")
         given = {k: v for k, v in data.items() if k != "kind"}
-        unknown = sorted(shown(k) for k in set(given) - set(fields))[:10]
+        unknown = sorted(set(given) - set(fields), key=shown)
         if unknown:
-            raise ConfigError(f"{cls.kind}: unknown keys {unknown}; expected {sorted(fields)}")
+            raise ConfigError(f"{cls.kind}: {wrong_name('a setting', unknown[0], fields)}")
         missing = sorted(
             n
             for n, f in fields.items()

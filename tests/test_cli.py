@@ -17,6 +17,7 @@ from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, Identity, Subspace
 from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.registry import UNTRAINED
 from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import TensorSpec, UpdateSpec
 from gradcodec.wire import CODEC_IDS, Payload
@@ -147,6 +148,7 @@ def test_info_lists_versions_families_and_bundled_codecs(
     out = succeed(capsys, "info")
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.MULTILINE)
     assert ", ".join(CODEC_IDS) in out
+    assert ", ".join(UNTRAINED) in out
     assert (", ".join(hub.bundled()) or "none") in out
 
 
@@ -198,6 +200,16 @@ def test_errors_are_one_line_with_the_class_and_status_2(
         ("run-federated", "--out", ".."): "ConfigError",
         ("run-federated", "--out", str(empty)): "ConfigError",
         ("run-federated", "--schemes", "zip"): "ConfigError",
+        # Options that nothing would read beside the others.
+        ("run-federated", "--epochs", "2"): "ConfigError",
+        ("tgap", "--out", str(tmp_path / "x"), "--epochs", "2"): "ConfigError",
+        ("tgap", "--out", str(tmp_path / "x"), "--ae-steps", "2"): "ConfigError",
+        ("tgap", "--out", str(tmp_path / "x"), "--family", "cnn1d", "--ratio", "8"): "ConfigError",
+        ("inspect", "int4", "--image", "64x64"): "ConfigError",
+        ("inspect", "resnet3", "--tensors"): "ConfigError",
+        ("inspect", "resnet3", "--revision", "main"): "ConfigError",
+        ("inspect", "int4", "--revision", "main"): "HubError",
+        ("inspect", str(damaged), "--revision", "main"): "ConfigError",
     }
     for arguments, error in cases.items():
         assert refused(capsys, *arguments).startswith(f"gradcodec: {error}: "), arguments
@@ -205,7 +217,10 @@ def test_errors_are_one_line_with_the_class_and_status_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("unpack",), ("inspect",), ("run-federated", "--rounds", "many"), ("info", "--all")],
+    [
+        *((), ("unpack",), ("inspect",), ("run-federated", "--rounds", "many"), ("info", "--all")),
+        ("tgap", "--out", "x", "--rounds", "3"),  # it has none; --tgap-rounds are not meant by it
+    ],
 )
 def test_a_command_line_that_makes_no_sense_is_status_2(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -261,9 +276,7 @@ TGAP = [
     "--clients=4",
     "--fraction=0.5",
     "--held-out=20",
-    "--questions=4",
     "--tgap-rounds=1",
-    "--ae-steps=2",
     "--min-client=2",
     "--max-length=32",
     "--steps=1",
@@ -276,15 +289,15 @@ TGAP = [
 @pytest.mark.parametrize(
     ("family", "bits", "options"),
     [
-        ("subspace", "0", []),
-        ("subspace", "1", ["--basis-dtype", "int4", "--share", "inputs"]),
-        ("resnet3", "4", []),
+        ("subspace", "0", ["--ratio", "16"]),
+        ("subspace", "1", ["--ratio", "16", "--basis-dtype", "int4", "--share", "inputs"]),
+        ("resnet3", "4", ["--ae-steps", "2"]),
     ],
 )
 def test_tgap_writes_a_codec_that_can_be_loaded_and_used(
     family: str, bits: str, options: list[str], tmp_path: Path
 ) -> None:
-    arguments = ["tgap", "--out", "mine", "--family", family, "--bits", bits, "--ratio", "16"]
+    arguments = ["tgap", "--out", "mine", "--family", family, "--bits", bits]
     arguments += options
     if family == "subspace":  # the bundled examples take seconds to read: once is enough
         arguments += ["--dataset", str(write_sums(tmp_path / "sums.jsonl"))]

@@ -20,6 +20,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "gradcodec.errors",
         "gradcodec.files",
         "gradcodec.encodable",
+        "gradcodec.names",
         "gradcodec.types",
     ),
     1: (

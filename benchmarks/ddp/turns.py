@@ -4,6 +4,8 @@
     python -m benchmarks.run ddp_buckets # whether smaller buckets hide more behind the backward
     python -m benchmarks.run fsdp2       # fully_shard, its reduce-scatters compressed or not
 
+With ``--quick``: two ranks, fewer turns, two links.
+
 Rows: a file of the case's name, one per link and number of ranks, with the seconds of
 each turn and what a scheme remarks, such as the line that ``auto`` logs.
 """
@@ -23,6 +25,9 @@ from benchmarks.report import Table, aligned
 from benchmarks.run import Options
 
 AUTO = "auto-wide"
+
+
+QUICK: Mapping[int, Mapping[str, int]] = {2: {"100mbit": 2, "1gbit": 4}}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Turns:
         path = options.out / f"{self.case}.jsonl"
         name = "+".join(self.beside)
         runs = []
-        for world, blocks in self.blocks.items():
+        for world, blocks in (QUICK if options.quick else self.blocks).items():
             phases = tuple(Phase(n, BLOCK * count, self.beside) for n, count in blocks.items())
             steps = max(phase.steps for phase in phases)
             recipe = work.recipe

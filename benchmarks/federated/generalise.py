@@ -44,6 +44,7 @@ CASE = "generalise"
 SEEDS = (0, 1)
 RATIO, LR = 17.46, 1.2e-2
 RANKS = (2, 4, 16, 32)
+QUICK = ("fp32", "own", "random")
 TEXTS = ROOT / "runs" / "bench-texts"
 
 Source = Callable[[Settings], Settings]
@@ -168,7 +169,8 @@ def play_job(job: Job) -> Iterator[rows.Row]:
 
 def main(options: Options) -> list[str]:
     """Run what is missing, then the table and the plot."""
-    chosen = schemes() if options.schemes is None else ("fp32", *options.schemes)
+    own = QUICK if options.quick else schemes()
+    chosen = own if options.schemes is None else ("fp32", *options.schemes)
     check_names(chosen, schemes())
     rounds = options.rounds or federated.ROUNDS
     source = f"{__name__}:play_job"

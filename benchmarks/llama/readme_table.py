@@ -20,8 +20,8 @@ from gradcodec.recipes.report import size
 
 ROWS = RESULTS / "llama-gsm8k.jsonl"
 PLACE = re.compile(r"<!-- llama -->\n.*?<!-- /llama -->", re.DOTALL)
-SHOWN = (REFERENCE, "eden-1", "sign-ef-both", "sub-4", "sub-8", "sub-64-own")
-HEAD = ("way of sending", "gain kept", "a reply", "up", "both ways", "with its codec", "codec")
+SHOWN = (REFERENCE, "eden-1", "sign-ef-both", "sub-8", "sub-64-own")
+HEAD = ("way of sending", "gain kept", "a reply", "fewer up", "both ways", "with its codec")
 
 
 def markdown(path: Path = ROWS) -> str:
@@ -40,23 +40,23 @@ def markdown(path: Path = ROWS) -> str:
         cells = (
             SCHEMES[name].title + (f" ({len(by_seed)} seeds)" if fewer else ""),
             f"{statistics.fmean(kept):.1%}",
-            size(costs.up),
+            size(costs.up).replace(" ", "&nbsp;"),
             times(reference.up / costs.up),
             times(costs.ratio(reference)),
             times(costs.ratio(reference, twice)) if costs.codec else "",
-            size(costs.codec) if costs.codec else "-",
         )
         bold = SCHEMES[name].kind == "ours"
         lines.append("| " + " | ".join(f"**{c}**" if bold and c else c for c in cells) + " |")
     seeds = ", ".join(str(s) for s in sorted(runs[REFERENCE]))
     note = (
-        f"SmolLM2-135M on GSM8K, LoRA on q and v, {config['per_round']} of {config['clients']} "
-        f"clients in each of {config['rounds']} rounds, seeds {seeds}. *Gain kept*: decrease of "
-        "the held-out loss, of fp32's. *a reply*: its bytes on the wire. The rest says how many "
-        "times fewer bytes than fp32: up, both ways, and both ways with the codec's download by a "
-        "client that takes part twice, as here. Learning rates are from one grid on another seed. "
-        f"Made by `python -m benchmarks.run llama` (an H100, torch {first['versions']['torch']}): "
-        "[all rows](benchmarks/results/llama-gsm8k.md)."
+        "*Gain kept*: how much of fp32's progress on held-out questions is left. *A reply*: what "
+        "one client sends in a round. *Fewer up*: how many times fewer bytes clients send than "
+        "with fp32; *both ways*: the same with what they are sent; *with its codec*: and with one "
+        "download of the codec, for a client that takes part twice, as here. Fine-tuning "
+        f"SmolLM2-135M on GSM8K by LoRA, {config['per_round']} of {config['clients']} clients in "
+        f"each of {config['rounds']} rounds, seeds {seeds}; learning rates from one grid on "
+        "another seed. Made by `python -m benchmarks.run llama` (an H100, torch "
+        f"{first['versions']['torch']}): [all rows](benchmarks/results/llama-gsm8k.md)."
     )
     return "\n".join([*lines, "", note])
 

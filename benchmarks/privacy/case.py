@@ -54,6 +54,7 @@ TITLES = {
     "signal-128": "fitted subspace 1/128, 8 bit",
     "random-1024": "random subspace 1/256, one direction a tensor, 8 bit",
 }
+QUICK = ("fp32", "random-128")
 LR = 1.2e-2
 
 
@@ -150,7 +151,7 @@ def play_job(job: Job) -> Iterator[rows.Row]:
 
 def main(options: Options) -> list[str]:
     """Run what is missing; then the table and the plot."""
-    names = list(options.schemes or TITLES)
+    names = list(options.schemes or (QUICK if options.quick else TITLES))
     check_names(names, TITLES)
     seeds = options.seeds or SEEDS
     clips = {name: clip_of(name, options.out) for name in names}

@@ -65,6 +65,9 @@ SCHEMES: Mapping[str, tuple[str, Make, ClientPrivacy | None]] = {
 }
 
 
+QUICK = ("fp32", "int4", "signal-17")
+
+
 def play_job(job: Job) -> Iterator[rows.Row]:
     """One row: the attack on every sentence."""
     world = world_of(federated.settings(job.seed))
@@ -150,7 +153,7 @@ def main(options: Options) -> list[str]:
     """Attack; then the table and the plot."""
     todo = [
         Job(CASE, name, 0, 0.0, 1, f"{__name__}:play_job", (("sentences", SENTENCES),))
-        for name in options.schemes or SCHEMES
+        for name in options.schemes or (QUICK if options.quick else SCHEMES)
     ]
     path = options.out / f"{CASE}.jsonl"
     failed = jobs.execute(todo, path, options.workers, again=options.again)

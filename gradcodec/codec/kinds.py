@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
+from gradcodec.names import wrong_name
 
 if TYPE_CHECKING:
     from gradcodec.codec.codec import Codec
@@ -24,5 +24,5 @@ def register(cls: type[C]) -> type[C]:
 def codec_class(kind: str) -> type[Codec]:
     """The codec class registered under ``kind``; ``ConfigError`` if there is none."""
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(f"expected a codec kind of {sorted(KINDS)}, got {shown(kind)}")
+        raise ConfigError(wrong_name("a codec kind", kind, sorted(KINDS)))
     return KINDS[kind]

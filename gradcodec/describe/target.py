@@ -25,6 +25,8 @@ from gradcodec.registry import find_codec
 from gradcodec.types import Update, UpdateSpec
 from gradcodec.wire import Payload
 
+IMAGE = "4096x2048"
+
 
 @dataclass
 class Report:
@@ -43,7 +45,7 @@ def report(
     target: str,
     *,
     revision: str | None = None,
-    image: str = "4096x2048",
+    image: str | None = None,
     update: str | None = None,
     codec: str | None = None,
     each: bool = False,
@@ -54,7 +56,7 @@ def report(
         target: a literal architecture; a payload's or an update's file; an untrained codec; or
             what ``Codec.from_pretrained`` finds.
         revision: of a Hub repository.
-        image: ``HxW``, the input of an architecture.
+        image: ``HxW``, the input of an architecture; ``IMAGE`` by default.
         update: safetensors file of the update to measure the target with.
         codec: what wrote the payload; bundled and untrained codecs are found without it.
         each: a line for each tensor instead of each kind of tensor.
@@ -69,13 +71,20 @@ def report(
     """
     path = Path(target)
     is_update = path.suffix == ".safetensors" and path.is_file()
+    architecture = target in facts.ARCHITECTURES
+    if image is not None and not architecture:
+        raise ConfigError(f"--image is the input of an architecture; {target} is none")
+    if each and architecture:
+        raise ConfigError(f"--tensors is for codecs, updates and payloads; {target} has no tensors")
+    if revision is not None and (architecture or (codec is None and path.is_file())):
+        raise ConfigError(f"--revision is of a Hub repository; {target} is none")
     if codec is not None and (is_update or not path.is_file()):
         raise ConfigError(f"--codec says what wrote a payload; {target} is none")
-    if update is not None and (is_update or target in facts.ARCHITECTURES):
+    if update is not None and (is_update or architecture):
         what = "an update itself" if is_update else "an architecture"
         raise ConfigError(f"--update is for codecs and payloads; {target} is {what}")
-    if target in facts.ARCHITECTURES:
-        return Report(facts.architecture(target, image))
+    if architecture:
+        return Report(facts.architecture(target, image or IMAGE))
     if is_update:
         return of_update(sources.read_update(path), each)
     given = None if update is None else sources.read_update(update)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcodec.errors import ConfigError
+from gradcodec.names import wrong_name
 from gradcodec.parameters import NamedParameters, named_parameters
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ def check_options(what: str, takes: Callable[..., Any], options: Mapping[str, An
     known = [n for n in inspect.signature(takes).parameters if n not in _OF_THE_MODEL]
     strange = [n for n in options if n not in known]
     if strange:
-        raise ConfigError(f"{what} has no option {strange[0]!r}; expected some of {known}")
+        raise ConfigError(wrong_name(f"an option of {what}", strange[0], known))
 
 
 # -- parameters -----------------------------------------------------------------------------------

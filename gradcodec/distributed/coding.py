@@ -7,7 +7,7 @@ codecs transform gradients before they pack them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -22,7 +22,7 @@ from gradcodec.codecs import BlockQuant, Identity, RotatedSign, Subspace
 from gradcodec.distributed.lowrank import LowRank
 from gradcodec.distributed.shards import ALIGN
 from gradcodec.errors import ConfigError
-from gradcodec.registry import UNTRAINED, make_codec
+from gradcodec.registry import UNTRAINED, make_codec, wrong_codec
 from gradcodec.transforms.subspace.transform import Projection
 
 
@@ -182,8 +182,12 @@ DENSE = Identity()
 """The codec of ``RAW``."""
 
 
-def named_codec(codec: object) -> Codec:
+def named_codec(codec: object, schemes: Iterable[str] = ()) -> Codec:
     """A codec itself, or the one that ``make_codec`` knows under a name.
+
+    Args:
+        codec: what was handed over.
+        schemes: names that are taken here beside those of codecs; for the error's text.
 
     Raises:
         ConfigError: ``codec`` is neither, or a scheme that is not a codec (low rank, ``"auto"``).
@@ -198,6 +202,8 @@ def named_codec(codec: object) -> Codec:
     if not isinstance(codec, str):
         came = f"the class {codec.__name__}" if isinstance(codec, type) else repr(codec)
         raise ConfigError(f"expected a codec object or a codec's name, such as 'int4', got {came}")
+    if codec not in UNTRAINED:
+        raise ConfigError(wrong_codec(codec, schemes))
     return make_codec(codec)
 
 

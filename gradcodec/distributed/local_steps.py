@@ -133,6 +133,10 @@ class LocalSteps(Closing):
             )
             self.schedule = Schedule(every, fragments, overlap)
             self.decay = share("decay", decay, whole=True)
+            if decay != 1.0 and error_feedback is False:
+                raise ConfigError(
+                    f"decay={decay} is of the residual, which error_feedback=False does not keep"
+                )
             self.mixing = share("mixing", (0.5 if overlap else 0.0) if mixing is None else mixing)
             if exchange not in _EXCHANGES:
                 raise ConfigError(f"expected exchange of {list(_EXCHANGES)}, got {exchange!r}")
@@ -185,12 +189,15 @@ class LocalSteps(Closing):
             closure: for the inner optimiser, whose result is returned.
 
         Raises:
+            ConfigError: there is a closure, and no inner optimiser to call it.
             TrainingError: an exchange failed, or a mean is not finite. Anchors and parameters of
                 the fragment, and error feedback, are as before; what was trained is sent at the
                 next exchange.
         """
         self._check_open()
         result = None
+        if self.inner is None and closure is not None:
+            raise ConfigError("step(closure) is for the inner optimiser, and optimizer is None")
         if self.inner is not None:
             with torch.enable_grad():
                 result = self.inner.step() if closure is None else self.inner.step(closure)

@@ -15,7 +15,6 @@ from gradcodec.distributed.coding import (
     RAW,
     Route,
     flat_route,
-    is_cast,
     named_codec,
     routes_of,
     wants_feedback,
@@ -97,9 +96,9 @@ class Plan:
         feedback: bool | None = None,
     ) -> None:
         check_count("min_numel", min_numel)
-        for choice in (codec, *(choice for _, choice in rules)):
-            if not isinstance(choice, LowRank) and choice != "lowrank":
-                named_codec(choice)  # raises for what is neither a codec nor its name
+        _check_choice(codec, "lowrank", "auto")
+        for _, choice in rules:
+            _check_choice(choice, "lowrank")
         for pattern, _ in rules:
             if not fnmatch.filter(shapes, pattern):
                 some = ", ".join(list(shapes)[:5])
@@ -161,6 +160,12 @@ class Plan:
         }
 
 
+def _check_choice(choice: Choice, *schemes: str) -> None:
+    """Raise ``ConfigError`` for what is neither a codec, nor its name, nor low rank."""
+    if not isinstance(choice, LowRank) and choice != "lowrank":
+        named_codec(choice, schemes)
+
+
 def _projected(projection: Projection, digests: dict[int, str]) -> str:
     basis, axis = projection.basis, projection.axis
     if id(basis) not in digests:
@@ -220,11 +225,11 @@ class UnitPlan:
             if codec is not asked:
                 self.substituted[str(asked)] = str(codec)
         chosen = named_codec(codec)
-        flat_route(chosen)  # raises for codecs that cannot code bare vectors
+        route = flat_route(chosen)  # raises for codecs that cannot code bare vectors
         label = codec if isinstance(codec, str) else str(codec)
         if self.error_feedback == "auto":
             return UnitCodec(chosen, wants_feedback(chosen), label)
-        return UnitCodec(chosen, bool(self.error_feedback) and not is_cast(chosen), label)
+        return UnitCodec(chosen, bool(self.error_feedback) and not route.raw, label)
 
     def codec_of(self, unit: str, parameters: Sequence[str]) -> UnitCodec:
         """The codec of a unit with these parameters, by the rules or else the default."""

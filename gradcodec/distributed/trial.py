@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
 
 WARM = 2
@@ -40,15 +41,28 @@ def is_auto(codec: object) -> bool:
     return isinstance(codec, str) and codec.split(":")[0] == AUTO
 
 
-def ladder(codec: str, quality: float) -> tuple[str, ...]:
+def no_choice(codec: object) -> ConfigError:
+    """The error about a ``quality`` that would decide nothing."""
+    return ConfigError(
+        f"quality= says which codecs 'auto' may choose from; beside codec={shown(str(codec))} it "
+        "decides nothing: leave it out, or choose codec='auto'"
+    )
+
+
+def ladder(codec: str, quality: float | None = None) -> tuple[str, ...]:
     """The codecs that ``"auto"`` may choose, from wide to narrow.
 
     ``"auto:A,B"`` names them. ``"auto"`` takes those of ``RUNGS`` whose error is at most
-    ``quality``, from ``"int4"`` on where that is allowed: what gains with 8 bits gains more with 4.
+    ``quality`` (``QUALITY`` by default), from ``"int4"`` on where that is allowed: what gains with
+    8 bits gains more with 4.
 
     Raises:
-        ConfigError: ``quality`` allows none, or a name is empty or comes twice.
+        ConfigError: ``quality`` allows none, or codecs are named beside it; a name is empty or
+            comes twice.
     """
+    if quality is not None and codec != AUTO:
+        raise no_choice(codec)
+    quality = QUALITY if quality is None else quality
     if not (isinstance(quality, int | float) and 0 < quality < math.inf):
         raise ConfigError(f"expected a finite quality > 0, got {quality!r}")
     if codec != AUTO:

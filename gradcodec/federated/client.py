@@ -174,7 +174,8 @@ class Client:
                 trained them.
             examples: how many examples the training used; the weight of this reply.
             buffers: the module, or its tensors, to take the tensors from that travel bit for bit
-                (``split``). Only used with an optimiser, and needed there if such tensors exist.
+                (``split``); those of ``trained`` by default. Needed with an optimiser, which has
+                none, if such tensors exist.
 
         Raises:
             EmptyClientError: no examples.
@@ -204,7 +205,7 @@ class Client:
                 payload = self.codec.encoder.encode(update, seed=self._seed)
             else:
                 payload = privacy.encode(self.codec, update, seed=self._seed)
-            values = self._kept_values(tensors)
+            values = self._kept_values(tensors if buffers is None else tensors_of(buffers))
         payload = replace(payload, base=self.replica.digest)
         count = count if privacy is None else 1  # how many there are is private as well
         return Reply(self.number, self.version, count, payload, values).to_bytes()

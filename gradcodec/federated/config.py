@@ -14,6 +14,7 @@ from gradcodec.representation import SENT, check
 from gradcodec.types import Update, UpdateSpec
 
 ROBUST = ("trimmed", "median")
+TRIM = 0.1
 AGGREGATIONS = ("mean", "sum", *ROBUST)
 
 
@@ -30,8 +31,8 @@ class ServerConfig:
             ``"median"`` withstand bad clients (``gradcodec.federated.robust``): every client
             counts once, whatever number of examples it claims, and a round holds all replies, up
             to ``hold_bytes``.
-        trim: share of the replies that ``"trimmed"`` leaves out at each end of a coordinate; below
-            1/2, and at least the share of bad clients.
+        trim: only with ``"trimmed"``: share of the replies that are left out at each end of a
+            coordinate; below 1/2, and at least the share of bad clients. ``None``: 0.1.
         lr: server learning rate on the aggregated update (the paper's eta).
         momentum: server momentum (FedAvgM, Hsu et al., arXiv 1909.06335); costs no bytes.
         feedback: keep what a broadcast's quantisation lost and add it to the next broadcast.
@@ -59,7 +60,7 @@ class ServerConfig:
     feedback: bool = True
     rules: Rules = ()
     max_norm: float | None = None
-    trim: float = 0.1
+    trim: float | None = None
     privacy: ClientPrivacy | None = None
     max_replies: int = 1_000_000
     hold_bytes: int = 64 << 20
@@ -83,8 +84,12 @@ class ServerConfig:
             raise ConfigError(f"expected a finite max_norm > 0 or None, got {self.max_norm!r}")
         if self.max_norm is not None and self.representation != "update":
             raise ConfigError("max_norm bounds updates, not states")
-        if not 0 < self.trim < 0.5:
+        if self.trim is not None and not 0 < self.trim < 0.5:
             raise ConfigError(f"expected a trim within (0, 1/2), got {self.trim!r}")
+        if self.trim is not None and self.aggregation != "trimmed":
+            raise ConfigError(
+                f"trim={self.trim} is of aggregation 'trimmed', got {self.aggregation!r}"
+            )
         if self.robust and self.representation != "update":
             raise ConfigError(f"{self.aggregation!r} is of updates, not of states")
         self._check_privacy()
@@ -101,6 +106,13 @@ class ServerConfig:
     def robust(self) -> bool:
         """Whether a few bad replies cannot move the aggregate far."""
         return self.aggregation in ROBUST
+
+    @property
+    def cut(self) -> float | None:
+        """Share of the replies that is left out at each end; ``None`` leaves the median."""
+        if self.aggregation == "median":
+            return None
+        return TRIM if self.trim is None else self.trim
 
     @property
     def equal(self) -> bool:

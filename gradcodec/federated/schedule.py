@@ -28,6 +28,7 @@ from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import Payload
 
+_DECAY = 0.5
 _LOUDEST = 1e15  # sums of squares of larger values may leave fp32; fits skip such replies
 
 
@@ -142,7 +143,8 @@ class AutoConfig:
         down_bits: bits of a code value in broadcasts.
         refresh_rounds: later rounds that go back to the first codec, after which the subspace is
             fitted again and sent again.
-        decay: factor of a round's weight for each earlier fit that has seen it, 0..1.
+        decay: only with ``refresh_rounds``: factor of a round's weight for each earlier fit that
+            has seen it, 0..1. ``None``: 0.5.
         lr: server learning rate on the aggregated update.
         momentum: server momentum; carried over a switch as far as the new codec can express it.
         fit_replies: most replies per round that a fit uses, those with the lowest ids; they are
@@ -158,7 +160,7 @@ class AutoConfig:
     bits: int = 2
     down_bits: int = 4
     refresh_rounds: tuple[int, ...] = ()
-    decay: float = 0.5
+    decay: float | None = None
     lr: float = 1.0
     momentum: float = 0.0
     fit_replies: int = 256
@@ -176,8 +178,10 @@ class AutoConfig:
                 f"auto: expected refresh_rounds from {self.warmup_rounds} on, "
                 f"got {self.refresh_rounds!r}"
             )
-        if not 0 <= self.decay <= 1:
+        if self.decay is not None and not 0 <= self.decay <= 1:
             raise ConfigError(f"auto: expected a decay of 0..1, got {self.decay!r}")
+        if self.decay is not None and not self.refresh_rounds:
+            raise ConfigError(f"auto: decay={self.decay} is of later fits: expected refresh_rounds")
         if type(self.fit_replies) is not int or self.fit_replies < 2:
             raise ConfigError(f"auto: expected fit_replies of at least 2, got {self.fit_replies!r}")
 
@@ -259,9 +263,10 @@ class FitSubspace:
         """Fit a subspace on the replies in the first codec; ``None`` if they hold no signal yet."""
         reader = make_codec(self.auto.first).bind(spec).decoder
         moments = SignalMoments(spec, self.auto.subspace)
+        decay = _DECAY if self.auto.decay is None else self.auto.decay
         for fits, replies in self._rounds:
             # Moments are quadratic, so values get the root of the weight.
-            scale = math.sqrt(self.auto.decay ** (self._fits - fits))
+            scale = math.sqrt(decay ** (self._fits - fits))
             updates = [
                 {n: t * scale for n, t in reader.decode(Payload.from_bytes(b)).items()}
                 for b in replies

@@ -104,8 +104,8 @@ class Server:
         config, size, read = self.config, len(self.momentum), partial(values_of, self)
         self._replies: Round
         if config.robust:
-            cut = None if config.aggregation == "median" else config.trim
-            self._replies = RobustRound(size, self.replica.kept, read, config.hold_bytes, cut)
+            kept, hold = self.replica.kept, config.hold_bytes
+            self._replies = RobustRound(size, kept, read, hold, config.cut)
         else:
             summed = config.aggregation == "sum"
             self._replies = Round(

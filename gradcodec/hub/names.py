@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from gradcodec.encodable import shown
@@ -10,6 +9,7 @@ from gradcodec.errors import ConfigError, HubError
 from gradcodec.hub.folder import HALVES, Folder
 from gradcodec.hub.local import bundled, bundled_path, read_folder
 from gradcodec.hub.remote import REPO_ID, download
+from gradcodec.names import wrong_name
 
 
 def read(name: str | Path, *, revision: str | None = None, half: str | None = None) -> Folder:
@@ -33,7 +33,7 @@ def read(name: str | Path, *, revision: str | None = None, half: str | None = No
     try:
         here = local.is_dir()
     except OSError as err:  # a name too long for a file system
-        raise HubError(_wrong_name(shown(name))) from err
+        raise HubError(_wrong_name(str(name))) from err
     if here and str(name):
         if revision is not None:
             raise HubError(f"{name} is the folder {local}; only a Hub repository has a {revision=}")
@@ -44,9 +44,9 @@ def read(name: str | Path, *, revision: str | None = None, half: str | None = No
 
 
 def _wrong_name(name: str) -> str:
-    close = difflib.get_close_matches(name, bundled(), 1)
-    return (
-        f"expected a codec, got {name!r}: no bundled codec has this name ({bundled()}), "
-        "no such folder is here, and it is not a Hub id 'user/name'; unfitted: make_codec"
-        + (f"; did you mean {close[0]!r}?" if close else "")
+    return wrong_name(
+        "a bundled codec, a codec's folder, or a Hub id 'user/name'",
+        name,
+        bundled(),
+        "`gradcodec info` lists the bundled ones; make_codec makes those that need no fitting",
     )

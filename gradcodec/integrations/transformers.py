@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gradcodec.codec import Codec
 from gradcodec.distributed.compress import compress
 from gradcodec.distributed.compression import Compression
+from gradcodec.errors import ConfigError
 from gradcodec.integrations import training
 
 
@@ -39,7 +40,8 @@ class CompressCallback(TrainerCallback):
             is only one process, of which a log line tells.
 
     Raises, when training begins:
-        ConfigError: the model cannot be compressed; the message says why and what can.
+        ConfigError: the model cannot be compressed; the message says why and what can. Or
+            ``resume_from`` was given, and training does not resume.
     """
 
     def __init__(
@@ -61,6 +63,11 @@ class CompressCallback(TrainerCallback):
     ) -> None:
         """Compress what the Trainer has wrapped, and go on where its checkpoint was."""
         wrapped = self._trainer.model_wrapped
+        if self._resume_from is not None and not state.global_step:
+            raise ConfigError(
+                f"resume_from={str(self._resume_from)!r} is where a resumed training goes on, and "
+                "this one begins: train(resume_from_checkpoint=...), or leave it out"
+            )
         if not training.parallel():
             return
         if wrapped is not self._wrapped:  # a second ``train`` goes on with the same one

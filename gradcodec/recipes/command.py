@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, leave_out: Container[str] = ()) -> None:
     settings = parser.add_argument_group("settings", "In brackets: the default without --preset.")
     for field in (*dataclasses.fields(Settings), *_local_fields()):
-        if field.name in ("local", "schemes", "codecs"):
+        if field.name in ("local", "schemes", "codecs") or field.name in leave_out:
             continue
         flag, text = "--" + field.name.replace("_", "-"), f"{_HELP[field.name]}{_default(field)}"
         if field.type == "bool":
@@ -104,9 +104,22 @@ _HELP = {
 }
 
 
+#: Settings that only the comparison of schemes reads, not ``gradcodec tgap``.
+_OF_THE_SCHEMES = ("rounds", "questions", "aggregation", "server_lr", "server_momentum")
+
+#: The options of ``gradcodec tgap`` that are of a subspace, and their defaults.
+_SUBSPACE: dict[str, Any] = {
+    "ratio": 32.0,
+    "allocation": "tempered",
+    "basis_dtype": "bfloat16",
+    "share": "none",
+}
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the example; prints progress, the table and the paths of the files."""
     settings = settings_of(options)
+    _check_epochs(options, settings)
     out = _out(options.out)
     report.require_matplotlib()  # fail now, not after the run
     with _Bars() as bars, RunFolder(out, settings.to_dict(), resume=options.resume) as folder:
@@ -120,6 +133,14 @@ def run(options: argparse.Namespace) -> int:
     print("\n" + report.table(summary) + "\n")
     print("files:", ", ".join(map(str, files)))
     return 0
+
+
+def _check_epochs(options: argparse.Namespace, settings: Settings) -> None:
+    if options.epochs is not None and settings.local.steps:
+        raise ConfigError(
+            f"--epochs {options.epochs} is not read beside {settings.local.steps} steps a round: "
+            "add --steps 0"
+        )
 
 
 def _out(name: str) -> Path:
@@ -139,12 +160,11 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for the codec; OUT.run keeps what was gathered, and a run goes on from it",
     )
     add("--family", choices=("subspace", "resnet3", "cnn1d", "uformer"), default="subspace")
-    add("--ratio", type=float, default=32.0, help="subspace: update elements per code value")
+    add("--ratio", type=float, help="subspace: update elements per code value (32)")
     add(
         "--allocation",
         choices=ALLOCATIONS,
-        default="tempered",
-        help="subspace: sharing out of dimensions",
+        help="subspace: sharing out of dimensions (tempered)",
     )
     add(
         "--bits",
@@ -156,21 +176,20 @@ def add_tgap_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--basis-dtype",
         choices=BASIS_DTYPES,
-        default="bfloat16",
-        help="subspace: how the bases are stored, hence what a client downloads",
+        help="subspace: how the bases are stored, hence what a client downloads (bfloat16)",
     )
     add(
         "--share",
         choices=SHARES,
-        default="none",
-        help="subspace: a basis for one kind of factor in all layers, or for all of one input",
+        help="subspace: a basis for one kind of factor in all layers, or for all of one input "
+        "(none)",
     )
     add(
         "--preset",
         choices=sorted(PRESETS),
         help="settings to start from: the paper's, a small LLaMA, quick",
     )
-    _add_settings(parser)
+    _add_settings(parser, leave_out=_OF_THE_SCHEMES)
 
 
 def run_tgap(options: argparse.Namespace) -> int:
@@ -178,16 +197,8 @@ def run_tgap(options: argparse.Namespace) -> int:
     out = _out(options.out)
     check_place(out)  # now, not after the run
     settings = dataclasses.replace(settings_of(options), schemes=("fp32",), codecs=())
-    config: SubspaceConfig | AutoencoderConfig
-    if options.family == "subspace":
-        config = SubspaceConfig(
-            ratio=options.ratio,
-            allocation=options.allocation,
-            basis_dtype=options.basis_dtype,
-            share=options.share,
-        )
-    else:
-        config = AutoencoderConfig(arch=options.family)
+    _check_epochs(options, settings)
+    config = _config_of(options)
     work = out.with_name(out.name + ".run")
     described = {**settings.to_dict(), "codec": config.to_dict(), "bits": options.bits}
     with _Bars() as bars, RunFolder(work, described, resume=True) as folder:
@@ -203,6 +214,20 @@ def run_tgap(options: argparse.Namespace) -> int:
     for key, value in describe.codec(str(out.resolve())).items():
         print(f"{key:10} {value}")
     return 0
+
+
+def _config_of(options: argparse.Namespace) -> SubspaceConfig | AutoencoderConfig:
+    """The settings of the codec to fit; options of the other family are refused."""
+    subspace = options.family == "subspace"
+    names = ("ae_steps", "representation") if subspace else (*_SUBSPACE, "tgap_records")
+    unread = [name for name in names if getattr(options, name) is not None]
+    if unread:
+        flag = "--" + unread[0].replace("_", "-")
+        raise ConfigError(f"{flag} is not read by --family {options.family}")
+    if not subspace:
+        return AutoencoderConfig(arch=options.family)
+    given = {name: getattr(options, name) for name in _SUBSPACE}
+    return SubspaceConfig(**{n: d if given[n] is None else given[n] for n, d in _SUBSPACE.items()})
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -7,7 +7,6 @@ rule and metric stay those of lm-eval's task of that name.
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import importlib.util
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gradcodec.errors import ConfigError
+from gradcodec.names import wrong_name
 from gradcodec.recipes import data
 
 __all__ = ["GROUPS", "Source", "Subtask", "load_tasks", "quiet", "require_lm_eval"]
@@ -150,10 +150,8 @@ def _from_hub(name: str, shots: int | None) -> dict[str, Subtask]:
     if name not in manager.task_index:
         manager = _whole_manager()
     if name not in manager.task_index:
-        alike = difflib.get_close_matches(name, manager.all_tasks, n=5)
-        raise ConfigError(
-            f"lm-eval has no task {name!r}; similar names: {', '.join(alike) or 'none'}"
-        )
+        where = "`lm-eval ls tasks` lists all"
+        raise ConfigError(wrong_name("a task of lm-eval", name, manager.all_tasks, where))
     try:
         with quiet():
             tasks: dict[str, Any] = manager.load([name])["tasks"]

@@ -52,7 +52,8 @@ def load_base(
         The model in training mode and its tokenizer, which has a padding token.
 
     Raises:
-        ConfigError: `transformers` is missing, or the model cannot be loaded.
+        ConfigError: `transformers` is missing, the model cannot be loaded, or there is a revision
+            of a model that is here.
     """
     try:
         import transformers
@@ -64,6 +65,8 @@ def load_base(
     embedded = name in ("embedded", "embedded-untrained")
     if not embedded:
         _check_place(name)
+    if revision is not None and (embedded or Path(name).exists()):
+        raise ConfigError(f"only a Hub repository has a {revision=}, got the model {name!r}")
     gguf = None if embedded else _gguf_file(Path(name))
     place = str(EMBEDDED_FOLDER) if embedded else name if gguf is None else str(gguf.parent)
     options: dict[str, Any] = {"revision": revision}

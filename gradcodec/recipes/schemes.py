@@ -10,6 +10,7 @@ from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, Identity
 from gradcodec.errors import ConfigError
 from gradcodec.federated.config import ServerConfig
+from gradcodec.names import wrong_name
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.registry import make_codec
 from gradcodec.transforms.autoencoder.config import AutoencoderConfig
@@ -133,5 +134,6 @@ def choose(names: tuple[str, ...]) -> list[Scheme]:
     """The schemes with these names; ``fp32``, to which ratios refer, is always the first."""
     unknown = [n for n in names if n not in SCHEMES]
     if unknown:
-        raise ConfigError(f"unknown schemes {unknown}; expected some of {list(SCHEMES)}")
+        where = "`gradcodec run-federated --help` lists all"
+        raise ConfigError(wrong_name("a scheme", unknown[0], SCHEMES, where))
     return [SCHEMES[n] for n in dict.fromkeys(("fp32", *names))]

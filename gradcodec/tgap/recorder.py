@@ -53,7 +53,7 @@ class GradientRecorder:
             ``None`` records no second moments.
         representation: ``"gradient"``, ``"update"``, ``"state"`` or ``"balanced"``.
         snapshots: where to store whole updates, or ``None``.
-        every: record every n-th optimiser step only.
+        every: record every n-th optimiser step only; other representations have no steps.
 
     Raises:
         ConfigError: nothing is trainable, FSDP1 parameters come without their module, or a setting
@@ -81,6 +81,11 @@ class GradientRecorder:
         self.snapshots = snapshots
         if type(every) is not int or every < 1:
             raise ConfigError(f"recorder: expected every >= 1, got {every!r}")
+        if every > 1 and representation != "gradient":
+            raise ConfigError(
+                f"recorder: every={every} counts optimiser steps, and {representation!r} is "
+                "recorded once a block: leave every out"
+            )
         self.every = every
         self.steps = 0
         self._counts: Counter[tuple[str, ...]] = Counter()

@@ -244,7 +244,7 @@ def chosen(*names: str, quick: bool = False) -> list[GradientScheme]:
 def test_plain_ddp_is_always_there_and_first() -> None:
     assert [s.name for s in chosen("int4", "demo")] == [REFERENCE, "int4", "demo"]
     assert chosen()[0].name == chosen(quick=True)[0].name == REFERENCE
-    with pytest.raises(ConfigError, match="unknown schemes"):
+    with pytest.raises(ConfigError, match="did you mean 'int8' or 'int4'"):
         chosen("int5")
 
 

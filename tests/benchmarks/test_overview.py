@@ -1,5 +1,6 @@
 """docs/report.md is what the committed rows say, and key figures compare by row and column."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -71,6 +72,29 @@ def test_the_rows_of_the_last_commit_compare() -> None:
     if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("runs in a clone")
     assert "Data-parallel training" in overview.compared("HEAD", RESULTS)
+
+
+def test_all_is_every_case_that_needs_nothing_and_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[Path, bool]] = []
+
+    def measure(options: run.Options) -> list[str]:
+        ran.append((options.out, options.quick))
+        if len(ran) == 1:
+            raise ConfigError("a package is missing")
+        return []
+
+    monkeypatch.setattr(run, "_imported", lambda place: measure)
+    monkeypatch.setattr(run, "red", lambda case: None)
+    assert run.main(["all", "--quick"]) == 1
+    assert set(ran) == {(ROOT / "runs" / "bench-quick", True)}
+    assert len(ran) == len(CASES) - 3
+    out, err = capsys.readouterr()
+    assert re.findall(r"^([\w-]+) is left out", out, re.M) == ["llama", "tune", "local-tune"]
+    assert "federated: a package is missing" in err
+    assert run.main(["all", "--quick", "--model", "m"]) == 0
+    assert len(ran) == 2 * len(CASES) - 5
 
 
 def test_every_case_that_times_something_has_tests() -> None:

@@ -1,6 +1,5 @@
 """Names, kinds and wire ids."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,11 +48,11 @@ def test_every_name_is_expected() -> None:
     assert set(EXPECTED) == set(UNTRAINED)
 
 
-@pytest.mark.parametrize("name", ["", "int3", "INT4", "subspace", "identity"])
-def test_an_unknown_name_lists_the_names(name: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+@pytest.mark.parametrize("name", ["", "int3", "INT4", "subspace", "identity", "a" * 10_000])
+def test_an_unknown_name_is_one_line_that_says_where_the_names_are(name: str) -> None:
+    with pytest.raises(ConfigError, match="`gradcodec info` lists all") as caught:
         make_codec(name)
-    assert re.findall(r"'([\w-]+)'", str(caught.value))[: len(UNTRAINED)] == sorted(UNTRAINED)
+    assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize("find", [make_codec, find_codec])
@@ -62,11 +61,10 @@ def test_a_slip_of_the_pen_gets_a_suggestion(find: Callable[[str], Codec]) -> No
         find("int4_rotated")
 
 
-def test_a_codec_that_cannot_be_found_lists_what_needs_no_fitting_and_what_is_bundled() -> None:
-    with pytest.raises(HubError) as caught:
-        find_codec("mine")
-    for name in (*UNTRAINED, *bundled()):
-        assert repr(name) in str(caught.value)
+def test_a_codec_that_cannot_be_found_may_be_meant_as_an_untrained_or_a_bundled_one() -> None:
+    for name in ("int-4", bundled()[0].upper()):
+        with pytest.raises(HubError, match=f"did you mean '{name.lower().replace('t-', 't')}'"):
+            find_codec(name)
 
 
 def test_a_folder_does_not_take_the_name_of_an_untrained_codec(

@@ -104,6 +104,14 @@ def test_names_are_replaced_in_a_reduce_scatter_that_keeps_no_residual(
     assert plan.codec_of("c", []).codec.digest == BlockQuant(BlockQuantConfig(4)).digest
 
 
+@pytest.mark.parametrize("scattered", [True, False])
+def test_feedback_that_is_asked_for_is_kept_by_whatever_loses_something(scattered: bool) -> None:
+    rules = [("half", "fp16"), ("whole", "fp32")]
+    plan = UnitPlan("int4", rules, error_feedback=True, scattered=scattered)
+    kept = {unit: plan.codec_of(unit, []).feedback for unit in ("half", "whole", "x")}
+    assert kept == {"half": True, "whole": False, "x": True}
+
+
 def test_only_a_plan_that_codes_nothing_is_exact() -> None:
     assert Plan(SHAPES, "fp32", 0, []).exact
     assert not Plan(SHAPES, "fp32", 0, [("n", "int8")]).exact

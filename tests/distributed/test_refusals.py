@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradcodec.codecs import BlockQuant
 from gradcodec.distributed import (
     CompressState,
+    LocalSteps,
     LowRank,
     Residuals,
     compress,
@@ -82,7 +83,7 @@ WRONG_CODECS: dict[str, tuple[Any, str]] = {
     "its settings": (BlockQuantConfig(4), "got BlockQuantConfig"),
     "a number": (4, "got 4"),
     "a list": (["int4"], r"got \['int4'\]"),
-    "an unknown name": ("int3", "expected a codec name of"),
+    "an unknown name": ("int3", "expected a codec name, got"),
     "of other tensors": (
         make_codec("int4").bind(UpdateSpec((TensorSpec("other", (3,)),))),
         "needs no tensor table",
@@ -158,8 +159,30 @@ def test_settings_are_looked_at_alike(group: None, wrong: dict[str, Any], versio
 @pytest.mark.parametrize("model", [lambda: DistributedDataParallel(net()), lambda: sharded(2)])
 @pytest.mark.parametrize("option", ["bogus", "process_group", "scattered"])
 def test_options_that_a_wrapper_has_not_are_named(group: None, model: Any, option: str) -> None:
-    with pytest.raises(ConfigError, match=f"no option '{option}'; expected some of .*min_numel"):
+    with pytest.raises(ConfigError, match=f"expected an option of .*got '{option}'.*'min_numel'"):
         compress(model(), **{option: 1})
+
+
+@pytest.mark.parametrize("codec", ["int4", "fp32", "lowrank", "auto:int8,int4", make_codec("int2")])
+def test_a_quality_that_decides_nothing_is_refused(group: None, codec: Any) -> None:
+    for act in (
+        lambda: compress(DistributedDataParallel(net()), codec, quality=0.4),
+        lambda: CompressState(net(), codec, quality=0.4),
+    ):
+        with pytest.raises(ConfigError, match="quality= says which codecs 'auto' may choose"):
+            act()
+    with pytest.raises(ConfigError, match=r"option of .*got 'quality'"):
+        compress(sharded(2), codec if codec != "lowrank" else "int4", quality=0.4)
+
+
+def test_a_share_of_residuals_that_are_not_kept_is_refused(group: None) -> None:
+    with pytest.raises(ConfigError, match=r"decay=0.9 .*error_feedback=False"):
+        LocalSteps(net(), decay=0.9, error_feedback=False)
+
+
+def test_a_closure_that_nobody_calls_is_refused(group: None) -> None:
+    with pytest.raises(ConfigError, match="optimizer is None"):
+        LocalSteps(net(), every=1).step(lambda: 0.0)
 
 
 def test_a_state_of_ddp_refuses_fsdp1_with_the_way_out(group: None) -> None:

@@ -121,15 +121,18 @@ def test_what_it_says_names_times_and_the_gain(clock: Clock) -> None:
 @pytest.mark.parametrize(
     ("codec", "quality", "names"),
     [
+        ("auto", None, ("int4",)),
         ("auto", trial.QUALITY, ("int4",)),
         ("auto", 1e-3, ("int8",)),
         ("auto", 0.15, ("int4", "int2-rotated")),
         ("auto", 1.0, ("int4", "int2-rotated", "sign-rotated")),
-        ("auto:int8", 1e-9, ("int8",)),
-        ("auto:int8,sign-rotated", 1e-9, ("int8", "sign-rotated")),
+        ("auto:int8", None, ("int8",)),
+        ("auto:int8,sign-rotated", None, ("int8", "sign-rotated")),
     ],
 )
-def test_quality_bounds_the_ladder(codec: str, quality: float, names: tuple[str, ...]) -> None:
+def test_quality_bounds_the_ladder(
+    codec: str, quality: float | None, names: tuple[str, ...]
+) -> None:
     assert ladder(codec, quality) == names
 
 
@@ -137,15 +140,18 @@ def test_quality_bounds_the_ladder(codec: str, quality: float, names: tuple[str,
     ("codec", "quality", "what"),
     [
         ("auto", 1e-6, "at least 5e-05"),
+        ("auto:int8", 0.4, "decides nothing"),
         ("auto", 0, "quality"),
         ("auto", float("nan"), "quality"),
-        ("auto:", 1, "different names"),
-        ("auto:int4,int4", 1, "different names"),
-        ("auto:int4,fp32", 1, "dense steps"),
-        ("auto:int4,lowrank", 1, "alone"),
+        ("auto:", None, "different names"),
+        ("auto:int4,int4", None, "different names"),
+        ("auto:int4,fp32", None, "dense steps"),
+        ("auto:int4,lowrank", None, "alone"),
     ],
 )
-def test_ladders_that_make_no_sense_are_refused(codec: str, quality: float, what: str) -> None:
+def test_ladders_that_make_no_sense_are_refused(
+    codec: str, quality: float | None, what: str
+) -> None:
     with pytest.raises(ConfigError, match=what):
         ladder(codec, quality)
 

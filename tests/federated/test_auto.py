@@ -803,6 +803,7 @@ def test_server_for_takes_names_and_codecs() -> None:
         ({"down_bits": 0}, "bits"),
         ({"refresh_rounds": (9, 1)}, "refresh_rounds"),
         ({"decay": 1.5}, "decay"),
+        ({"decay": 0.5}, "refresh_rounds"),
         ({"momentum": 1.0}, "momentum"),
         ({"lr": 0.0}, "lr"),
     ],

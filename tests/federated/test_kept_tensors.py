@@ -237,6 +237,17 @@ def test_a_latent_reply_without_its_buffers_is_refused_with_the_way_out(what: st
         client.reply(optimizer, 1, buffers=incomplete)
 
 
+def test_buffers_beside_a_model_are_sent_in_place_of_its_own() -> None:
+    model, other = network(), network()
+    for buffer in other.buffers():
+        buffer.fill_(7)
+    server = Server(model, make_codec("fp32"))
+    server.receive(server.client(0).reply(model, 1, buffers=other))
+    server.close_round()
+    for name, _ in other.named_buffers():
+        assert (server.replica.state()[name] == 7).all()
+
+
 def test_a_reply_whose_values_are_not_finite_is_refused_on_both_sides() -> None:
     initial = network().state_dict()
     server = Server(initial, make_codec("int4"))

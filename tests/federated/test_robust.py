@@ -137,6 +137,12 @@ def test_a_share_that_cannot_be_cut_off_is_refused(trim: float) -> None:
         ServerConfig(aggregation="trimmed", trim=trim)
 
 
+@pytest.mark.parametrize("aggregation", ["mean", "sum", "median"])
+def test_a_share_beside_a_rule_that_cuts_nothing_off_is_refused(aggregation: str) -> None:
+    with pytest.raises(ConfigError, match=f"aggregation 'trimmed', got '{aggregation}'"):
+        ServerConfig(aggregation=aggregation, trim=0.2)
+
+
 @pytest.mark.parametrize("aggregation", ROBUST)
 def test_states_are_not_aggregated_so(aggregation: str) -> None:
     with pytest.raises(ConfigError, match=aggregation):

@@ -221,7 +221,7 @@ def test_typo_gets_a_suggestion(assets: Path) -> None:
 
 
 def test_a_file_is_not_a_folder(saved: Path) -> None:
-    with pytest.raises(HubError, match="no such folder"):
+    with pytest.raises(HubError, match="expected a bundled codec, a codec's folder"):
         Codec.from_pretrained(saved / "config.json")
 
 

@@ -41,6 +41,43 @@ def test_push_to_a_new_branch_leaves_main(server: LoopbackHub) -> None:
     assert Codec.from_pretrained(REPO, revision="next").digest == chain(seed=2).digest
 
 
+#: What somebody has in a repository, and whether it is in the way of a codec.
+CONTENTS: dict[str, tuple[dict[str, bytes], bool]] = {
+    "a new one": ({".gitattributes": b"*.bin filter=lfs"}, False),
+    "a model": ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"}, True),
+    "weights alone": ({"pytorch_model.bin": b"x"}, True),
+    "a card": ({"README.md": b"mine"}, True),
+    "no JSON": ({"config.json": b"{"}, True),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("branch", [None, "next"])
+def test_what_is_no_codec_is_replaced_only_if_that_is_said(
+    server: LoopbackHub, content: str, branch: str | None
+) -> None:
+    files, refused = CONTENTS[content]
+    before = server.commit(REPO, dict(files))
+    repo = server.repos["model", REPO]
+    if refused:
+        with pytest.raises(ConfigError, match=f"got {REPO} with .*{sorted(files)[0]}.*replace"):
+            chain().push_to_hub(REPO, token=TOKEN, revision=branch)
+        assert repo.branches == {"main": before}
+    chain().push_to_hub(REPO, token=TOKEN, revision=branch, replace=refused)
+    assert Codec.from_pretrained(REPO, revision=branch).digest == chain().digest
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(server: LoopbackHub) -> None:
+    url = chain(seed=1).push_to_hub(REPO, token=TOKEN)
+    with pytest.raises(ConfigError, match="is public"):
+        chain(seed=2).push_to_hub(REPO, token=TOKEN, private=True)
+    repo = server.repos["model", REPO]
+    assert repo.branches["main"] == url.rpartition("/")[2]
+    repo.private = True
+    chain(seed=2).push_to_hub(REPO, token=TOKEN, private=True)
+    assert repo.branches["main"] != url.rpartition("/")[2]
+
+
 def test_private_repository_needs_the_token(
     server: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

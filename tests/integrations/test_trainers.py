@@ -17,6 +17,8 @@ import torch
 from processes import two_ranks
 from safetensors.torch import load_file
 
+from gradcodec.errors import ConfigError
+
 CASES = Path(__file__).with_name("trainer_cases.py")
 PACKAGES = {
     "trainer": "transformers",
@@ -156,6 +158,21 @@ def test_a_run_resumes_from_a_checkpoint_outside_its_folder(made: Made, tmp_path
     elsewhere = str(made("trainer", "kill") / "out" / "checkpoint-4")
     ranks("trainer", tmp_path, "resume_from", elsewhere)
     assert torch.equal(weights(made("trainer", "whole")), weights(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_to_go_on_from_is_refused_where_training_begins(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs: pip install transformers")
+    from gradcodec.integrations.transformers import CompressCallback
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    data = [{"input_ids": torch.zeros(1)}]
+    made = transformers.Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data)
+    made.add_callback(CompressCallback(made, resume_from=tmp_path / "checkpoint-4"))
+    with pytest.raises(ConfigError, match="this one begins"):
+        made.train()
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_a_task_that_cannot_be_downloaded_names_the_option_for_files(tmp_path: P
 @pytest.mark.timeout(600)
 def test_an_unknown_task_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "--model", "embedded", "--tasks", "mmlo")
-    assert "lm-eval has no task 'mmlo'; similar names: mmlu" in line
+    assert "expected a task of lm-eval, got 'mmlo'; did you mean 'mmlu'" in line
 
 
 # -- from a run ------------------------------------------------------------------------------------

@@ -170,3 +170,9 @@ def test_an_absent_cuda_raises_naming_what_is_there(monkeypatch: pytest.MonkeyPa
 def test_an_unknown_device_raises() -> None:
     with pytest.raises(ConfigError, match="auto, cpu, cuda"):
         resolve_device("tpu")
+
+
+@pytest.mark.parametrize("place", ["embedded", str(EMBEDDED_FOLDER)])
+def test_a_revision_of_what_is_in_no_repository_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match="only a Hub repository has a revision='v1'"):
+        load_base(place, revision="v1")

@@ -345,6 +345,7 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
         ({"every": 0}, "every >= 1"),
         ({"every": 1.5}, "got 1.5"),
         ({"representation": "weights"}, "'weights'"),
+        ({"representation": "update", "every": 2}, "counts optimiser steps"),
     ],
 )
 def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:

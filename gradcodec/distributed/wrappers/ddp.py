@@ -26,7 +26,7 @@ from gradcodec.distributed.exchange.link import Link, control_link, place
 from gradcodec.distributed.exchange.terms import choice_text, rules_text, tensor_text
 from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
 from gradcodec.distributed.plan import Choice, Plan, Rules
-from gradcodec.distributed.trial import AUTO, QUALITY, Trial, is_auto, ladder
+from gradcodec.distributed.trial import AUTO, Trial, is_auto, ladder, no_choice
 from gradcodec.distributed.wrappers.bucket import BucketReducer, ParameterNames, Slot
 from gradcodec.distributed.wrappers.fsdp1 import is_fsdp1
 from gradcodec.distributed.wrappers.worker import Turns
@@ -70,8 +70,9 @@ class CompressState(Closing):
         rules: ``(pattern, codec)`` by parameter name, the first match wins:
             ``[("*.bias", "fp32"), ("*embed*", "int8")]``.
         seed: of stochastic rounding and first bases; equal on all ranks.
-        quality: what ``"auto"`` may lose: the largest relative squared error of a codec on Gaussian
-            values. 0.02 allows ``"int4"``, 0.15 ``"int2-rotated"`` too, 0.4 ``"sign-rotated"``.
+        quality: only with ``"auto"``, what it may lose: the largest relative squared error of a
+            codec on Gaussian values. 0.02, the default, allows ``"int4"``, 0.15 ``"int2-rotated"``
+            too, 0.4 ``"sign-rotated"``.
         log_every: steps between log lines, at level INFO.
         nmse_every: steps between measurements of what coding loses of each gradient, for ``stats``.
 
@@ -107,7 +108,7 @@ class CompressState(Closing):
         seed: int = 0,
         log_every: int | None = None,
         nmse_every: int | None = None,
-        quality: float = QUALITY,
+        quality: float | None = None,
     ) -> None:
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
@@ -135,6 +136,8 @@ class CompressState(Closing):
             if is_auto(codec):
                 choices = ladder(str(codec), quality)
                 self.auto = Trial([str(choice) for choice in choices])
+            elif quality is not None:
+                raise no_choice(codec)
             feedback = None if error_feedback == AUTO else bool(error_feedback)
             self._plans = [Plan(shapes, c, min_numel, rules, feedback) for c in choices]
             plan = self._plans[0]
