@@ -14,16 +14,19 @@ from gradcodec.packers.positions import Positions
 from gradcodec.packers.rotsign import SEED_BYTES, RotatedSignConfig
 from gradcodec.reference import rotsign
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
+from gradcodec.reference.hadamard import butterflies, sign_words
 
 
 class RotatedPeaksPacker(Packer):
     """The signs and positions of the ``kept`` largest of every ``block`` rotated values.
 
-        x [block] --H D--> y --largest--> body = seed | scales (bf16) | signs | positions
+        x [block] --H E H D--> y --largest--> body = seed | scales (bf16) | signs | positions
 
-    As ``RotatedSignPacker``, but the values that are sent are chosen by their size. The scale
-    ``|x|^2 / sum |y_kept|`` is unbiased for these too: the choice depends on ``|y|`` alone, so over
-    all rotations the estimate has no direction but that of ``x``. For Gaussian ``y``, of which a
+    As ``RotatedSignPacker``, but the values that are sent are chosen by their size, and ``x`` is
+    rotated twice, with signs ``D`` and ``E``: one rotation makes equal magnitudes of a single loud
+    value, whose largest say nothing. The scale ``|x|^2 / sum |y_kept|`` is unbiased for these too:
+    the choice depends on ``|y|`` alone, so over all rotations the estimate has no direction but
+    that of ``x``. For Gaussian ``y``, of which a
     share ``p = 2 Q(t)`` is above ``t``, the relative squared error is
 
         1 / rho^2 - 1,   rho^2 = (2 phi(t))^2 / p,   at p (1 + bits of a position) bits a value
@@ -65,7 +68,7 @@ class RotatedPeaksPacker(Packer):
         seed &= 0xFFFFFFFF
         block, kept, n = self.config.block, self.config.kept, x.numel()
         blocks, positions = self._blocks(n), self._positions(n)
-        words = ops.random_sign_words(blocks * block, seed, x.device)
+        words = self._words(n, seed, x.device)
         scales = torch.empty(blocks, dtype=torch.bfloat16, device=x.device)
         minus = torch.empty(blocks, kept, dtype=torch.bool, device=x.device)
         at = torch.empty(blocks, kept, dtype=torch.int64, device=x.device)
@@ -75,10 +78,11 @@ class RotatedPeaksPacker(Packer):
             its = slice(start, start + segment)
             rows = rotsign.blocks_of(x[its], block, None if residual is None else residual[its])
             here = slice(start // block, start // block + len(rows))
-            signs = rotsign.signs_at(words, start, rows)
-            y, exponent = rotsign.rotated(rows, signs)
+            signs = [rotsign.signs_at(part, start, rows) for part in words]
+            y, exponent = rotsign.rotated(rows, signs[0])
+            y = butterflies(y.mul_(signs[1]))
             peaks, index = ops.topk_encode(y.view(-1), k=kept, chunk=block)
-            scales[here] = rotsign.scales_of(y, peaks, exponent)
+            scales[here] = rotsign.scales_of(y, peaks, exponent, 1.0 / block)
             minus[here] = peaks < 0
             at[here] = index.long()
             if lost is not None:
@@ -105,7 +109,7 @@ class RotatedPeaksPacker(Packer):
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("rotsign: expected finite, non-negative scales")
         seed = int.from_bytes(bytes(body[:SEED_BYTES].tolist()), "little")
-        words = ops.random_sign_words(blocks * block, seed, body.device)
+        words = self._words(numel, seed, body.device)
         minus = unpack_bits(body[begin:end], 1, positions.count).view(blocks, kept).bool()
         at = positions.read(body[end:]) - positions.starts(body.device)
         at = at.view(blocks, kept)
@@ -114,15 +118,23 @@ class RotatedPeaksPacker(Packer):
         for start in range(0, numel, segment):
             part = out[start : start + segment]
             here = slice(start // block, start // block + self._blocks(part.numel()))
-            signs = rotsign.signs_at(words, start, part.new_empty(here.stop - here.start, block))
+            like = part.new_empty(here.stop - here.start, block)
+            signs = [rotsign.signs_at(its, start, like) for its in words]
             x = self._decoded(minus[here], at[here], scales[here], signs)
             part.copy_(x.view(-1)[: part.numel()])
         return out
 
-    def _decoded(self, minus: Tensor, at: Tensor, scales: Tensor, signs: Tensor) -> Tensor:
-        """fp32 ``[blocks, block]`` of signs and positions ``[blocks, kept]``."""
-        levels = rotsign.levels(minus, scales, self.config.block)
-        return rotsign.rotated_back(torch.zeros_like(signs).scatter_(1, at, levels), signs)
+    def _words(self, numel: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The signs of ``D``, then those of ``E``, as bits; each begins with a new word."""
+        count = sign_words(self._blocks(numel) * self.config.block)
+        words = ops.random_sign_words(2 * 64 * count, seed, device)
+        return words[:count], words[count:]
+
+    def _decoded(self, minus: Tensor, at: Tensor, scales: Tensor, signs: list[Tensor]) -> Tensor:
+        """``D H E H y / block``, fp32 ``[blocks, block]``; signs, positions ``[blocks, kept]``."""
+        levels = (1.0 - 2.0 * minus.float()) * (scales.float() / self.config.block)[:, None]
+        y = torch.zeros_like(signs[0]).scatter_(1, at, levels)
+        return butterflies(butterflies(y).mul_(signs[1])).mul_(signs[0])
 
     def surely_finite(self, body: Tensor, numel: int) -> bool:
         """By the largest scale: no sum of a rotation exceeds ``block`` scales."""

@@ -57,16 +57,14 @@ def encode(
         rows = blocks_of(part, block, None if residual is None else residual[start:][:segment])
         its_signs = signs_at(signs, start, rows)
         y, exponent = rotated(rows, its_signs)
-        its_scales = scales_of(y, y[:, :kept], exponent)
+        its_scales = scales_of(y, y[:, :kept], exponent, 1.0 / math.sqrt(block))
         bits = y[:, :kept] < 0
         at = start // block
         scales[at : at + len(rows)] = its_scales
         its = pack_bits(bits.reshape(-1), 1)
         packed[at * kept // 8 :][: len(its)] = its
         if residual is not None:
-            sent = torch.zeros_like(rows)
-            sent[:, :kept] = levels(bits, its_scales, block)
-            rest = rows - rotated_back(sent, its_signs)
+            rest = rows - _decoded(bits, its_scales, its_signs)
             residual[start : start + segment] = rest.view(-1)[: part.numel()].to(residual.dtype)
     return packed, scales
 
@@ -104,9 +102,8 @@ def decode_mean(
         blocks, at = -(-part.numel() // block), start // block
         for w in range(len(packed)):
             its = unpack_bits(packed[w, at * kept // 8 :], 1, blocks * kept).view(blocks, kept)
-            y = part.new_zeros(blocks, block)
-            y[:, :kept] = levels(its.bool(), scales[w, at : at + blocks], block)
-            x = rotated_back(y, signs_at(signs[w], start, y))
+            like = part.new_empty(blocks, block)
+            x = _decoded(its.bool(), scales[w, at : at + blocks], signs_at(signs[w], start, like))
             if weights is not None:
                 x *= weights[w]
             part += x.view(-1)[: part.numel()]
@@ -146,16 +143,6 @@ def rotated(rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     return butterflies(rows * _power(-exponent)[:, None] * signs), exponent
 
 
-def rotated_back(y: Tensor, signs: Tensor) -> Tensor:
-    """``D H y / sqrt(block)`` of ``levels``, without the factor that these have already."""
-    return butterflies(y).mul_(factors(y.shape[1])[1]).mul_(signs)
-
-
-def levels(minus: Tensor, scales: Tensor, block: int) -> Tensor:
-    """fp32 ``[blocks, kept]``: ``+-scale`` by its sign, with the first factor of ``factors``."""
-    return (1.0 - 2.0 * minus.float()) * (scales.float() * factors(block)[0])[:, None]
-
-
 def signs_at(words: Tensor, start: int, rows: Tensor) -> Tensor:
     """fp32 like ``rows``: the diagonal of ``D`` from value ``start`` on, a multiple of 64."""
     its = words[start // 64 :][: -(-rows.numel() // 64)]
@@ -173,9 +160,17 @@ def _power(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def scales_of(y: Tensor, sent: Tensor, exponent: Tensor) -> Tensor:
-    """bf16 ``[blocks]``: ``|y|^2 / sum |sent|``, of what ``rotated`` gives."""
+def scales_of(y: Tensor, sent: Tensor, exponent: Tensor, factor: float) -> Tensor:
+    """bf16 ``[blocks]``: ``|y|^2 / sum |sent|`` of ``y`` and ``sent`` that lack the factors."""
     energy, total = y.double().square().sum(1), sent.double().abs().sum(1)
-    size = energy / torch.where(total > 0, total, 1.0) * (1.0 / math.sqrt(y.shape[1]))
+    size = energy / torch.where(total > 0, total, 1.0) * factor
     size = torch.where(total > 0, size, torch.zeros_like(size))
     return (size * _power(exponent).double()).float().to(torch.bfloat16)
+
+
+def _decoded(bits: Tensor, scales: Tensor, signs: Tensor) -> Tensor:
+    """fp32 ``[blocks, block]`` of sign bits ``[blocks, kept]`` and scales ``[blocks]``."""
+    before, after = factors(signs.shape[1])
+    y = torch.zeros_like(signs)
+    y[:, : bits.shape[1]] = (1.0 - 2.0 * bits.float()) * (scales.float() * before)[:, None]
+    return butterflies(y).mul_(after).mul_(signs)
