@@ -40,8 +40,8 @@ def test_the_mean_over_seeds_is_the_input(name: str, kept: int) -> None:
     mean = torch.stack([packer.unpack(packer.pack(x, seed=s), 512) for s in range(seeds)])
     off = float((mean.double().mean(0) - x).square().sum() / x.square().sum())
     one = sum(error(packer, x, s) for s in range(50)) / 50
-    # Independent errors average out; a bias would stay. Measured at most 0.004 of the energy, for
-    # one loud value, of which rotated values are few sums of signs, with ties that small ones break.
+    # Independent errors average out; a bias would stay. Measured 0.004 of the energy for one loud
+    # value: its rotated values are few sums of signs, with ties that the small values break.
     assert off < 2 * one / seeds + 0.004
 
 
