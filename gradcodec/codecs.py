@@ -20,6 +20,7 @@ from gradcodec.codec import Codec, register
 from gradcodec.packers.blockquant import BlockQuantConfig, BlockQuantPacker
 from gradcodec.packers.cast import CastConfig, CastPacker
 from gradcodec.packers.raw import IdentityConfig, RawPacker
+from gradcodec.packers.rotpeaks import RotatedPeaksPacker
 from gradcodec.packers.rotsign import RotatedSignConfig, RotatedSignPacker
 from gradcodec.packers.topk import TopKConfig, TopKPacker
 from gradcodec.pipeline import Pipeline, TensorPipeline
@@ -97,14 +98,18 @@ class TopK(_Untrained):
 
 @register
 class RotatedSign(_Untrained):
-    """Signs of the values, taken as one vector and rotated; see ``RotatedSignPacker``."""
+    """Signs of the values, taken as one vector and rotated.
+
+    See ``RotatedSignPacker`` and, where the largest are sent, ``RotatedPeaksPacker``.
+    """
 
     Config = RotatedSignConfig
     config: RotatedSignConfig
 
     def _pipeline(self) -> Pipeline:
-        packer = RotatedSignPacker(self.config)
-        return Pipeline(self.config.kind, IdentityTransform(self.spec), packer)
+        largest = self.config.which == "largest"
+        packer = RotatedPeaksPacker if largest else RotatedSignPacker
+        return Pipeline(self.config.kind, IdentityTransform(self.spec), packer(self.config))
 
 
 @register

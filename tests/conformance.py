@@ -303,6 +303,13 @@ CASES = [
         low=1.8,
         high=2.5,
     ),
+    # The largest 1/16 of Gaussian values: 2.1.
+    Case(
+        "rotsign-largest",
+        lambda spec: RotatedSign(RotatedSignConfig(block=64, kept=4, which="largest")),
+        low=1.6,
+        high=2.7,
+    ),
     # 3,841 values in 4 bits, 0.016; 1,117 in one, 0.57: together 0.141.
     Case("per-tensor", per_tensor, low=0.11, high=0.17, needs_spec=True),
     # A random half of the dimensions holds half of the energy.

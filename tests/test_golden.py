@@ -141,6 +141,10 @@ def rotsign() -> tuple[Codec, Update]:
     return RotatedSign(RotatedSignConfig(block=16, kept=8)), {"matrix": values.view(5, 8)}
 
 
+def rotsign_largest() -> tuple[Codec, Update]:
+    return RotatedSign(RotatedSignConfig(block=16, kept=3, which="largest")), rotsign()[1]
+
+
 def chain() -> tuple[Codec, Update]:
     update = {
         "left": ramp(24).view(4, 6),
@@ -181,6 +185,7 @@ CASES: dict[str, Callable[[], tuple[Codec, Update]]] = {
     "topk-rows": topk_rows,
     "topk-elias-fano": topk_elias_fano,
     "rotsign": rotsign,
+    "rotsign-largest": rotsign_largest,
     "chain-subspace-blockquant-4": chain,
     "per-tensor": per_tensor,
 }

@@ -75,10 +75,10 @@ def auto(ratio: float) -> Make:
     return lambda world: Coded.of(AutoServer(world.initial, config))
 
 
-def quarter_bit(world: World) -> Method:
-    """Signs of a quarter of the rotated values, of finished updates; nothing is fitted."""
-    uplink = RotatedSign(RotatedSignConfig(kept=64))
-    return Coded(world.initial, uplink, make_codec("int2"))
+def rotated(kept: int, block: int = 256, which: str = "first") -> Make:
+    """Signs of some of the rotated values, of finished updates; nothing is fitted."""
+    config = RotatedSignConfig(block, kept, which)
+    return lambda world: Coded(world.initial, RotatedSign(config), make_codec("int2"))
 
 
 def paper(name: str) -> Make:
@@ -116,7 +116,26 @@ _ALL = (
     Scheme("signal-38", "subspace 1/38, 1 bit", "ours", signal(38.4, 1), quick=True),
     Scheme("signal-128", "subspace 1/128, 1 bit", "ours", signal(128, 1)),
     Scheme("auto-17", "subspace:auto 1/17, 1 bit", "ours", auto(17.46)),
-    Scheme("rotsign-64", "rotated signs, 1/4 bit; 2 bit down", "ours", quarter_bit, quick=True),
+    Scheme("rotsign-64", "rotated signs, 1/4 bit; 2 bit down", "ours", rotated(64), quick=True),
+    Scheme(
+        "peaks-128",
+        "largest rotated signs, bytes of 1/4 bit; 2 bit down",
+        "ours",
+        rotated(128, 4096, "largest"),
+    ),
+    Scheme(
+        "peaks-56",
+        "largest rotated signs, bytes of 1/8 bit; 2 bit down",
+        "ours",
+        rotated(56, 4096, "largest"),
+    ),
+    Scheme(
+        "rotsign-512",
+        "rotated signs, 1/8 bit in blocks of 4096; 2 bit down",
+        "ours",
+        rotated(512, 4096),
+        plotted=False,
+    ),
     Scheme(
         "paper-literal",
         "ResNet-3 AE, literal",

@@ -105,10 +105,16 @@ def planned(plan: Plan, kept: int, downlink: str = "int2", narrow_down: str = "i
 
 
 def _codec(name: str) -> Codec:
-    """A codec by name; ``rotsign-64`` sends 64 of 256 values, ``rotsign-1280of4096`` as it says."""
-    if name.startswith("rotsign-"):
-        kept, _, block = name.removeprefix("rotsign-").partition("of")
-        return RotatedSign(RotatedSignConfig(kept=int(kept), block=int(block or 256)))
+    """A codec by name.
+
+    ``rotsign-64`` sends the first 64 of 256 rotated values, ``rotsign-1280of4096`` as it says, and
+    ``peaks-56of4096`` the largest.
+    """
+    start, _, rest = name.partition("-")
+    if start in ("rotsign", "peaks") and rest:
+        kept, _, block = rest.partition("of")
+        which = "largest" if start == "peaks" else "first"
+        return RotatedSign(RotatedSignConfig(int(block or 256), int(kept), which))
     if name == "int2":
         return BlockQuant(BlockQuantConfig(2))
     return make_codec(name)
@@ -138,6 +144,11 @@ def _rotated_signs() -> Iterator[LlamaScheme]:
         ("rotsign-64-topk", "1/4 bit", "topk", False),
         ("rotsign-256", "1 bit", "int4", False),
         ("rotsign-16", "1/16 bit", "int4", False),
+        ("rotsign-512of4096", "1/8 bit in blocks of 4096", "int2-rotated", False),
+        ("peaks-170of4096", "the largest, bytes of 5/16 bit", "int2-rotated", False),
+        ("peaks-128of4096", "the largest, bytes of 1/4 bit", "int2-rotated", False),
+        ("peaks-56of4096", "the largest, bytes of 1/8 bit", "int2-rotated", False),
+        ("peaks-25of4096", "the largest, bytes of 1/16 bit", "int2-rotated", False),
     )
     for name, bits, down, quick in ways:
         up = "-".join(name.split("-")[:2])

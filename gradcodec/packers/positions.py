@@ -1,4 +1,4 @@
-"""Positions of the values that top-k keeps, as bytes: of fixed width or Elias-Fano coded.
+"""Positions of the values that are kept, as bytes: of fixed width or Elias-Fano coded.
 
 Elias-Fano (Fano 1971, On the number of bits required to implement an associative memory; Elias
 1974) splits each position into its ``low`` lowest bits, sent as they are, and the upper bits. These
@@ -92,7 +92,7 @@ class Positions:
         fits = (inside >= 0) & (inside < self.chunk) & (at < self.numel)
         if not bool(fits.all()) or bool((at.diff() <= 0).any()):
             raise MalformedBodyError(
-                f"topk: expected increasing positions below {self.numel}, each in its own chunk"
+                f"expected increasing positions below {self.numel}, each in its own chunk"
             )
         return at
 
@@ -104,6 +104,6 @@ class Positions:
         cut = packed_nbytes(self.count, self._low)
         ones = unpack_bits(packed[cut:], 1, self._bitmap).nonzero()[:, 0]
         if len(ones) != self.count:
-            raise MalformedBodyError(f"topk: expected {self.count} positions, got {len(ones)}")
+            raise MalformedBodyError(f"expected {self.count} positions, got {len(ones)}")
         at = ones - torch.arange(self.count, device=packed.device) << self._low
         return at | unpack_bits(packed[:cut], self._low, self.count) if self._low else at

@@ -13,18 +13,28 @@ from gradcodec import layout, ops
 from gradcodec.errors import ConfigError, MalformedBodyError
 from gradcodec.packers.packer import Packer
 from gradcodec.reference.bitpack import packed_nbytes
-from gradcodec.settings import CodecConfig, check_whole
+from gradcodec.settings import CodecConfig, check_one_of, check_whole
 
-_SEED_BYTES = 4
+SEED_BYTES = 4
 
 
 @dataclass(frozen=True)
 class RotatedSignConfig(CodecConfig):
-    """``kept`` of every ``block`` rotated values are sent, with one bit each."""
+    """``kept`` of every ``block`` rotated values are sent, by their signs.
+
+    Attributes:
+        block: a power of two, 8 to 4,096.
+        kept: 1 to ``block``.
+        which: the ``"first"`` of a block, which takes one bit for each, or the ``"largest"``, whose
+            positions are sent too. For equal bytes below one bit a value, few of the largest have
+            a smaller error than many of the first (see ``RotatedPeaksPacker``).
+    """
 
     kind: ClassVar[str] = "rotsign"
+    LATER: ClassVar[tuple[str, ...]] = ("which",)
     block: int = 256
     kept: int = 256
+    which: str = "first"
 
     def __post_init__(self) -> None:
         block, kept = self.block, self.kept
@@ -32,6 +42,7 @@ class RotatedSignConfig(CodecConfig):
         if block & (block - 1):
             raise ConfigError(f"rotsign: expected a power of two as block, got {block}")
         check_whole(self.kind, "kept", kept, 1, block)
+        check_one_of(self.kind, "which", self.which, ("first", "largest"))
 
 
 class RotatedSignPacker(Packer):
@@ -64,7 +75,7 @@ class RotatedSignPacker(Packer):
     def nbytes(self, numel: int) -> int:
         """The seed, two bytes per scale, and ``kept`` bits per block, rounded up to a byte."""
         blocks = self._blocks(numel)
-        return _SEED_BYTES + 2 * blocks + packed_nbytes(blocks * self.config.kept, 1)
+        return SEED_BYTES + 2 * blocks + packed_nbytes(blocks * self.config.kept, 1)
 
     @torch.no_grad()
     def pack(self, x: Tensor, *, seed: int = 0, residual: Tensor | None = None) -> Tensor:
@@ -85,7 +96,7 @@ class RotatedSignPacker(Packer):
         )
         # The scale of a block with values near fp32's maximum may overflow.
         layout.check_finite(scales, "rotsign scales")
-        drawn = torch.tensor(list(seed.to_bytes(_SEED_BYTES, "little")), dtype=torch.uint8)
+        drawn = torch.tensor(list(seed.to_bytes(SEED_BYTES, "little")), dtype=torch.uint8)
         return torch.cat([drawn.to(values.device), scales.view(torch.uint8), packed])
 
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
@@ -93,8 +104,8 @@ class RotatedSignPacker(Packer):
 
     def surely_finite(self, body: Tensor, numel: int) -> bool:
         """By the largest scale: no sum of a rotation exceeds ``block`` scales."""
-        cut = _SEED_BYTES + 2 * self._blocks(numel)
-        scales = body[_SEED_BYTES:cut].clone().view(torch.bfloat16)
+        cut = SEED_BYTES + 2 * self._blocks(numel)
+        scales = body[SEED_BYTES:cut].clone().view(torch.bfloat16)
         return layout.within_fp32(scales, self.config.block)
 
     @torch.no_grad()
@@ -102,12 +113,12 @@ class RotatedSignPacker(Packer):
         """As ``Packer.mean``, without a dense vector for each body."""
         self._check_length(bodies.shape[1], numel)
         block, kept, blocks = self.config.block, self.config.kept, self._blocks(numel)
-        cut = _SEED_BYTES + 2 * blocks
+        cut = SEED_BYTES + 2 * blocks
         # Copied flat first, because the scales of a row may begin at an odd byte.
-        scales = bodies[:, _SEED_BYTES:cut].reshape(-1).clone().view(torch.bfloat16)
+        scales = bodies[:, SEED_BYTES:cut].reshape(-1).clone().view(torch.bfloat16)
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise MalformedBodyError("rotsign: expected finite, non-negative scales")
-        seeds = [int.from_bytes(bytes(row), "little") for row in bodies[:, :_SEED_BYTES].tolist()]
+        seeds = [int.from_bytes(bytes(row), "little") for row in bodies[:, :SEED_BYTES].tolist()]
         words = [ops.random_sign_words(blocks * block, seed, bodies.device) for seed in seeds]
         return ops.rotsign_mean(
             bodies[:, cut:],

@@ -54,15 +54,10 @@ def encode(
     scales = torch.empty(blocks, dtype=torch.bfloat16, device=values.device)
     for start in range(0, n, segment):
         part = values[start : start + segment]
-        rows = torch.zeros(-(-part.numel() // block), block, device=values.device)
-        flat = rows.view(-1)[: part.numel()]
-        flat.copy_(part)
-        if residual is not None:
-            flat += residual[start : start + segment].float()
-        its_signs = _signs(signs, start, rows)
-        exponent = _exponent(rows)
-        y = butterflies(rows * _power(-exponent)[:, None] * its_signs)
-        its_scales = _scales(y, y[:, :kept], exponent)
+        rows = blocks_of(part, block, None if residual is None else residual[start:][:segment])
+        its_signs = signs_at(signs, start, rows)
+        y, exponent = rotated(rows, its_signs)
+        its_scales = scales_of(y, y[:, :kept], exponent, 1.0 / math.sqrt(block))
         bits = y[:, :kept] < 0
         at = start // block
         scales[at : at + len(rows)] = its_scales
@@ -108,7 +103,7 @@ def decode_mean(
         for w in range(len(packed)):
             its = unpack_bits(packed[w, at * kept // 8 :], 1, blocks * kept).view(blocks, kept)
             like = part.new_empty(blocks, block)
-            x = _decoded(its.bool(), scales[w, at : at + blocks], _signs(signs[w], start, like))
+            x = _decoded(its.bool(), scales[w, at : at + blocks], signs_at(signs[w], start, like))
             if weights is not None:
                 x *= weights[w]
             part += x.view(-1)[: part.numel()]
@@ -125,7 +120,31 @@ def factors(block: int) -> tuple[float, float]:
     return 2.0 ** -(power // 2), math.sqrt(0.5) if power % 2 else 1.0
 
 
-def _signs(words: Tensor, start: int, rows: Tensor) -> Tensor:
+# -- parts, of which ``RotatedPeaksPacker`` is made too -------------------------------------------
+
+
+def blocks_of(values: Tensor, block: int, residual: Tensor | None = None) -> Tensor:
+    """fp32 ``[blocks, block]`` of ``values + residual``, the last block padded with zeros."""
+    rows = torch.zeros(-(-values.numel() // block), block, device=values.device)
+    flat = rows.view(-1)[: values.numel()]
+    flat.copy_(values)
+    if residual is not None:
+        flat += residual.float()
+    return rows
+
+
+def rotated(rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """``H D x`` of every block without the factors ``2**exponent`` and ``1 / sqrt(block)``.
+
+    Returns:
+        ``y`` fp32 like ``rows``, and exponents int32 ``[blocks]``: no sum overflows.
+    """
+    exponent = _exponent(rows)
+    return butterflies(rows * _power(-exponent)[:, None] * signs), exponent
+
+
+def signs_at(words: Tensor, start: int, rows: Tensor) -> Tensor:
+    """fp32 like ``rows``: the diagonal of ``D`` from value ``start`` on, a multiple of 64."""
     its = words[start // 64 :][: -(-rows.numel() // 64)]
     return signs_of(its, rows.numel()).view(rows.shape)
 
@@ -141,10 +160,10 @@ def _power(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _scales(y: Tensor, sent: Tensor, exponent: Tensor) -> Tensor:
-    """bf16 ``[blocks]`` of ``y``, which lacks the factors ``2**exponent`` and ``sqrt(1/block)``."""
+def scales_of(y: Tensor, sent: Tensor, exponent: Tensor, factor: float) -> Tensor:
+    """bf16 ``[blocks]``: ``|y|^2 / sum |sent|`` of ``y`` and ``sent`` that lack the factors."""
     energy, total = y.double().square().sum(1), sent.double().abs().sum(1)
-    size = energy / torch.where(total > 0, total, 1.0) * (1.0 / math.sqrt(y.shape[1]))
+    size = energy / torch.where(total > 0, total, 1.0) * factor
     size = torch.where(total > 0, size, torch.zeros_like(size))
     return (size * _power(exponent).double()).float().to(torch.bfloat16)
 

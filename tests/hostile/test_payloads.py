@@ -20,6 +20,7 @@ from gradcodec.codecs import BlockQuant, Identity, RotatedSign, TopK
 from gradcodec.encodable import MAX_TENSORS
 from gradcodec.errors import CodecMismatchError, MalformedBodyError, TruncatedError, WireError
 from gradcodec.packers.blockquant import BlockQuantConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.packers.topk import TopKConfig
 from gradcodec.reference.bitpack import pack_bits
 from gradcodec.registry import make_codec
@@ -152,6 +153,19 @@ def test_no_body_of_rotated_signs_decodes_to_infinity(scale: int) -> None:
         except MalformedBodyError:
             continue
         assert decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", NEAR, ids=hex)
+def test_no_body_of_the_largest_rotated_signs_decodes_to_infinity(scale: int) -> None:
+    config = RotatedSignConfig(256, 64, "largest")
+    codec = RotatedSign(config).bind(UpdateSpec((TensorSpec("w", (256,)),)))
+    honest = codec.encoder.encode({"w": torch.randn(256)}).body
+    body = honest[:4] + scale.to_bytes(2, "little") + honest[6:]
+    try:
+        decoded = codec.decoder.decode(Payload("rotsign", codec.digest, body))["w"]
+    except MalformedBodyError:
+        return
+    assert decoded.isfinite().all()
 
 
 def test_an_honest_payload_near_the_end_of_fp32_is_read() -> None:
