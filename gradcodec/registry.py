@@ -23,6 +23,7 @@ from gradcodec.names import wrong_name
 from gradcodec.ops import CHUNK
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.packers.cast import CastConfig
+from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.packers.topk import TopKConfig
 from gradcodec.per_tensor import PerTensor
 from gradcodec.wire import CODEC_IDS
@@ -52,6 +53,9 @@ UNTRAINED: dict[str, Callable[[], Codec]] = {
     "sign": lambda: BlockQuant(BlockQuantConfig(1)),
     "topk": lambda: TopK(TopKConfig()),
     "rotsign": RotatedSign,
+    # The largest of every 4,096 rotated values, in the bytes of 1/4 and 1/8 of a bit a value.
+    "rotsign-quarter": lambda: _peaks(128),
+    "rotsign-eighth": lambda: _peaks(56),
     # "-rotated" has levels that fit a Gaussian and is meant for error feedback; "-unbiased" is
     # right on average and is meant for use without it.
     "int8-rotated": lambda: _rotated(8),
@@ -76,6 +80,10 @@ def _rotated(bits: int) -> Codec:
 def _unbiased(bits: int) -> Codec:
     config = BlockQuantConfig(bits, CHUNK, scale="absmax", rotate=True, stochastic=True)
     return BlockQuant(config)
+
+
+def _peaks(kept: int) -> Codec:
+    return RotatedSign(RotatedSignConfig(CHUNK, kept, which="largest"))
 
 
 def _gaussian(block: int) -> Codec:

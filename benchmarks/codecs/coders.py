@@ -112,6 +112,8 @@ _NAMED = (
         "sign",
         "sign-rotated",
         "rotsign",
+        "rotsign-quarter",
+        "rotsign-eighth",
     ),
 )
 

@@ -45,7 +45,7 @@ def test_ours_code_a_snapshot_in_the_bytes_that_they_say(name: str) -> None:
     assert y.shape == x.shape
     assert coder.nbytes(body) == body.numel() * body.element_size()
     # Unbiased codes of few bits lose more than there is, of these the most.
-    assert 0 < nmse(x, y) < 2
+    assert 0 < nmse(x, y) < {"rotsign-quarter": 4.5, "rotsign-eighth": 9}.get(name, 2)
 
 
 @pytest.mark.slow  # bitsandbytes compiles its CPU code when it is first called

@@ -22,6 +22,8 @@ EXPECTED = {
     "sign": ("blockquant", 1),
     "topk": ("topk", None),
     "rotsign": ("rotsign", None),
+    "rotsign-quarter": ("rotsign", 0.25),
+    "rotsign-eighth": ("rotsign", 0.125),
     "int8-rotated": ("blockquant", 8),
     "int4-rotated": ("blockquant", 4),
     "int2-rotated": ("blockquant", 2),
