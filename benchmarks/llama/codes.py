@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.codecs import Subspace
-from gradcodec.packers.rotsign import RotatedSignConfig, RotatedSignPacker
+from gradcodec.codecs import RotatedSign, Subspace
+from gradcodec.packers.packer import Packer
+from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.types import UpdateSpec
 from gradcodec.wire import raw_bytes, raw_tensor
 
@@ -52,16 +53,19 @@ class Signs:
         shrink: factor of what is decoded. 1 is unbiased; the least squared error of one message
             is at ``contraction(kept)``, of the mean of ``C`` at about ``1 / (1 + noise / C)`` with
             ``noise = pi/2 4096/kept - 1``.
+        which: the ``"first"`` or the ``"largest"`` of them.
     """
 
     numel: int
     kept: int
     shrink: float = 1.0
+    which: str = "first"
 
     @property
-    def packer(self) -> RotatedSignPacker:
+    def packer(self) -> Packer:
         """Draws, rotates, packs."""
-        return RotatedSignPacker(RotatedSignConfig(block=BLOCK, kept=self.kept))
+        config = RotatedSignConfig(BLOCK, self.kept, self.which)
+        return RotatedSign(config).packer
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +143,7 @@ class Bands:
 
     spec: UpdateSpec
     subspace: Subspace
-    inside: RotatedSignPacker
+    inside: Packer
     outside: Signs
 
     @property

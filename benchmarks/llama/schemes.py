@@ -298,7 +298,7 @@ def _below_a_bit() -> Iterator[LlamaScheme]:
     """Few signs up, of all values or of LoRA's factors apart; two ways down."""
 
     def scheme(name: str, title: str, family: str, make: Make) -> LlamaScheme:
-        grid = SLOW if family == "s-256" else FAST if family == "b-640" else GRID
+        grid = SLOW if family in ("s-256", "p-25") else FAST if family == "b-640" else GRID
         return LlamaScheme(name, title, "ours", make, family=family, grid=grid)
 
     for kept, down in ((1280, 4096), (512, None), (512, 2048), (256, None)):
@@ -306,6 +306,11 @@ def _below_a_bit() -> Iterator[LlamaScheme]:
         name = f"s-{kept}" + ("" if down is None else f"-o{down}")
         title = f"rotated signs, {kept}/4096 bit; {_way(down)}"
         yield scheme(name, title, family, signs(kept, down=down))
+    for kept, bits in ((170, "5/16"), (56, "1/8"), (25, "1/16")):
+        for down in (4096, None):
+            name = f"p-{kept}" + ("" if down is None else f"-o{down}")
+            title = f"largest rotated signs, bytes of {bits} bit; {_way(down)}"
+            yield scheme(name, title, f"p-{kept}", signs(kept, down=down, which="largest"))
     title = f"rotated signs, 512/4096 bit of B and 128/4096 of A; {_way(None)}"
     yield scheme("f-512-128", title, "f-512-128", factors(128, 512))
     title = f"A frozen, rotated signs, 640/4096 bit of B; {_way(None)}"
