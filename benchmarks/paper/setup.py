@@ -26,7 +26,7 @@ LOCAL_STEPS = 4
 SHORT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         EMBEDDED: {"rounds": 6, "tgap_rounds": 4, "steps": 120},
-        tasks.MODEL: {"rounds": 4, "tgap_rounds": 5, "steps": 300},
+        tasks.MODEL: {"rounds": 3, "tgap_rounds": 3, "steps": 100},
     }
 )
 """What the short form of a model changes in a ``Setup``."""
@@ -45,8 +45,8 @@ class Setup:
     """
 
     model: str = EMBEDDED
-    rounds: int = 20
-    tgap_rounds: int = 20
+    rounds: int = 10
+    tgap_rounds: int = 10
     steps: int = 600
     rate: float = 2e-3
     seed: int = 0
