@@ -223,7 +223,7 @@ HEADLINES = (
         "How it grows",
         "How do time, in copies of the update, and memory grow with the number of values?",
         "By the largest update",
-        (0, 1, 2, 3, 4, 5, 6),
+        (0, 1, 2, 3, 4, 5, 6, 7),
         plot="-values",
     ),
     Headline(
