@@ -156,6 +156,14 @@ HEADLINES = (
         plot="-snr",
     ),
     Headline(
+        "paper-smollm2",
+        "The same on a real LLaMA",
+        "Does it look alike on SmolLM2-135M?",
+        "1. The paper's SNR",
+        (0, 1, 2, 3, 4),
+        plot="-snr",
+    ),
+    Headline(
         "generalise",
         "Where a fitted codec carries over",
         "Which data may a subspace be fitted on?",

@@ -257,9 +257,9 @@ def _shapes(out: Page, results: Results) -> None:
                 "largest change of a weight, without LoRA's scale, in "
                 f"round {', '.join(str(r['number']) for r in some(rounds))}: "
                 + ", ".join(number(r["largest"]) for r in some(rounds)),
-                results.source("shape"),
             ]
         )
+    out.lines([results.source("shape", objects[0])])
     out.plots({"-shapes": functools.partial(plots.shapes, results)})
 
 

@@ -92,7 +92,9 @@ def noise(results: Results, path: Path) -> None:
         labels.setdefault(near, (at, []))[1].append(label)
     for at, stacked in labels.values():  # points that lie on one another share a label
         text = "\n".join(stacked)
-        right.annotate(text, at, xytext=(9, -3), textcoords="offset points", fontsize=7)
+        back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        place = {"xytext": (9, -3), "textcoords": "offset points"}
+        right.annotate(text, at, **place, fontsize=7, bbox=back, zorder=3)
     told = [(sigma / PAPER_RMS, error / PAPER_RMS**2) for sigma, error in PAPER_NOISE]
     left.plot(
         *zip(*told, strict=True), "*", color="black", markersize=11, label="the paper's table"
@@ -171,7 +173,7 @@ def shapes(results: Results, path: Path) -> None:
             ylabel="share of the energy",
             yscale="log",
             ylim=(1e-4, 1),
-            xticks=range(1, 17, 3) if what == "update" else range(1, 9),
+            xticks=range(1, 17, 3) if what == "update" and product else range(1, 9),
         )
         spectra.grid(alpha=0.3, linewidth=0.5)
         spectra.legend(fontsize=8, frameon=False)
