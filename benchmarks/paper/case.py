@@ -1,8 +1,8 @@
 """Everything that CG-FedLLM (arXiv 2405.13746) analyses, rerun, beside controls.
 
-    python -m benchmarks.run paper --quick                            # minutes, embedded LLaMA
-    python -m benchmarks.run paper                                    # more than an hour of a core
-    python -m benchmarks.run paper --quick --model FILE.gguf --data FOLDER    # SmolLM2-135M
+    python -m benchmarks.run paper --quick                          # minutes, embedded LLaMA
+    python -m benchmarks.run paper                                  # an hour of a core, estimated
+    python -m benchmarks.run paper --quick --model FILE.gguf --data FOLDER   # SmolLM2-135M
 
 Clients train LoRA adapters without compression and are recorded: D1 is what codecs are fitted on
 (TGAP), D2 what they are tried on. All analyses read the recordings; no codec takes part in the
