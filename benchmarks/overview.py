@@ -156,6 +156,14 @@ HEADLINES = (
         plot="-snr",
     ),
     Headline(
+        "paper-smollm2",
+        "The same on a real LLaMA",
+        "Does it look alike on SmolLM2-135M?",
+        "1. The paper's SNR",
+        (0, 1, 2, 3, 4),
+        plot="-snr",
+    ),
+    Headline(
         "generalise",
         "Where a fitted codec carries over",
         "Which data may a subspace be fitted on?",
@@ -223,7 +231,7 @@ HEADLINES = (
         "How it grows",
         "How do time, in copies of the update, and memory grow with the number of values?",
         "By the largest update",
-        (0, 1, 2, 3, 4, 5, 6),
+        (0, 1, 2, 3, 4, 5, 6, 7),
         plot="-values",
     ),
     Headline(

@@ -276,6 +276,7 @@ _ALL = (
         "everything that CG-FedLLM analyses, beside controls and honest metrics",
         "benchmarks.paper.case:main",
         "benchmarks.paper.case:page",
+        stems=("paper", "paper-smollm2"),
     ),
     Case(
         "nvflare",

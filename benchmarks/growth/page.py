@@ -32,21 +32,15 @@ def load(path: Path) -> tuple[Sizes, dict[int, rows.Row]]:
 
 
 def growth_rows(coded: Sizes) -> Table:
-    """By codec: time over that of a copy at a hundredth of the largest size and at it, memory."""
-    out: Table = []
+    """By codec: its largest size, time over a copy's at a hundredth of it and at it, memory."""
+    times = [f"{what} / copy, {at}" for what in ("encode", "decode") for at in ("1/100", "all")]
+    out: Table = [("codec", "values", *times, "encode peak", "decode peak")]
     for name, sizes in coded.items():
         last = max(sizes)
-        small, row = sizes.get(last // 100), sizes[last]
-        few, many = _count(last // 100), _count(last)
-        out = out or [
-            (
-                "codec",
-                *(f"{what} / copy, {n}" for what in ("encode", "decode") for n in (few, many)),
-                *(f"{what} peak, {many}" for what in ("encode", "decode")),
-            )
-        ]
-        times = [_of_copy(r, f"{what}_s") for what in ("encode", "decode") for r in (small, row)]
-        out.append((name, *times, *(_peak(row, what) for what in ("encode", "decode"))))
+        pair = (sizes.get(last // 100), sizes[last])
+        cells = [_of_copy(row, f"{what}_s") for what in ("encode", "decode") for row in pair]
+        peaks = [_peak(sizes[last], what) for what in ("encode", "decode")]
+        out.append((name, _count(last), *cells, *peaks))
     return out
 
 

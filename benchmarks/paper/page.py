@@ -12,7 +12,8 @@ from benchmarks.federated.figures import load
 from benchmarks.federated.generalise import SOURCES
 from benchmarks.paper import fits, plots
 from benchmarks.paper.recordings import OBJECTS
-from benchmarks.paper.results import Results, mean, metric, number, shown, title
+from benchmarks.paper.results import Form, Results, mean, metric, number, shown, some, title
+from benchmarks.paper.setup import EMBEDDED, Setup
 from benchmarks.report import Page, Table
 from benchmarks.rows import Row
 
@@ -22,8 +23,12 @@ METRICS = ("snr_paper", "snr_db", "rse", "cosine")
 def page(path: Path) -> Page:
     """The page of these rows."""
     results = Results(path)
-    more = "" if results.setup.get("model") == "embedded" else " --model FILE.gguf --data FOLDER"
-    out = Page("The analyses of CG-FedLLM, rerun", f"python -m benchmarks.run paper --quick{more}")
+    quick = " --quick" * (results.forms != [_full(results.model)])
+    name, more = "the embedded LLaMA", ""
+    if results.model != EMBEDDED:
+        name, more = results.model, " --model FILE.gguf --data FOLDER"
+    command = f"python -m benchmarks.run paper{quick}{more}"
+    out = Page(f"The analyses of CG-FedLLM, rerun on {name}", command)
     _about(out, results)
     _snr(out, results)
     _size(out, results)
@@ -38,17 +43,23 @@ def page(path: Path) -> Page:
     return out
 
 
+def _full(model: str) -> Form:
+    """The full form of a model."""
+    setup = Setup(model=model)
+    return Form(setup.rounds, setup.tgap_rounds, setup.steps, setup.rate, model)
+
+
 def _about(out: Page, results: Results) -> None:
-    s = results.setup
+    played = "federated.md" if results.model == EMBEDDED else "llama-gsm8k.md"
     out.lines(
         [
-            f"model {s['model']}, LoRA; {s['tgap_rounds']} rounds on D1 are what codecs are fitted "
-            f"on, {s['played']} on D2 what they are tried on; autoencoders train {s['steps']} "
-            f"steps of Adam at {s['rate']:g}; seeds {', '.join(map(str, results.seeds))}",
+            "clients fine-tune the model by LoRA, uncompressed: codecs are fitted on rounds on one "
+            "part of their data (D1) and tried on rounds on the other (D2); each section ends with "
+            "how many rounds, steps of Adam and seeds; figures are means over rounds and seeds",
             "*error* is the relative squared error: 0 is perfect, 1 is what sending nothing gives",
             "*in italics*: controls; a codec that is no better than these has learned nothing",
-            "no codec takes part in the training here: [federated.md](federated.md) says what "
-            "they do to a model",
+            f"no codec takes part in the training here: [{played}]({played}) says what they do to "
+            "a model",
         ]
     )
 
@@ -64,6 +75,8 @@ def _snr(out: Page, results: Results) -> None:
         cells += [shown("rse", metric(rows, "client", f, "rse")) for f in ("A", "B")]
         table.append((title(name), *cells))
     out.table("1. The paper's SNR, and errors that can be compared", table)
+    if names:
+        out.lines([results.source("snr")])
     table = [("what arrives of a round's aggregate", "error of the mean", "cosine", "SNR, dB")]
     table[0] += ("error of the sum", "cosine of the sum", "cosine in A", "cosine in B")
     for name in names:
@@ -94,6 +107,7 @@ def _other_object(out: Page, results: Results, what: str) -> None:
         cells.append(shown("cosine", metric(rows, "mean", "all", "cosine")))
         table.append((title(name), *cells))
     out.table(f"The same for {what}s", table)
+    out.lines([results.source("snr", what)])
 
 
 def _size(out: Page, results: Results) -> None:
@@ -128,7 +142,7 @@ def _aggregation(out: Page, results: Results) -> None:
     table: Table = [
         ("round", "error of the mean", "error of the sum", "error of increments", "length")
     ]
-    for at in range(len(rows[0]["rounds"])):
+    for at in some(range(len(rows[0]["rounds"]))):
         found = [row["rounds"][at] for row in rows]
         cells = [number(mean(r[k] for r in found)) for k in ("mean", "sum", "increments", "length")]
         table.append((str(found[0]["number"]), *cells))
@@ -140,6 +154,7 @@ def _aggregation(out: Page, results: Results) -> None:
             "to the aggregated products",
             "*error of increments*: Algorithm 1 as written on increments, (sum dB)(sum dA)",
             "*length*: of the summed step, in those of the mean's",
+            results.source("aggregation"),
         ]
     )
 
@@ -182,6 +197,7 @@ def _noise(out: Page, results: Results) -> None:
             "and little of the second, a constant decoder nothing of both",
             "where the next client's message decodes as well as one's own, the input is ignored",
             "signs are scaled to be right on average, so a client's energy grows in them",
+            f"of the first, middle and last of {results.source('noise')}",
         ]
     )
     coded = [name for name in names if "code_levels" in results("noise", name)[0]]
@@ -216,7 +232,7 @@ def _shapes(out: Page, results: Results) -> None:
     table: Table = [(*head, *ends)]
     for what in objects:
         rows = results("shape", "none", what)
-        for at in range(len(rows[0]["rounds"])):
+        for at in some(range(len(rows[0]["rounds"]))):
             found = [row["rounds"][at] for row in rows]
             largest = mean(max(max(r["highest"]), -min(r["lowest"])) for r in found)
             inside = mean((r["A"]["inside_001"] + r["B"]["inside_001"]) / 2 for r in found)
@@ -238,10 +254,12 @@ def _shapes(out: Page, results: Results) -> None:
                 f"what a client changes in a weight has rank {2 * half} at most; its first {half} "
                 f"directions hold {min(kept):.1%} to {max(kept):.1%} of the energy, the first "
                 f"{half // 2} hold {min(shares):.1%} to {max(shares):.1%}",
-                "largest change of a weight, without LoRA's scale: "
-                + ", ".join(number(r["largest"]) for r in rounds),
+                "largest change of a weight, without LoRA's scale, in "
+                f"round {', '.join(str(r['number']) for r in some(rounds))}: "
+                + ", ".join(number(r["largest"]) for r in some(rounds)),
             ]
         )
+    out.lines([results.source("shape", objects[0])])
     out.plots({"-shapes": functools.partial(plots.shapes, results)})
 
 
@@ -264,6 +282,7 @@ def _entropy(out: Page, results: Results) -> None:
         [
             f"in nats; of {round(math.exp(most))} snapshots at most {most:.3f}. A decoder that "
             "always says the same has 0, noise has the most",
+            results.source("entropy"),
         ]
     )
 
@@ -294,7 +313,7 @@ def _three(rows: Sequence[Row]) -> list[str]:
 
 def _transfer(out: Page, results: Results, path: Path) -> None:
     """Analysis 5."""
-    embedded = results.setup.get("model") == "embedded"
+    embedded = results.model == EMBEDDED
     titles = {name: words for name, (words, _) in SOURCES.items()} if embedded else {}
     titles = titles or {"own": "D1 of the same questions", "mmlu": "D1 of MMLU's questions"}
     gains: dict[str, str] = {}
@@ -310,11 +329,16 @@ def _transfer(out: Page, results: Results, path: Path) -> None:
     if len(table) == 1:
         return
     priors = ("prior", "random-subspace")
-    cells = [cell for name in priors for cell in _three(results("snr", name))]
+    seeds = {row["seed"] for row in results("transfer", fits.CODERS[0], "own")}
+    cells = [
+        cell
+        for name in priors
+        for cell in _three([row for row in results("snr", name) if row["seed"] in seeds])
+    ]
     table.append(("*noise; random bases*", *cells, *([gains.get("random", "-")] if gains else [])))
     out.table("5. A codec fitted on one task, applied to another", table)
-    if gains:
-        out.lines(["the last column is from [generalise.md](generalise.md): a whole training"])
+    about = ["the last column is from [generalise.md](generalise.md): a whole training"]
+    out.lines([*(about if gains else []), results.source("transfer", "own")])
     out.plots({"-fits": functools.partial(plots.fits, results, titles)})
 
 
@@ -339,6 +363,7 @@ def _ablations(out: Page, results: Results) -> None:
         [
             "values are scaled into Tanh's range; the best validation step is kept",
             "smooth pictures have the updates' sizes and number: the same loop, code and networks",
+            results.source("ablation"),
         ]
     )
     out.plots({"-ablation": functools.partial(plots.ablation, results)})
@@ -380,3 +405,4 @@ def _readings(out: Page, results: Results) -> None:
     table = _fitted_table(results, "reading", titles, {}, "")
     if len(table) > 1:
         out.table("7. TGAP: federated against local", table)
+        out.lines([results.source("reading", "local")])

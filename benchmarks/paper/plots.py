@@ -10,10 +10,11 @@ from typing import Any
 from benchmarks import report
 from benchmarks.paper import fits as variants
 from benchmarks.paper.coders import CODERS
-from benchmarks.paper.results import Results, mean, metric
+from benchmarks.paper.results import Results, mean, metric, some
 from benchmarks.paper.shapes import BINS, REACH
 
-_LINES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (6, 3)), (0, (3, 2, 1, 2)))
+_CONTROLS = ("x", "+", "1", "2", "3", "4", "|", "_")
+"""Markers of controls: some lie on one another, and grey lines alone do not differ enough."""
 
 
 def styles(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -23,9 +24,10 @@ def styles(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         coder = CODERS[name]
         if coder.kind == "control":
-            line = _LINES[controls % len(_LINES)]
+            marker = _CONTROLS[controls % len(_CONTROLS)]
             controls += 1
-            yield coder.title, {"color": "#808080", "linestyle": line, "linewidth": 1.2}
+            look = {"linestyle": (0, (1, 2)), "linewidth": 1.0, "markersize": 7.0}
+            yield coder.title, {"color": "#606060", "marker": marker, **look}
         else:
             yield coder.title, known.next(coder.kind)
 
@@ -53,7 +55,7 @@ def snr(results: Results, path: Path) -> None:
             ]
             if None not in values:  # infinite: nothing to draw
                 ax.plot(numbers, values, label=label, **style)
-        ax.set(title=title, xlabel="round", xticks=numbers)
+        ax.set(title=title, xlabel="round", xticks=some(numbers))
         ax.grid(alpha=0.3, linewidth=0.5)
     axes[0].set_yscale("log")
     size = results("size", "identity")
@@ -90,7 +92,9 @@ def noise(results: Results, path: Path) -> None:
         labels.setdefault(near, (at, []))[1].append(label)
     for at, stacked in labels.values():  # points that lie on one another share a label
         text = "\n".join(stacked)
-        right.annotate(text, at, xytext=(9, -3), textcoords="offset points", fontsize=7)
+        back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        place = {"xytext": (9, -3), "textcoords": "offset points"}
+        right.annotate(text, at, **place, fontsize=7, bbox=back, zorder=3)
     told = [(sigma / PAPER_RMS, error / PAPER_RMS**2) for sigma, error in PAPER_NOISE]
     left.plot(
         *zip(*told, strict=True), "*", color="black", markersize=11, label="the paper's table"
@@ -138,7 +142,7 @@ def shapes(results: Results, path: Path) -> None:
         for ax, factor in zip(axes[at], "AB", strict=False):
             rms = row["rms"][factor]
             centres = np.linspace(-REACH, REACH, BINS + 1)[:-1] + REACH / BINS
-            for found, colour in zip(rounds, colours, strict=True):
+            for found, colour in some(list(zip(rounds, colours, strict=True))):
                 counts = np.array(found[factor]["counts"], dtype=float)
                 density = counts / counts.sum() / (2 * REACH / BINS)
                 ax.plot(centres, density.clip(1e-5), color=colour, label=f"round {found['number']}")
@@ -169,6 +173,7 @@ def shapes(results: Results, path: Path) -> None:
             ylabel="share of the energy",
             yscale="log",
             ylim=(1e-4, 1),
+            xticks=range(1, 17, 3) if what == "update" and product else range(1, 9),
         )
         spectra.grid(alpha=0.3, linewidth=0.5)
         spectra.legend(fontsize=8, frameon=False)
@@ -186,8 +191,8 @@ def _surface(figure: Any, ax: Any, what: str, values: Any) -> None:
         title=f"{what}s: largest absolute value",
         xlabel="tensor, layer by layer",
         ylabel="round",
-        yticks=range(len(values)),
-        yticklabels=range(1, len(values) + 1),
+        yticks=some(range(len(values))),
+        yticklabels=some(range(1, len(values) + 1)),
     )
     figure.colorbar(image, ax=ax)
 

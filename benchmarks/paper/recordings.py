@@ -2,14 +2,15 @@
 
     D1 --rounds--> what codecs are fitted on      D2 --rounds--> what they are tried on
 
-Recordings are made once and kept in ``runs/bench-paper``; worker processes share them.
+Recordings are made once and kept in ``runs/bench-paper``; worker processes share them. One that was
+broken off goes on after its last whole round.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,26 +79,50 @@ def recorded(settings: Settings, share: str, rounds: int, reading: str = "federa
         reading: one of ``READINGS``.
     """
     path = folder(settings) / f"{share}-{reading}-{rounds}.safetensors"
+    begun = path.with_suffix(".begun")
     with one_at_a_time(path):
         if not path.exists():
-            _save(path, record(world_of(settings), share, rounds, reading))
+            earlier = _load(begun) if begun.exists() else None
+            for recording in record(world_of(settings), share, rounds, reading, earlier):
+                _save(begun, recording)
+            begun.replace(path)
     return _load(path)
 
 
-def record(world: World, share: str, rounds: int, reading: str = "federated") -> Recording:
+def record(
+    world: World,
+    share: str,
+    rounds: int,
+    reading: str = "federated",
+    earlier: Recording | None = None,
+) -> Iterator[Recording]:
     """Play the rounds, uncompressed: equal clients, batches and rates as ``world.play``'s.
 
     In the federated reading the weighted mean of the clients' updates moves the next round's start.
     In the local one the clients of the first round go on alone.
+
+    Args:
+        world: who plays.
+        share: of each client's data.
+        rounds: how many; rates fall to zero over them.
+        reading: one of ``READINGS``.
+        earlier: the first of these rounds, which are not played again.
+
+    Yields:
+        All rounds so far, after each; ``earlier`` first.
     """
     s = world.settings
     spec = UpdateSpec.of(world.initial)
     shards = {"d1": world.d1, "d2": world.d2}[share]
     loop = world.loop(rounds, s.seed + (share == "d1"))
+    local = reading == "local"
     state, alone = world.initial, [world.initial] * s.per_round
     found: dict[str, list[Tensor]] = {name: [] for name in _TENSORS}
-    for number in range(rounds):
-        local = reading == "local"
+    if earlier is not None:
+        found = {name: list(getattr(earlier, name)) for name in _TENSORS}
+        state, alone = _ends(earlier)
+        yield earlier
+    for number in range(len(found["updates"]), rounds):
         clients = loop.sample(0 if local else number)
         starts = alone if local else [state] * len(clients)
         own = [world.parameters(start) for start in starts]
@@ -113,9 +138,17 @@ def record(world: World, share: str, rounds: int, reading: str = "federated") ->
         found["gradients"].append(torch.stack([mean() for mean in means]))
         found["clients"].append(torch.tensor(clients))
         found["examples"].append(examples)
-        alone = [layout.unflatten(x, spec) for x in after]
-        state = layout.unflatten(before[0] + weighted(after - before, examples), spec)
-    return Recording(spec, **{name: torch.stack(parts) for name, parts in found.items()})
+        recording = Recording(spec, **{name: torch.stack(parts) for name, parts in found.items()})
+        state, alone = _ends(recording)
+        yield recording
+
+
+def _ends(recording: Recording) -> tuple[Update, list[Update]]:
+    """Where the next round starts: all clients together, and each alone."""
+    starts, updates = recording.starts[-1], recording.updates[-1]
+    mean = starts[0] + weighted(updates, recording.examples[-1])
+    alone = [layout.unflatten(x, recording.spec) for x in starts + updates]
+    return layout.unflatten(mean, recording.spec), alone
 
 
 def weighted(updates: Tensor, examples: Tensor) -> Tensor:

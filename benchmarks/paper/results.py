@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from benchmarks import rows
 from benchmarks.paper.coders import CODERS
@@ -13,23 +14,63 @@ from benchmarks.paper.fits import VARIANTS
 from benchmarks.rows import Row
 from gradcodec.transforms.autoencoder.config import RATIOS
 
-SETUP = ("model", "played", "tgap_rounds", "steps", "rate")
+T = TypeVar("T")
+
+
+class Form(NamedTuple):
+    """What a run depends on, besides its seed; longer forms are greater.
+
+    Attributes:
+        played, tgap_rounds: rounds on D2 and on D1.
+        steps, rate: of an autoencoder's training.
+        model: as of ``Setup``.
+    """
+
+    played: int
+    tgap_rounds: int
+    steps: int
+    rate: float
+    model: str
+
+    @classmethod
+    def of(cls, row: Row) -> Form:
+        """The form of a row."""
+        return cls(**{name: row["config"][name] for name in cls._fields})
+
+    def __str__(self) -> str:
+        return (
+            f"{self.played} rounds, codecs fitted on {self.tgap_rounds}, autoencoders for "
+            f"{self.steps} steps at {self.rate:g}"
+        )
 
 
 class Results:
-    """The last row of each analysis and seed, of the setup that the file's last row has."""
+    """The last row of each analysis and seed, in the longest form that its kind was run in.
+
+    Attributes:
+        model: that all rows are of; none if there are no rows.
+        forms: those that are shown, the longest first.
+    """
 
     def __init__(self, path: Path) -> None:
-        found = rows.read(path)
-        self.setup = {n: found[-1]["config"][n] for n in SETUP} if found else {}
-        last = {
-            row["run"]: row for row in found if {n: row["config"][n] for n in SETUP} == self.setup
-        }
-        self.seeds = sorted({row["seed"] for row in last.values()})
+        last = {row["run"]: row for row in rows.read(path)}.values()
+        self._form: dict[str, Form] = {}
+        for row in last:
+            kind = row["config"]["kind"]
+            self._form[kind] = max(Form.of(row), self._form.get(kind, Form.of(row)))
         self._rows: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-        for row in last.values():
+        for row in last:
             config = row["config"]
-            self._rows[config["kind"], config["of"], row["scheme"]].append(row)
+            if Form.of(row) == self._form[config["kind"]]:
+                self._rows[config["kind"], config["of"], row["scheme"]].append(row)
+        self.forms = sorted(set(self._form.values()), reverse=True)
+        self.model = self.forms[0].model if self.forms else ""
+
+    def source(self, kind: str, of: str = "update") -> str:
+        """Which form and seeds the rows of an analysis are of."""
+        found = [rows for (k, o, _), rows in self._rows.items() if (k, o) == (kind, of)]
+        seeds = sorted({row["seed"] for rows in found for row in rows})
+        return f"{self._form[kind]}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
     def __call__(self, kind: str, scheme: str, of: str = "update") -> list[Row]:
         """The rows of an analysis, one a seed; none if it was not run."""
@@ -55,6 +96,14 @@ def metric(found: Sequence[Row], whose: str, factor: str, name: str) -> float | 
         error = metric(found, whose, factor, "rse")
         return -10 * math.log10(error) if error else None
     return mean(r[whose][factor][name] for row in found for r in row["rounds"])
+
+
+def some(rounds: Sequence[T]) -> list[T]:
+    """All rounds if they are few, else the first, about twice as many each time, and the last."""
+    if len(rounds) <= 8:
+        return list(rounds)
+    at = [2**i - 1 for i in range(len(rounds).bit_length()) if 2**i < len(rounds)]
+    return [rounds[i] for i in (*at, len(rounds) - 1)]
 
 
 def number(value: float | None, digits: int = 3) -> str:

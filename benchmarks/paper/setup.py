@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.federated import case as federated
@@ -17,6 +19,17 @@ from benchmarks.run import Options
 from gradcodec.recipes.settings import Settings
 
 EMBEDDED = "embedded"
+LOCAL_STEPS = 4
+"""Of the clients of a real LLaMA; one of four examples takes seconds on a core."""
+
+
+SHORT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        EMBEDDED: {"rounds": 6, "tgap_rounds": 4, "steps": 120},
+        tasks.MODEL: {"rounds": 3, "tgap_rounds": 3, "steps": 100},
+    }
+)
+"""What the short form of a model changes in a ``Setup``."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +45,10 @@ class Setup:
     """
 
     model: str = EMBEDDED
-    rounds: int = 20
-    tgap_rounds: int = 20
-    steps: int = 3000
-    rate: float = 2e-4
+    rounds: int = 10
+    tgap_rounds: int = 10
+    steps: int = 600
+    rate: float = 2e-3
     seed: int = 0
 
     @classmethod
@@ -43,8 +56,8 @@ class Setup:
         """The setup of these options; the short form has fewer rounds and steps."""
         model = EMBEDDED if options.model is None else tasks.MODEL
         setup = cls(model=model, seed=seed)
-        if options.quick:  # fewer steps, at a higher rate
-            setup = replace(setup, rounds=6, tgap_rounds=4, steps=120, rate=2e-3)
+        if options.quick:
+            setup = replace(setup, **SHORT[model])
         return setup if options.rounds is None else replace(setup, rounds=options.rounds)
 
     @classmethod
@@ -64,7 +77,9 @@ class Setup:
     def settings(self, source: str = "own") -> Settings:
         """Model, data and clients; ``source`` is a key of ``sources``."""
         if self.model != EMBEDDED:
-            return tasks.settings("gsm8k" if source == "own" else source, self.seed, self.rounds)
+            task = "gsm8k" if source == "own" else source
+            found = tasks.settings(task, self.seed, self.rounds)
+            return replace(found, local=replace(found.local, steps=LOCAL_STEPS))
         make = generalise.SOURCES[source][1]
         assert make is not None
         return make(federated.settings(self.seed, self.rounds))

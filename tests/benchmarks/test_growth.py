@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.growth import case, page, ranks
 from benchmarks.growth.ranks import Work
+from benchmarks.run import RESULTS, Options
 
 
 @pytest.mark.parametrize("numel", case.NUMELS)
@@ -54,8 +55,15 @@ def test_time_is_told_in_copies_at_two_sizes_and_memory_at_the_larger() -> None:
 
     coded = {"int4": {100: row(100, 9.0), 1_000: row(1_000, 1.0), 100_000: row(100_000, 3.0)}}
     head, cells = page.growth_rows(coded)
-    assert head[1:4] == ("encode / copy, 1e3", "encode / copy, 1e5", "decode / copy, 1e3")
-    assert cells == ("int4", "1.0", "3.0", "2.0", "6.0", "0.50x", "1.50x")
+    assert head[1:4] == ("values", "encode / copy, 1/100", "encode / copy, all")
+    assert cells == ("int4", "1e5", "1.0", "3.0", "2.0", "6.0", "0.50x", "1.50x")
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    rows = (RESULTS / "growth.jsonl").read_text()
+    (tmp_path / "growth.jsonl").write_text(rows)
+    case.main(Options(tmp_path, quick=True))
+    assert (tmp_path / "growth.jsonl").read_text() == rows
 
 
 @pytest.mark.slow

@@ -10,13 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.federated.world import World
 from benchmarks.llama.tasks import PLACES
-from benchmarks.paper import case, coders, fidelity, fits, measures, results, robustness, shapes
+from benchmarks.paper import (
+    case,
+    coders,
+    fidelity,
+    fits,
+    measures,
+    recordings,
+    results,
+    robustness,
+    shapes,
+)
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS, Fitting, Through
 from benchmarks.paper.recordings import Recording, weighted
 from benchmarks.paper.setup import Setup
 from benchmarks.run import Options
+from gradcodec.recipes.settings import Settings
+from gradcodec.recipes.task import LocalTraining
 from gradcodec.registry import make_codec
 from gradcodec.types import TensorSpec, UpdateSpec
 
@@ -266,7 +279,7 @@ def test_smooth_pictures_are_smooth_and_differ() -> None:
     assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
 
 
-def test_another_model_changes_the_recordings_and_the_sources_alone(
+def test_another_model_changes_recordings_and_sources_and_trains_fewer_autoencoders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PLACES[0], "small.gguf")
@@ -277,14 +290,45 @@ def test_another_model_changes_the_recordings_and_the_sources_alone(
     assert other.settings("mmlu").dataset == str(tmp_path / "mmlu-test.jsonl")
     assert own.settings().model == "embedded"
     analyses = [{u for u in case.units(s) if u[0] != "transfer"} for s in (own, other)]
-    assert analyses[0] == analyses[1]
+    assert analyses[0] > analyses[1]
+    assert {u[:2] for u in analyses[0] - analyses[1] if u[0] != "ablation"} == {
+        ("snr", "ae-literal")
+    }
     ids = [{case.job(s, u).stamp()["run"] for u in case.units(s)} for s in (own, other)]
     assert not ids[0] & ids[1]
+
+
+def test_other_seeds_repeat_what_trains_few_autoencoders() -> None:
+    first, other = (case.units(Setup(seed=seed)) for seed in (0, 1))
+    assert set(other) < set(first)
+    assert {unit[0] for unit in other} == set(case.REPEATED)
+    assert {unit[2] for unit in other} == {"update"}
 
 
 def test_a_job_gives_back_the_setup_that_it_was_made_with() -> None:
     setup = Setup(rounds=3, tgap_rounds=2, steps=7, rate=1e-3, seed=5)
     assert Setup.of(case.job(setup, ("snr", "zero", "update"))) == setup
+
+
+@pytest.mark.slow
+def test_a_recording_that_was_broken_off_goes_on_as_it_would_have() -> None:
+    pytest.importorskip("peft")
+    settings = Settings(
+        limit=300,
+        clients=4,
+        fraction=0.5,
+        min_client=12,
+        held_out=20,
+        local=LocalTraining(steps=2),
+        device="cpu",
+    )
+    world = World(settings)
+    for reading in recordings.READINGS:
+        earlier, whole = recordings.record(world, "d1", 2, reading)
+        _, again = recordings.record(world, "d1", 2, reading, earlier)
+        assert torch.equal(again.starts, whole.starts)
+        assert torch.equal(again.updates, whole.updates)
+        assert not torch.equal(whole.starts[0], whole.starts[1])
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -323,6 +367,25 @@ def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path:
     assert "| int4 | 800 | 20.00 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
     assert "| *nothing (zero)* | 8.00 | 0.00 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
     assert (tmp_path / "paper-snr.png").stat().st_size > 1000
+
+
+def test_page_shows_the_longest_form_of_each_analysis(tmp_path: Path) -> None:
+    short, longer = snr_row("zero", 5.0), snr_row("zero", 1.0)
+    longer["run"], longer["config"] = "longer", {**short["config"], "steps": 600}  # type: ignore[dict-item]
+    size = row("size", "identity", **fidelity.size(Fixed(), "identity"))  # type: ignore[arg-type]
+    found = results.Results(write(tmp_path / "paper.jsonl", longer, short, size))
+    assert [r["run"] for r in found("snr", "zero")] == ["longer"]
+    assert found.source("snr") == (
+        "1 rounds, codecs fitted on 4, autoencoders for 600 steps at 0.0002; seed 0"
+    )
+    assert [form.steps for form in found.forms] == [600, 300]
+    assert len(found("size", "identity")) == 1
+
+
+def test_many_rounds_are_shown_by_some_of_them() -> None:
+    assert results.some(range(1, 7)) == [1, 2, 3, 4, 5, 6]
+    assert results.some(range(1, 21)) == [1, 2, 4, 8, 16, 20]
+    assert results.some(range(1, 17)) == [1, 2, 4, 8, 16]
 
 
 def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None:
