@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.errors import CodecMismatchError, GradcodecError
+from gradcodec.errors import CodecMismatchError, ConfigError, GradcodecError
 from gradcodec.integrations.flower import container
 from gradcodec.integrations.flower.mod import BASE, SETTINGS, VERSION, offered
 from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
@@ -62,7 +62,9 @@ class CodecGrid(Grid):
     leave out, and a log line names the node. The grid's state is in this object: after a restart
     of the ``ServerApp`` nodes are sent the whole model again.
 
-    Messages with one ``ArrayRecord`` are coded, others pass as they are.
+    Messages with one ``ArrayRecord`` that holds floating-point arrays are coded, others pass as
+    they are. Where that, or a reply in plain arrays, means that nothing is compressed, a log line
+    says so once.
 
     Args:
         grid: the grid that Flower gives to the ``ServerApp``.
@@ -74,8 +76,8 @@ class CodecGrid(Grid):
             BatchNorm's statistics need no rule: they travel bit for bit.
 
     Raises:
-        ConfigError: an argument is of another kind, or ``downlink`` cannot be used; with the first
-            model, a rule matches none of its tensors.
+        ConfigError: an argument is of another kind, ``grid`` is a ``CodecGrid`` itself, or
+            ``downlink`` cannot be used; with the first model, a rule matches none of its tensors.
         HubError: there is no such codec.
     """
 
@@ -88,19 +90,23 @@ class CodecGrid(Grid):
         error_feedback: bool | None = None,
         rules: Sequence[Sequence[str]] = (),
     ) -> None:
-        choice = {
+        if isinstance(grid, CodecGrid):
+            raise ConfigError(
+                "expected the grid that Flower gives to the ServerApp, got a CodecGrid"
+            )
+        self._choice = {
             "uplink": plain_choice(codec),
             "downlink": plain_choice(downlink),
             "rules": plain_rules(rules),
             "feedback": error_feedback,
         }
-        pairs = tuple((pattern, name) for pattern, name in plain_rules(rules))
+        self._rules = tuple((pattern, name) for pattern, name in plain_rules(rules))
+        self._codecs = [codec_of(plain_choice(one)) for one in (codec, downlink)]
         self._grid = grid
-        self._settings = json.dumps(choice, sort_keys=True, separators=(",", ":"))
-        self._uplink = Coding(codec_of(plain_choice(codec)), pairs)
-        self._sender = Sender(Coding(codec_of(plain_choice(downlink)), pairs))
+        self._agree([])
         self._held: dict[int, bytes] = {}
         self._waiting: dict[str, _Sent] = {}
+        self._told: set[str] = set()
 
     # -- what a strategy calls ----------------------------------------------------------------
 
@@ -151,6 +157,17 @@ class CodecGrid(Grid):
         """As the wrapped grid."""
         return self._grid.get_nodes()
 
+    def _agree(self, kept: list[str]) -> None:
+        """What both ends need: the codecs, and names of what travels bit for bit.
+
+        Those are the integers of the first model. Strategies average them too, and then they are
+        float64; a counter in a block of weights would set the block's scale.
+        """
+        choice = {**self._choice, "kept": kept}
+        self._settings = json.dumps(choice, sort_keys=True, separators=(",", ":"))
+        up, down = (Coding(codec, self._rules, kept) for codec in self._codecs)
+        self._uplink, self._sender = up, Sender(down)
+
     # -- outgoing -----------------------------------------------------------------------------
 
     def _encoded(self, messages: Iterable[Message]) -> list[tuple[Message, _Sent | None]]:
@@ -158,12 +175,17 @@ class CodecGrid(Grid):
         out: list[tuple[Message, _Sent | None]] = []
         for message in messages:
             found = list(message.content.array_records.items())
-            if len(found) != 1 or not found[0][1]:
+            if len(found) > 1:
+                self._tell_once("messages with more than one ArrayRecord are sent uncompressed")
+            if len(found) != 1 or not container.has_floats(found[0][1]):
                 out.append((message, None))
                 continue
             name, record = found[0]
             if moved != id(record):  # strategies put one record into all messages
-                self._sender.move(container.tensors_of(record))
+                model = container.tensors_of(record)
+                if not self._sender.copy.version:
+                    self._agree([n for n, t in model.items() if not t.dtype.is_floating_point])
+                self._sender.move(model)
                 moved = id(record)
             out.append((message, self._encode(message, name)))
         return out
@@ -187,6 +209,11 @@ class CodecGrid(Grid):
             if one is not None and message_id:
                 self._waiting[message_id] = one
 
+    def _tell_once(self, text: str, *values: object) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(f"gradcodec: {text}", *values)
+
     # -- incoming -----------------------------------------------------------------------------
 
     def _decoded(self, reply: Message) -> Message:
@@ -200,6 +227,12 @@ class CodecGrid(Grid):
         packed = [n for n, r in reply.content.array_records.items() if container.is_packed(r)]
         if packed or sent.coded:  # the node has the mod, and what it was sent
             self._held[node] = sent.version
+        elif reply.content.array_records:
+            self._tell_once(
+                "node %d (others are not named) replied in plain arrays, uncompressed: its "
+                "ClientApp has no CompressMod, or returns other arrays than came",
+                node,
+            )
         try:
             for name in packed:
                 record = reply.content.array_records[name]
