@@ -1,7 +1,9 @@
 """Laws of the Flower adapter, over a grid whose messages really become bytes."""
 
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
@@ -149,6 +153,78 @@ def test_a_tensor_that_does_not_change_costs_nothing() -> None:
     small = run_bytes({"frozen": 0.0})
     large = run_bytes({"frozen": 1.0})
     assert large - small > 64 * 64 / 2
+
+
+def private(kind: str, mods: Sequence[Any] = (), **options: Any) -> tuple[Any, Sequence[Any]]:
+    """One of Flower's wrappers for privacy, with hardly any noise, and its mods."""
+    wrap = getattr(flower, f"DifferentialPrivacy{kind}Clipping")
+    return lambda **o: wrap(FedAvg(**o), 1e-6, num_sampled_clients=NODES, **options), mods
+
+
+NODES = 5
+STRATEGIES: dict[str, tuple[Any, Sequence[Any]]] = {
+    "half": (partial(FedAvg, fraction_train=0.6), ()),
+    "prox": (partial(flower.FedProx, proximal_mu=0.1), ()),
+    "adam": (FedAdam, ()),
+    "yogi": (flower.FedYogi, ()),
+    "adagrad": (flower.FedAdagrad, ()),
+    "momentum": (partial(flower.FedAvgM, server_momentum=0.5), ()),
+    "trimmed": (flower.FedTrimmedAvg, ()),
+    "krum": (partial(flower.MultiKrum, num_malicious_nodes=1, num_nodes_to_select=2), ()),
+    "bulyan": (partial(flower.Bulyan, num_malicious_nodes=0), ()),
+    "fair": (partial(flower.QFedAvg, client_learning_rate=0.1, q=0.1), ()),
+    "dp-server": private("ServerSideFixed", clipping_norm=5.0),
+    "dp-client": private("ClientSideFixed", [fixedclipping_mod], clipping_norm=5.0),
+    "dp-adaptive": private("ClientSideAdaptive", [adaptiveclipping_mod]),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_goes_as_without_codec_if_none_loses_anything(name: str) -> None:
+    strategy, mods = STRATEGIES[name]
+
+    def floats(message: Message, context: Context) -> Message:
+        """Flower's wrappers for privacy do not take integers."""
+        reply = train(message, context)
+        arrays = {n: a.numpy() for n, a in reply.content["arrays"].items()}
+        metrics = MetricRecord({"num-examples": 10, "train_loss": 1.0})
+        trained = record({**arrays, "count": arrays["count"].astype(np.float32)})
+        return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
+
+    def trained(codec: bool) -> dict[str, np.ndarray]:
+        def make() -> ClientApp:
+            made = ClientApp(mods=[*([CompressMod()] if codec else []), *mods])
+            made.train()(floats)
+            made.evaluate()(evaluate)
+            return made
+
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what Flower samples nodes and noise with
+        grid: Any = LoopbackGrid(make, NODES)
+        grid = CodecGrid(grid, "fp32", downlink="fp32") if codec else grid
+        start = {**model(), "count": np.array([3], np.float32)}
+        result = strategy(fraction_evaluate=0.5).start(grid, record(start), num_rounds=3)
+        return {n: a.numpy() for n, a in result.arrays.items()}
+
+    plain, coded = trained(False), trained(True)
+    assert np.abs(plain["lora_B"]).max() > 1e-3
+    for array, expected in zip(coded.values(), plain.values(), strict=True):
+        assert np.abs(array - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_what_coding_loses_of_the_model_is_no_update_to_the_strategy() -> None:
+    """Momentum, adaptive rates and clipping would take it for one."""
+
+    def idle(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": message.content["arrays"]}), reply_to=message)
+
+    grid = LoopbackGrid(app_of(idle), 1)
+    codecs = CodecGrid(grid, "int4", downlink="sign")
+    for factor in (1, 2, 3):
+        sent = record({n: a * np.array(factor, a.dtype) for n, a in model().items()})
+        (reply,) = codecs.send_and_receive(messages(sent, [100]))
+        assert dict(reply.content["arrays"].items()) == dict(sent.items())
+    assert max(row["down"] for row in grid.log[1:]) < 64 * 64 * 4  # coded, with loss
 
 
 def app_of(train: Callable[[Message, Context], Message]) -> Callable[[], ClientApp]:

@@ -33,13 +33,13 @@ class _Sent:
 
     Attributes:
         message: as it was sent.
-        tensors: what its receiver has.
-        version: of these.
+        model: the strategy's, of which its receiver has a copy.
+        version: of this copy.
         coded: whether only a node with the mod can have read it.
     """
 
     message: Message
-    tensors: dict[str, Tensor]
+    model: dict[str, Tensor]
     version: bytes
     coded: bool
 
@@ -50,8 +50,9 @@ class CodecGrid(Grid):
         strategy.start(grid=CodecGrid(grid, "int4"), initial_arrays=arrays, num_rounds=10)
 
     Clients need ``CompressMod``; one without it is sent plain arrays and answers plainly, and takes
-    part as always. A strategy sees plain arrays: the model that a client trained from, plus its
-    decoded update.
+    part as always. A strategy sees plain arrays: the model that it has sent, plus the decoded
+    update; not what coding made of the model on its way, since the difference is no client's work,
+    and strategies with momentum or adaptive rates would take it for a gradient.
 
     The first message to a node holds the whole model, in plain arrays. Later ones hold how it has
     changed since, in one array: the difference to what the node has, so that what coding one of
@@ -172,6 +173,7 @@ class CodecGrid(Grid):
 
     def _encoded(self, messages: Iterable[Message]) -> list[tuple[Message, _Sent | None]]:
         moved: int | None = None
+        model: dict[str, Tensor] = {}
         out: list[tuple[Message, _Sent | None]] = []
         for message in messages:
             found = list(message.content.array_records.items())
@@ -187,10 +189,10 @@ class CodecGrid(Grid):
                     self._agree([n for n, t in model.items() if not t.dtype.is_floating_point])
                 self._sender.move(model)
                 moved = id(record)
-            out.append((message, self._encode(message, name)))
+            out.append((message, self._encode(message, name, model)))
         return out
 
-    def _encode(self, message: Message, name: str) -> _Sent:
+    def _encode(self, message: Message, name: str, model: dict[str, Tensor]) -> _Sent:
         copy = self._sender.copy
         held = self._held.get(message.metadata.dst_node_id)
         if held is None:
@@ -202,7 +204,7 @@ class CodecGrid(Grid):
         # A new content: strategies put one content into all messages.
         entries = {SETTINGS: self._settings, VERSION: copy.version.hex()}
         message.content = offered(content, entries)
-        return _Sent(message, dict(copy.tensors), copy.version, held is not None)
+        return _Sent(message, model, copy.version, held is not None)
 
     def _wait(self, ids: Iterable[str], sent: Iterable[tuple[Message, _Sent | None]]) -> None:
         for message_id, (_, one) in zip(ids, sent, strict=True):
@@ -257,7 +259,7 @@ class CodecGrid(Grid):
             raise CodecMismatchError(
                 f"expected an update of version {sent.version.hex()}, got one of {base.hex()}"
             )
-        trained = Copy(dict(sent.tensors), sent.version)
+        trained = Copy(dict(sent.model), sent.version)
         if parts:
             trained.advance(parts, self._uplink)
         for name, tensor in trained.tensors.items():
