@@ -36,7 +36,7 @@ from loopback_hub import TOKEN
 
 import gradcodec as gc
 from gradcodec import wire
-from gradcodec.errors import ConfigError, GradcodecError, WireError
+from gradcodec.errors import ConfigError, GradcodecError, UpdateError, WireError
 from gradcodec.integrations.flower import (
     CodecFedAvg,
     CodecGrid,
@@ -365,6 +365,8 @@ def test_layers_that_would_not_compress_or_would_do_it_twice_are_refused() -> No
     )
     with pytest.raises(ConfigError, match="CodecStrategy around all other strategies"):
         inside.start(grid, record(model()), num_rounds=1)
+    with pytest.raises(ConfigError, match=r"Flower's CodecFedAvg\('subspace:auto'\)"):
+        CodecGrid(grid, "subspace:auto")
     with pytest.raises(ConfigError, match="got a CodecGrid"):
         CodecGrid(CodecGrid(grid, "int4"), "int4")
     with pytest.raises(ConfigError, match="got a CodecGrid"):
@@ -580,6 +582,13 @@ def test_a_fitted_codec_goes_up(where: str, tmp_path: Any, monkeypatch: pytest.M
         after = run(LoopbackGrid(WITH, 2), name, **options)
     assert np.abs(after[-1]["lora_B"]).max() > 0.1
     assert np.isfinite(after[-1]["lora_A"]).all()
+
+
+@pytest.mark.parametrize("way", ["codec", "downlink"])
+def test_a_codec_that_was_fitted_on_other_tensors_is_refused_with_the_first_model(way: str) -> None:
+    chosen = {"codec": "int8", "downlink": "int8", way: "stdlib-llama-lora-r8-32x"}
+    with pytest.raises(UpdateError, match="expected the codec's 48 tensors, got 3"):
+        run(LoopbackGrid(WITH, 2), **chosen)
 
 
 @pytest.mark.parametrize("downlink", ["int2-unbiased", RotatedSignConfig(kept=64)])

@@ -20,6 +20,7 @@ from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain
 from gradcodec.integrations.messages.coding import Coding
 from gradcodec.integrations.messages.copies import Copy, Sender
 from gradcodec.settings import CodecConfig
+from gradcodec.types import Update, UpdateSpec
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class CodecGrid(Grid):
     Raises:
         ConfigError: an argument is of another kind, ``grid`` is a ``CodecGrid`` itself, or
             ``downlink`` cannot be used; with the first model, a rule matches none of its tensors.
+        UpdateError: with the first model, a fitted codec is of other tensors.
         HubError: there is no such codec.
     """
 
@@ -104,7 +106,7 @@ class CodecGrid(Grid):
         self._rules = tuple((pattern, name) for pattern, name in plain_rules(rules))
         self._codecs = [codec_of(plain_choice(one)) for one in (codec, downlink)]
         self._grid = grid
-        self._agree([])
+        self._agree({})
         self._held: dict[int, bytes] = {}
         self._waiting: dict[str, _Sent] = {}
         self._told: set[str] = set()
@@ -158,16 +160,23 @@ class CodecGrid(Grid):
         """As the wrapped grid."""
         return self._grid.get_nodes()
 
-    def _agree(self, kept: list[str]) -> None:
-        """What both ends need: the codecs, and names of what travels bit for bit.
+    def _agree(self, model: Update) -> None:
+        """Settle what both ends need: the codecs, and names of what travels bit for bit.
 
         Those are the integers of the first model. Strategies average them too, and then they are
         float64; a counter in a block of weights would set the block's scale.
+
+        Raises:
+            ConfigError, UpdateError: a codec or a rule does not fit the model.
         """
+        spec = UpdateSpec.of(model)
+        kept = [t.name for t in spec if not t.dtype.is_floating_point]
         choice = {**self._choice, "kept": kept}
         self._settings = json.dumps(choice, sort_keys=True, separators=(",", ":"))
         up, down = (Coding(codec, self._rules, kept) for codec in self._codecs)
         self._uplink, self._sender = up, Sender(down)
+        for coding in (up, down) if model else ():
+            coding.plan(spec)  # or every node would refuse it in every round
 
     # -- outgoing -----------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class CodecGrid(Grid):
             if moved != id(record):  # strategies put one record into all messages
                 model = container.tensors_of(record)
                 if not self._sender.copy.version:
-                    self._agree([n for n, t in model.items() if not t.dtype.is_floating_point])
+                    self._agree(model)
                 self._sender.move(model)
                 moved = id(record)
             out.append((message, self._encode(message, name, model)))

@@ -21,13 +21,11 @@ from gradcodec.federated.tensors import State, tensors_of
 from gradcodec.integrations.flower import container
 from gradcodec.integrations.flower.grid import CodecGrid
 from gradcodec.integrations.flower.participant import BROADCAST, FEDERATION, REPLY, START
-from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
+from gradcodec.integrations.messages.choice import AUTO, codec_of, plain_choice, plain_rules
 from gradcodec.parameters import plain_names
 from gradcodec.settings import CodecConfig
 
 logger = logging.getLogger(__name__)
-
-AUTO = "subspace:auto"
 
 Choice = str | CodecConfig | Mapping[str, Any]
 
@@ -216,6 +214,11 @@ class CodecFedAvg(FedAvg):
         valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
         good = [reply for reply in valid if self._received(reply)]
         if not good:
+            logger.warning(
+                "gradcodec: no reply of round %d can be used, and the model stays as it is; a "
+                "ClientApp for CodecFedAvg uses gradcodec.integrations.flower.Participant",
+                server_round + self._before,
+            )
             return None, None
         try:
             self.server.close_round()
