@@ -212,6 +212,21 @@ def test_every_strategy_goes_as_without_codec_if_none_loses_anything(name: str) 
         assert np.abs(array - expected).max() < 1e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_frozen_tensor_costs_nothing_on_the_way_down_though_averages_of_it_round(
+    nodes: int,
+) -> None:
+    grid = LoopbackGrid(WITH, nodes)
+    after = run(grid, "int4", evaluated=0.0)
+    adapters = gc.make_codec("int4").nbytes(spec_of("lora_A", "lora_B"))
+    assert max(row["down"] for row in grid.log[nodes:]) < adapters + 1300  # headers of Flower's
+    assert np.allclose(after[-1]["frozen"], after[0]["frozen"], rtol=1e-6, atol=0)
+
+
+def spec_of(*names: str) -> UpdateSpec:
+    return UpdateSpec.of({n: torch.from_numpy(model()[n]) for n in names})
+
+
 def test_what_coding_loses_of_the_model_is_no_update_to_the_strategy() -> None:
     """Momentum, adaptive rates and clipping would take it for one."""
 

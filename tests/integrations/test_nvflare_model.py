@@ -144,6 +144,15 @@ def test_a_note_that_names_nothing_is_refused(kept: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_step_of_half_precision_is_a_change(dtype: torch.dtype) -> None:
+    encode, site, state = EncodeModel("int4"), Site(), model(dtype=dtype)
+    site.ask(encode, state)
+    state["w"] = state["w"] * (1 + torch.finfo(dtype).eps)
+    got, _ = site.ask(encode, state)
+    assert not torch.equal(got["w"], model(dtype=dtype)["w"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_come_as_near_as_one_step_allows(dtype: torch.dtype) -> None:
     encode, site, state = EncodeModel("int4"), Site(), model(dtype=dtype)
     site.ask(encode, state)

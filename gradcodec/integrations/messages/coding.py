@@ -115,6 +115,10 @@ class Coding:
         known = self.codec.spec is not None and spec == self.codec.spec
         return Plan(spec, still, codec, Identity().bind(kept) if len(kept) else None, known)
 
+    def exact(self, name: str) -> bool:
+        """Whether a tensor of this name loses nothing."""
+        return type(rule_for(name, self.rules) or self.codec) is Identity
+
     def keeps(self, t: TensorSpec) -> bool:
         """Whether a tensor travels bit for bit; a lossy codec would ruin counters and variances."""
         rule = rule_for(t.name, self.rules)

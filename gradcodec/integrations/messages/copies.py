@@ -27,6 +27,11 @@ from gradcodec.types import Update, UpdateSpec
 VERSION_BYTES = 8
 
 EXACT = Coding(Identity())
+
+_ROUNDING = 8.0
+"""Epsilons by which averaging equal values may move them: ``x / 3 + x / 3 + x / 3`` is not ``x``,
+and frozen tensors would be sent in each round. What it hides is in the next difference, since that
+is to what receivers hold."""
 _WHOLE, _VERSION, _START = "whole", "version", "start"
 
 
@@ -177,7 +182,9 @@ class Sender:
         if self._spec is None:
             check_rules(self._coding.rules, (t.name for t in spec))
         if self._spec is not None and self._moves(self._spec, spec):
-            step = self._coding.encode(changes(model, self.copy.tensors, self._coding))
+            step = self._coding.encode(
+                changes(model, self.copy.tensors, self._coding, rounding=_ROUNDING)
+            )
             self._steps.append((self.copy.version, step))
             self.copy.advance(step, self._coding)
             while len(self._steps) > 1 and sum(_nbytes(s) for _, s in self._steps) > spec.nbytes:
@@ -210,12 +217,19 @@ class Sender:
 
 
 def changes(
-    model: Update, held: Update, coding: Coding, also: Collection[str] = ()
+    model: Update,
+    held: Update,
+    coding: Coding,
+    also: Collection[str] = (),
+    *,
+    rounding: float = 0.0,
 ) -> dict[str, Tensor]:
     """Differences of the tensors that are coded, new values of the others.
 
     Unchanged tensors are left out, unless the codec is bound to its tensors and needs them, or
-    ``also`` names them.
+    ``also`` names them. Tensors of fp32 or more of which no value has changed by more than
+    ``rounding`` times its dtype's epsilon count as unchanged where they would be coded with loss;
+    of half precision an epsilon is as much as training changes.
     """
     plan = coding.plan(UpdateSpec.of(model))
     coded = {t.name for t in (plan.codec.spec or ())} if plan.codec is not None else set()
@@ -224,11 +238,20 @@ def changes(
     for name, tensor in model.items():
         before = held[name]
         same = before.dtype == tensor.dtype and torch.equal(before, tensor)
+        if rounding and name in coded and not coding.exact(name):
+            same = same or _near(before, tensor, rounding)
         if same and name not in needed and name not in also:
             continue
         change = _wide(tensor) - _wide(before) if name in coded else tensor
         out[name] = change.to(needed.get(name, change.dtype))
     return out
+
+
+def _near(before: Tensor, after: Tensor, rounding: float) -> bool:
+    if after.dtype not in (torch.float32, torch.float64):
+        return False
+    least = rounding * torch.finfo(after.dtype).eps
+    return torch.allclose(_wide(after), _wide(before), rtol=least, atol=0)
 
 
 def pinned(base: bytes, parts: Mapping[str, bytes]) -> bytes:
