@@ -33,7 +33,7 @@ OPTIONS = {"fraction_evaluate": 0.0, "min_available_nodes": NODES}
 IN_CODE_SPACE = {"auto", "folder in code space"}
 CASES = ["signs with error feedback", "folder", "auto", "folder in code space"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def pulled(w: torch.Tensor, context: Context) -> torch.Tensor:
