@@ -6,9 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+from loopback_hub import LoopbackHub
 
 from gradcodec.chain import Chain
 from gradcodec.codecs import BlockQuant, Subspace
@@ -62,3 +66,19 @@ def closed_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+@contextmanager
+def reachable_hub(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub that this process' client talks to, with an empty cache in ``folder`` and no token."""
+    from huggingface_hub import constants
+
+    with LoopbackHub() as server:
+        patch.setattr(constants, "ENDPOINT", server.endpoint)
+        url = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.delenv("HF_TOKEN", raising=False)
+        yield server

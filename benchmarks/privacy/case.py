@@ -16,6 +16,7 @@ on a seed that is not reported. The autoencoder and ``signal-128`` are fitted on
 from __future__ import annotations
 
 import bisect
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.privacy import EPSILONS, ClientPrivacy, calibrate
 
 CASE = "privacy"
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 ROUNDS, DELTA = 4, 1e-3
 LEVELS = (None, *reversed(EPSILONS))
@@ -163,35 +164,38 @@ def main(options: Options) -> list[str]:
 
 
 def page(path: Path) -> report.Page:
-    """The page of these rows."""
+    """The page of these rows; a line of the table is of the seeds that have all of its cells."""
     runs = load(path)
     out = report.Page("What privacy costs", f"python -m benchmarks.run {CASE}")
     head = ("what is clipped and noised", "values", "bound", "no noise")
-    table: report.Table = [(*head, *(f"epsilon {e:g}" for e in reversed(EPSILONS)))]
-    lines: dict[str, list[float]] = {}
+    names = (f"epsilon {e:g}" for e in reversed(EPSILONS))
+    table: report.Table = [(*head, *names, "seeds")]
+    lines: dict[str, list[list[float]]] = {}
+    starts: dict[int, float] = {}
     guarantees: dict[float, str] = {}
+    clients = 0
     for name, title in TITLES.items():
-        found = [runs.get(name if e is None else f"{name}@{e:g}") for e in LEVELS]
-        if None in found:
+        cells = [runs.get(name if e is None else f"{name}@{e:g}", {}) for e in LEVELS]
+        seeds = sorted(set.intersection(*map(set, cells)))
+        if not seeds:
             continue
-        losses = [_loss([run[-1] for run in by_seed.values()]) for by_seed in found if by_seed]
+        losses = [[_loss(by_seed[seed][-1]) for seed in seeds] for by_seed in cells]
         lines[title] = losses
-        first = next(iter(found[0].values()))[0]  # type: ignore[union-attr]
-        bound = first["config"]["clip"]
-        values = _values(runs[_clipped_as(name)])
-        cells = (f"{loss:.3f}" for loss in losses)
-        table.append((title, f"{values:,}", f"{bound:.3g}", *cells))
-        for epsilon, by_seed in zip(LEVELS, found, strict=True):
-            if epsilon is not None and by_seed:
-                guarantees[epsilon] = next(iter(by_seed.values()))[0]["guarantee"]
-        start = first["start_loss"]
+        firsts = {seed: cells[0][seed][0] for seed in seeds}
+        starts |= {seed: first["start_loss"] for seed, first in firsts.items()}
+        clients = firsts[seeds[0]]["participations"]
+        bound = f"{firsts[seeds[0]]['config']['clip']:.3g}"
+        values = f"{_values(runs[_clipped_as(name)]):,}"
+        table.append((title, values, bound, *map(_cell, losses), ", ".join(map(str, seeds))))
+        for epsilon, by_seed in zip(LEVELS, cells, strict=True):
+            if epsilon is not None:
+                guarantees[epsilon] = by_seed[seeds[0]][0]["guarantee"]
     out.table("Held-out loss", table)
-    last = next(iter(runs.values()))
-    clients = next(iter(last.values()))[0]["participations"]
     out.lines(
         [
-            f"{ROUNDS} rounds of all {clients} clients, seeds {', '.join(map(str, sorted(last)))}; "
-            f"loss before training {start:.3f}; learning rate {LR:g} for all, not tuned for noise",
+            f"{ROUNDS} rounds of all {clients} clients; of several seeds the mean, and the least "
+            f"and the greatest; loss before training {_cell(list(starts.values()))}; learning rate "
+            f"{LR:g} for all, not tuned for noise",
             *(guarantees[e] for e in sorted(guarantees)),
             "the bound is the median norm of what clients send without noise on another seed; "
             "epsilon does not count that",
@@ -201,7 +205,7 @@ def page(path: Path) -> report.Page:
             "noise: that is not in epsilon",
         ]
     )
-    out.plots({"": lambda to: _draw(lines, start, to)})
+    out.plots({"": lambda to: _draw(lines, statistics.fmean(starts.values()), to)})
     return out
 
 
@@ -218,18 +222,29 @@ def _values(by_seed: Mapping[int, Sequence[rows.Row]]) -> int:
     return nbytes // 4
 
 
-def _loss(last: list[rows.Row]) -> float:
-    """Mean final loss; infinite where training diverged."""
-    if any(row["diverged"] for row in last):
-        return float("inf")
-    return statistics.fmean(row["loss"] for row in last)
+def _loss(last: rows.Row) -> float:
+    """Final loss; infinite where training diverged."""
+    return float("inf") if last["diverged"] else float(last["loss"])
 
 
-def _draw(lines: dict[str, list[float]], start: float, path: Path) -> None:
+def _cell(losses: Sequence[float]) -> str:
+    """Mean and range; how many diverged, if some did."""
+    good = [loss for loss in losses if math.isfinite(loss)]
+    if len(good) < len(losses):
+        return "inf" if not good else f"inf in {len(losses) - len(good)} of {len(losses)}"
+    mean = f"{statistics.fmean(good):.3f}"
+    return mean if max(good) == min(good) else f"{mean} ({min(good):.3f} to {max(good):.3f})"
+
+
+def _draw(lines: dict[str, list[list[float]]], start: float, path: Path) -> None:
     figure, axes = report.figure(1, 1, figsize=(7, 4.5))
     at = list(range(len(LEVELS)))
-    for title, losses in lines.items():
-        axes.plot(at, [min(loss, start + 1) for loss in losses], "o-", label=title)
+    for title, levels in lines.items():
+        shown = [[min(loss, start + 1) for loss in losses] for losses in levels]
+        middle = [statistics.fmean(losses) for losses in shown]
+        (line,) = axes.plot(at, middle, "o-", label=title)
+        least, most = [min(losses) for losses in shown], [max(losses) for losses in shown]
+        axes.vlines(at, least, most, color=line.get_color(), linewidth=3, alpha=0.4)
     axes.axhline(start, color="gray", linestyle=":", label="before training")
     axes.set_xticks(at, ["no noise", *(f"{e:g}" for e in reversed(EPSILONS))])
     axes.set(xlabel=f"epsilon at delta {DELTA:g}", ylabel="held-out loss", title="")

@@ -1,7 +1,9 @@
 """Laws of the Flower adapter, over a grid whose messages really become bytes."""
 
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,28 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+)
+from hub_helpers import REPO, reachable_hub
 from integrations.flower_loopback import LoopbackGrid
+from loopback_hub import TOKEN
 
 import gradcodec as gc
 from gradcodec import wire
-from gradcodec.errors import ConfigError, GradcodecError, WireError
-from gradcodec.integrations.flower import CodecGrid, CompressMod, container
+from gradcodec.errors import ConfigError, GradcodecError, UpdateError, WireError
+from gradcodec.integrations.flower import (
+    CodecFedAvg,
+    CodecGrid,
+    CodecStrategy,
+    CompressMod,
+    container,
+)
 from gradcodec.integrations.flower.mod import STATE, VERSION
 from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.tgap import SecondMoments
@@ -138,6 +155,239 @@ def test_a_tensor_that_does_not_change_costs_nothing() -> None:
     assert large - small > 64 * 64 / 2
 
 
+def private(kind: str, mods: Sequence[Any] = (), **options: Any) -> tuple[Any, Sequence[Any]]:
+    """One of Flower's wrappers for privacy, with hardly any noise, and its mods."""
+    wrap = getattr(flower, f"DifferentialPrivacy{kind}Clipping")
+    return lambda **o: wrap(FedAvg(**o), 1e-6, num_sampled_clients=NODES, **options), mods
+
+
+NODES = 5
+STRATEGIES: dict[str, tuple[Any, Sequence[Any]]] = {
+    "half": (partial(FedAvg, fraction_train=0.6), ()),
+    "prox": (partial(flower.FedProx, proximal_mu=0.1), ()),
+    "adam": (FedAdam, ()),
+    "yogi": (flower.FedYogi, ()),
+    "adagrad": (flower.FedAdagrad, ()),
+    "momentum": (partial(flower.FedAvgM, server_momentum=0.5), ()),
+    "trimmed": (flower.FedTrimmedAvg, ()),
+    "krum": (partial(flower.MultiKrum, num_malicious_nodes=1, num_nodes_to_select=2), ()),
+    "bulyan": (partial(flower.Bulyan, num_malicious_nodes=0), ()),
+    "fair": (partial(flower.QFedAvg, client_learning_rate=0.1, q=0.1), ()),
+    "dp-server": private("ServerSideFixed", clipping_norm=5.0),
+    "dp-client": private("ClientSideFixed", [fixedclipping_mod], clipping_norm=5.0),
+    "dp-adaptive": private("ClientSideAdaptive", [adaptiveclipping_mod]),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_goes_as_without_codec_if_none_loses_anything(name: str) -> None:
+    strategy, mods = STRATEGIES[name]
+
+    def floats(message: Message, context: Context) -> Message:
+        """Flower's wrappers for privacy do not take integers."""
+        reply = train(message, context)
+        arrays = {n: a.numpy() for n, a in reply.content["arrays"].items()}
+        metrics = MetricRecord({"num-examples": 10, "train_loss": 1.0})
+        trained = record({**arrays, "count": arrays["count"].astype(np.float32)})
+        return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
+
+    def trained(codec: bool) -> dict[str, np.ndarray]:
+        def make() -> ClientApp:
+            made = ClientApp(mods=[*([CompressMod()] if codec else []), *mods])
+            made.train()(floats)
+            made.evaluate()(evaluate)
+            return made
+
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what Flower samples nodes and noise with
+        grid: Any = LoopbackGrid(make, NODES)
+        grid = CodecGrid(grid, "fp32", downlink="fp32") if codec else grid
+        start = {**model(), "count": np.array([3], np.float32)}
+        result = strategy(fraction_evaluate=0.5).start(grid, record(start), num_rounds=3)
+        return {n: a.numpy() for n, a in result.arrays.items()}
+
+    plain, coded = trained(False), trained(True)
+    assert np.abs(plain["lora_B"]).max() > 1e-3
+    for array, expected in zip(coded.values(), plain.values(), strict=True):
+        assert np.abs(array - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_frozen_tensor_costs_nothing_on_the_way_down_though_averages_of_it_round(
+    nodes: int,
+) -> None:
+    grid = LoopbackGrid(WITH, nodes)
+    after = run(grid, "int4", evaluated=0.0)
+    adapters = gc.make_codec("int4").nbytes(spec_of("lora_A", "lora_B"))
+    assert max(row["down"] for row in grid.log[nodes:]) < adapters + 1300  # headers of Flower's
+    assert np.allclose(after[-1]["frozen"], after[0]["frozen"], rtol=1e-6, atol=0)
+
+
+def spec_of(*names: str) -> UpdateSpec:
+    return UpdateSpec.of({n: torch.from_numpy(model()[n]) for n in names})
+
+
+def test_what_coding_loses_of_the_model_is_no_update_to_the_strategy() -> None:
+    """Momentum, adaptive rates and clipping would take it for one."""
+
+    def idle(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": message.content["arrays"]}), reply_to=message)
+
+    grid = LoopbackGrid(app_of(idle), 1)
+    codecs = CodecGrid(grid, "int4", downlink="sign")
+    for factor in (1, 2, 3):
+        sent = record({n: a * np.array(factor, a.dtype) for n, a in model().items()})
+        (reply,) = codecs.send_and_receive(messages(sent, [100]))
+        assert dict(reply.content["arrays"].items()) == dict(sent.items())
+    assert max(row["down"] for row in grid.log[1:]) < 64 * 64 * 4  # coded, with loss
+
+
+def app_of(train: Callable[[Message, Context], Message]) -> Callable[[], ClientApp]:
+    """Apps with the mod that train so."""
+
+    def make() -> ClientApp:
+        made = ClientApp(mods=[CompressMod()])
+        made.train()(train)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_lists_of_numpy_arrays_of_any_shape_arrive_as_what_they_were(dtype: Any) -> None:
+    """As Keras and scikit-learn give them: no names, scalars, empty ones, counters."""
+    rng = np.random.default_rng(0)
+    given = [
+        rng.normal(size=(40, 8)).astype(dtype),
+        np.asfortranarray(rng.normal(size=(8, 6)).astype(dtype)),
+        np.array(1.5, dtype),
+        np.zeros((0, 3), dtype),
+        np.array([True, False]),
+        np.arange(4),
+    ]
+
+    def step(message: Message, context: Context) -> Message:
+        arrays = message.content["arrays"].to_numpy_ndarrays()
+        moved = [a + a.dtype.type(0.5) if i < 4 else a for i, a in enumerate(arrays)]
+        metrics = MetricRecord({"num-examples": 1})
+        content = {"arrays": ArrayRecord([np.asarray(a) for a in moved]), "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy = FedAvg(fraction_evaluate=0.0)
+    codecs = CodecGrid(LoopbackGrid(app_of(step), 2), "int8", downlink="int8")
+    after = strategy.start(codecs, ArrayRecord(given), num_rounds=3).arrays.to_numpy_ndarrays()
+    for before, array in zip(given, after, strict=True):
+        assert array.shape == before.shape
+        if before.dtype.kind == "f":
+            assert np.abs(array - before - 1.5).max(initial=0) < 0.02
+        else:  # which FedAvg makes float64
+            assert np.array_equal(array, before)
+
+
+def test_counters_stay_exact_and_out_of_the_weights_way_though_flower_averages_them() -> None:
+    """As BatchNorm's ``num_batches_tracked``, which FedAvg turns into float64 after a round."""
+
+    def counting(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        arrays = {n: a.numpy() for n, a in reply.content["arrays"].items()}
+        arrays["count"] = arrays["count"] + context.node_id * 10
+        reply.content["arrays"] = record(arrays)
+        return reply
+
+    grid = LoopbackGrid(app_of(counting), 2)
+    plain = run(LoopbackGrid(app_of(counting), 2), evaluated=0.0)
+    coded = run(grid, "int4", evaluated=0.0)
+    assert plain[-1]["count"].tolist() == coded[-1]["count"].tolist() == [3 + ROUNDS * 1006]
+    assert coded[-1]["count"].dtype == np.float64
+    without = run(LoopbackGrid(WITH, 2), "int4", evaluated=0.0)
+    assert np.array_equal(coded[-1]["lora_B"], without[-1]["lora_B"])
+    assert max(row["down"] for row in grid.log[2:]) < 64 * 64 * 4  # the model comes once
+
+
+def test_arrays_without_floats_pass_as_they_are_and_may_change_their_shape() -> None:
+    """A forest grows, as in Flower's strategies for XGBoost."""
+
+    def grow(message: Message, context: Context) -> Message:
+        trees = message.content["arrays"]["0"].numpy()
+        content = {"arrays": ArrayRecord([np.append(trees, trees[-1:] + 1)])}
+        return Message(RecordDict(content), reply_to=message)
+
+    codecs = CodecGrid(LoopbackGrid(app_of(grow), 1), "int4")
+    sent = ArrayRecord([np.zeros(1, np.uint8)])
+    for _ in range(3):
+        (reply,) = codecs.send_and_receive(messages(sent, [100]))
+        sent = reply.content["arrays"]
+    assert sent["0"].numpy().tolist() == [0, 1, 2, 3]
+
+
+def test_of_two_records_of_a_reply_the_one_that_came_is_coded() -> None:
+    """Control variates have the model's names, and are not relative to it."""
+    control = {n: np.full_like(a, 7) for n, a in model().items()}
+
+    def two(message: Message, context: Context) -> Message:
+        reply = train(message, context)
+        both = {"control": record(control), **reply.content}
+        return Message(RecordDict(both), reply_to=message)
+
+    coded, plain = (CodecGrid(LoopbackGrid(a, 1), "int4") for a in (app_of(two), WITH))
+    sent = record(model())
+    for _ in range(3):
+        (reply,) = coded.send_and_receive(messages(sent, [100]))
+        (alone,) = plain.send_and_receive(messages(sent, [100]))
+        found = {n: a.numpy() for n, a in reply.content["control"].items()}
+        assert all(np.array_equal(found[n], control[n]) for n in control)
+        assert dict(reply.content["arrays"].items()) == dict(alone.content["arrays"].items())
+        sent = reply.content["arrays"]
+
+
+def test_it_is_said_once_that_nothing_is_compressed(caplog: pytest.LogCaptureFixture) -> None:
+    codecs = CodecGrid(LoopbackGrid(WITHOUT, 3), "int4")
+    two = RecordDict({"arrays": record(model()), "control": record(model())})
+    for _ in range(2):
+        list(codecs.send_and_receive(messages(record(model()), [100, 101])))
+        list(codecs.send_and_receive([Message(two, dst_node_id=102, message_type="train")]))
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("gradcodec")]
+    assert len(told) == 2
+    assert "node 100" in told[0]
+    assert "has no CompressMod" in told[0]
+    assert "more than one ArrayRecord" in told[1]
+
+
+def test_a_second_training_in_one_run_begins_without_what_the_first_one_lost() -> None:
+    used, options = LoopbackGrid(WITH, 2), {"downlink": "fp32", "error_feedback": True}
+    run(used, "sign", **options)
+    again, fresh = run(used, "sign", **options), run(LoopbackGrid(WITH, 2), "sign", **options)
+    assert all(np.array_equal(again[-1][n], fresh[-1][n]) for n in fresh[-1])
+
+
+def test_the_wrapper_has_the_bits_of_the_grid() -> None:
+    def wrapped(**options: Any) -> CodecStrategy:
+        return CodecStrategy(FedAdam(**options), "int4", error_feedback=False)
+
+    there = run(LoopbackGrid(WITH, 2), strategy=wrapped)
+    here = run(LoopbackGrid(WITH, 2), "int4", FedAdam, error_feedback=False)
+    assert all(np.array_equal(there[-1][n], here[-1][n]) for n in here[-1])
+    assert distance(here[-1], run(LoopbackGrid(WITH, 2), strategy=FedAdam)[-1]) > 0
+
+
+def test_layers_that_would_not_compress_or_would_do_it_twice_are_refused() -> None:
+    grid = LoopbackGrid(WITH, 2)
+    inside = DifferentialPrivacyServerSideFixedClipping(
+        CodecStrategy(FedAvg(), "int4"),
+        noise_multiplier=0.1,
+        clipping_norm=1.0,
+        num_sampled_clients=2,
+    )
+    with pytest.raises(ConfigError, match="CodecStrategy around all other strategies"):
+        inside.start(grid, record(model()), num_rounds=1)
+    with pytest.raises(ConfigError, match=r"Flower's CodecFedAvg\('subspace:auto'\)"):
+        CodecGrid(grid, "subspace:auto")
+    with pytest.raises(ConfigError, match="got a CodecGrid"):
+        CodecGrid(CodecGrid(grid, "int4"), "int4")
+    with pytest.raises(ConfigError, match="got a CodecGrid"):
+        CodecFedAvg("int4").start(CodecGrid(grid, "int4"), record(model()), num_rounds=1)
+
+
 def run_bytes(moved: dict[str, float]) -> int:
     """Bytes of the last reply if these tensors move as well."""
 
@@ -149,12 +399,7 @@ def run_bytes(moved: dict[str, float]) -> int:
         reply.content["arrays"] = record(arrays)
         return reply
 
-    def make() -> ClientApp:
-        made = ClientApp(mods=[CompressMod()])
-        made.train()(also)
-        return made
-
-    grid = LoopbackGrid(make, 2)
+    grid = LoopbackGrid(app_of(also), 2)
     run(grid, "int4", evaluated=0.0)
     return grid.log[-1]["up"]
 
@@ -174,6 +419,26 @@ def test_feedback_is_kept_in_the_nodes_state(feedback: bool | None) -> None:
     run(grid, "sign", downlink="fp32", error_feedback=feedback)
     parts = container.unpacked(grid.contexts[100].state.array_records[STATE])
     assert bool(parts["lost"]) == (feedback is not False)
+
+
+def test_a_tensor_that_rests_after_it_has_moved_gets_what_coding_lost_of_it() -> None:
+    sent = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+
+    def once(message: Message, context: Context) -> Message:
+        arrays = {n: a.numpy().copy() for n, a in message.content["arrays"].items()}
+        arrays["w"] += sent if message.content["config"]["lr"] else 0
+        arrays["other"] += 1
+        return Message(RecordDict({"arrays": record(arrays)}), reply_to=message)
+
+    codecs = CodecGrid(LoopbackGrid(app_of(once), 1), "sign", downlink="fp32")
+    arrays = record({"w": np.zeros((16, 16), np.float32), "other": np.zeros(3, np.float32)})
+    for number in range(20):
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"lr": float(number == 1)})})
+        (reply,) = codecs.send_and_receive(
+            [Message(content, dst_node_id=100, message_type="train")]
+        )
+        arrays = reply.content["arrays"]
+    assert np.linalg.norm(arrays["w"].numpy() - sent) < 0.2 * np.linalg.norm(sent)
 
 
 def test_a_lost_reply_and_missed_rounds_are_made_up_for() -> None:
@@ -306,31 +571,39 @@ def test_training_that_diverges_costs_that_nodes_reply() -> None:
         reply.content["arrays"] = record(arrays)
         return reply
 
-    def make() -> ClientApp:
-        made = ClientApp(mods=[CompressMod()])
-        made.train()(diverged)
-        return made
-
     for codec in ("int4", "fp32"):
         grid = LoopbackGrid(WITH, 2)
-        grid.apps[101] = make
+        grid.apps[101] = app_of(diverged)
         replies = CodecGrid(grid, codec).send_and_receive(messages(record(model()), [100, 101]))
         assert [r.has_error() for r in replies] == [False, True]
 
 
-def test_a_fitted_codec_from_a_folder_goes_both_ways(tmp_path: Any) -> None:
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_fitted_codec_goes_up(where: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     update = {n: torch.randn(v.shape) for n, v in model().items() if n.startswith("lora")}
     recorded = SecondMoments(UpdateSpec.of(update), gc.SubspaceConfig(ratio=2))
     for _ in range(8):
         recorded.add({n: torch.randn(t.shape) for n, t in update.items()})
     fitted = gc.Chain(gc.fit_subspace(recorded), gc.BlockQuant(gc.BlockQuantConfig(8)))
-    fitted.save_pretrained(tmp_path / "codec")
-    frozen = [("frozen", "fp32")]
+    options: dict[str, Any] = {"downlink": "int8", "rules": [("frozen", "fp32")]}
     with pytest.raises(GradcodecError, match="no such codec or folder"):
         CodecGrid(LoopbackGrid(WITH, 1), "no such codec or folder")
-    grid = LoopbackGrid(WITH, 2)
-    after = run(grid, str(tmp_path / "codec"), downlink="int8", rules=frozen)
+    with reachable_hub(tmp_path, monkeypatch):
+        name = REPO if where == "hub" else str(tmp_path / "codec")
+        if where == "hub":
+            fitted.push_to_hub(name, token=TOKEN)
+        else:
+            fitted.save_pretrained(name)
+        after = run(LoopbackGrid(WITH, 2), name, **options)
+    assert np.abs(after[-1]["lora_B"]).max() > 0.1
     assert np.isfinite(after[-1]["lora_A"]).all()
+
+
+@pytest.mark.parametrize("way", ["codec", "downlink"])
+def test_a_codec_that_was_fitted_on_other_tensors_is_refused_with_the_first_model(way: str) -> None:
+    chosen = {"codec": "int8", "downlink": "int8", way: "stdlib-llama-lora-r8-32x"}
+    with pytest.raises(UpdateError, match="expected the codec's 48 tensors, got 3"):
+        run(LoopbackGrid(WITH, 2), **chosen)
 
 
 @pytest.mark.parametrize("downlink", ["int2-unbiased", RotatedSignConfig(kept=64)])
@@ -348,12 +621,7 @@ def test_a_tensor_of_another_shape_costs_that_reply_and_is_named() -> None:
         reply.content["arrays"] = record({**arrays, "lora_A": arrays["lora_A"][:1]})
         return reply
 
-    def make() -> ClientApp:
-        made = ClientApp(mods=[CompressMod()])
-        made.train()(one_row)
-        return made
-
-    grid = CodecGrid(LoopbackGrid(make, 1), "int4")
+    grid = CodecGrid(LoopbackGrid(app_of(one_row), 1), "int4")
     content = RecordDict({"arrays": record(model()), "config": ConfigRecord()})
     (reply,) = grid.send_and_receive([Message(content, message_type="train", dst_node_id=100)])
     assert reply.has_error()
@@ -403,12 +671,7 @@ def test_the_app_does_not_see_what_server_and_mod_say_to_each_other() -> None:
         seen.append(set(message.content["config"]))
         return train(message, context)
 
-    def make() -> ClientApp:
-        made = ClientApp(mods=[CompressMod()])
-        made.train()(spying)
-        return made
-
-    codecs = CodecGrid(LoopbackGrid(make, 2), "int4")
+    codecs = CodecGrid(LoopbackGrid(app_of(spying), 2), "int4")
     list(codecs.send_and_receive(messages(record(model()), [100, 101])))
     assert seen == [{"lr"}, {"lr"}]
 

@@ -295,6 +295,39 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         run(LoopbackGrid(app(), NODES), CodecFedAvg("int4", checkpoint=path), 2)
 
 
+def test_a_second_start_goes_on_and_does_not_begin_elsewhere_silently() -> None:
+    grid, strategy = LoopbackGrid(app(), NODES), CodecFedAvg("int8")
+    half = ArrayRecord({n: Array(t.numpy()) for n, t in run(grid, strategy, 3).items()})
+    with pytest.raises(ConfigError, match="those that the last start ended with"):
+        run(grid, strategy, 3)
+    strategy.start(grid, half, num_rounds=1)
+    assert strategy.server is not None
+    assert strategy.server.round == 4
+
+
+def test_clients_without_a_participant_are_said_to_need_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def plain(message: Message, context: Context) -> Message:
+        message.content["arrays"].to_numpy_ndarrays()
+        raise AssertionError
+
+    def make() -> ClientApp:
+        made = ClientApp()
+        made.train()(plain)
+        return made
+
+    run(LoopbackGrid(make, NODES), CodecFedAvg("int8", fraction_evaluate=0.0), 1)
+    assert "no reply of round 1 can be used" in caplog.text
+    assert "Participant" in caplog.text
+
+
+def test_initial_arrays_that_training_would_not_begin_with_are_refused() -> None:
+    strategy = CodecFedAvg("int8", initial={n: t + 1 for n, t in Toy().initial.items()})
+    with pytest.raises(ConfigError, match="expected initial_arrays equal to those of initial="):
+        run(LoopbackGrid(app(), NODES), strategy, 1)
+
+
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

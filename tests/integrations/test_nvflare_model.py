@@ -121,6 +121,37 @@ def test_counters_and_batch_norm_statistics_are_always_exact() -> None:
         state = moved(state, number)
 
 
+def test_counters_stay_exact_and_out_of_the_weights_way_though_nvflare_averages_them() -> None:
+    """An average of differences is a float, and so is the counter that it is added to."""
+    encode, site, state = EncodeModel("int4"), Site(), model()
+    for number in range(3):
+        got, nbytes = site.ask(encode, state)
+        assert all(torch.equal(got[n], state[n]) for n in state if n.startswith("bn"))
+        assert distance(got, state) < 0.1
+        assert (nbytes < whole_nbytes(state)) == (number > 0)  # the model comes once
+        state = moved(state, number)
+        tracked = state["bn.num_batches_tracked"].double() + 1000.5
+        state["bn.num_batches_tracked"] = tracked
+
+
+@pytest.mark.parametrize("kept", ["{}", "[1]", "[", 7])
+def test_a_note_that_names_nothing_is_refused(kept: Any) -> None:
+    site = Site()
+    task = site.task(EncodeModel("int4"), model())
+    task.meta["gradcodec"]["kept"] = kept
+    with pytest.raises(WireError, match="expected names in JSON"):
+        through(task, site.decode, at=site.at)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_step_of_half_precision_is_a_change(dtype: torch.dtype) -> None:
+    encode, site, state = EncodeModel("int4"), Site(), model(dtype=dtype)
+    site.ask(encode, state)
+    state["w"] = state["w"] * (1 + torch.finfo(dtype).eps)
+    got, _ = site.ask(encode, state)
+    assert not torch.equal(got["w"], model(dtype=dtype)["w"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_come_as_near_as_one_step_allows(dtype: torch.dtype) -> None:
     encode, site, state = EncodeModel("int4"), Site(), model(dtype=dtype)

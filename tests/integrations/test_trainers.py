@@ -138,6 +138,18 @@ def test_a_board_receives_the_figures(framework: str, board: str, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_micro_batches_clipping_bf16_and_the_best_model_have_the_bits_of_a_plain_run(
+    tmp_path: Path,
+) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("needs: pip install transformers")
+    plain, coded = tmp_path / "plain", tmp_path / "coded"
+    ranks("trainer", plain, "options")
+    ranks("trainer", coded, "options", "fp32")
+    assert torch.equal(weights(plain), weights(coded))
+
+
+@pytest.mark.slow
 def test_without_a_ranks_file_training_goes_on_and_feedback_starts_anew(
     made: Made, tmp_path: Path
 ) -> None:

@@ -2,8 +2,10 @@
 
     torchrun --nproc-per-node 2 trainer_cases.py FRAMEWORK FOLDER [MODE] [VALUE]
 
-MODE is ``kill`` or ``resume``, or ``tensorboard`` or ``wandb``: log there, to ``FOLDER/board``.
-VALUE, for the Trainer: the learning rate of a run to be killed, the checkpoint to resume from.
+MODE is ``kill`` or ``resume``, or ``tensorboard`` or ``wandb``: log there, to ``FOLDER/board``, or
+``options``: micro-batches, clipping by norm, bf16, and the best checkpoint at the end.
+VALUE, for the Trainer: the learning rate of a run to be killed, the checkpoint to resume from, the
+codec of ``options``, if any.
 Rank 0 writes ``FOLDER/weights.safetensors`` and ``FOLDER/figures.json`` at the end.
 """
 
@@ -94,6 +96,10 @@ def trainer() -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             die_at(state.global_step)
 
+    options: dict[str, Any] = {}
+    if MODE == "options":
+        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": SAVED}
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "bf16": True, **best}
     arguments = TrainingArguments(
         output_dir=str(FOLDER / "out"),
         max_steps=STEPS,
@@ -107,13 +113,20 @@ def trainer() -> None:
         save_total_limit=1,
         logging_steps=2,
         disable_tqdm=True,
+        **options,
     )
-    made = Trainer(model=Net(), args=arguments, train_dataset=Points())
+    made = Trainer(model=Net(), args=arguments, train_dataset=Points(), eval_dataset=Points())
     named = VALUE if MODE == "resume_from" else None
-    made.add_callback(CompressCallback(made, resume_from=named, **CODEC))
+    codec = {**CODEC, "codec": VALUE} if MODE == "options" else CODEC
+    callback = CompressCallback(made, resume_from=named, **codec)
+    if codec["codec"]:
+        made.add_callback(callback)
     made.add_callback(Die())
     resumed = MODE.startswith("resume")
     made.train(resume_from_checkpoint=VALUE if resumed and VALUE else resumed)
+    if MODE == "options" and codec["codec"]:
+        assert callback.compression is not None
+        assert callback.compression.step == STEPS, "one exchange for two micro-batches"
     told = [r["step"] for r in made.state.log_history if "loss" in r]
     assert told == [2, 4, 6, 8], "the Trainer's own lines are there too"
     finish(made.model, [r for r in made.state.log_history if "gradcodec/ratio" in r])

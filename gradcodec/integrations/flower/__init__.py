@@ -4,6 +4,7 @@ Any strategy, and client code as it is:
 
     app = ClientApp(mods=[CompressMod()])                                  # client
     strategy.start(grid=CodecGrid(grid, "int4"), initial_arrays=arrays)    # server
+    CodecStrategy(strategy, "int4").start(grid=grid, ...)                  # the same, as a wrapper
 
 Codes trained and added, codecs fitted on the way:
 
@@ -15,5 +16,6 @@ from gradcodec.integrations.flower.grid import CodecGrid
 from gradcodec.integrations.flower.mod import CompressMod
 from gradcodec.integrations.flower.participant import Participant
 from gradcodec.integrations.flower.strategy import CodecFedAvg
+from gradcodec.integrations.flower.wrapper import CodecStrategy
 
-__all__ = ["CodecFedAvg", "CodecGrid", "CompressMod", "Participant"]
+__all__ = ["CodecFedAvg", "CodecGrid", "CodecStrategy", "CompressMod", "Participant"]

@@ -85,6 +85,11 @@ def unpacked(record: ArrayRecord) -> dict[str, bytes]:
     return parts
 
 
+def has_floats(record: ArrayRecord) -> bool:
+    """Whether there is something to code; others (the bytes of trees) may change their shape."""
+    return any(array.dtype.startswith(("float", "bfloat")) for array in record.values())
+
+
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     """The arrays of a record as tensors; memory is shared where possible.
 

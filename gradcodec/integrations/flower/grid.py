@@ -13,13 +13,14 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from gradcodec import layout
-from gradcodec.errors import CodecMismatchError, GradcodecError
+from gradcodec.errors import CodecMismatchError, ConfigError, GradcodecError
 from gradcodec.integrations.flower import container
 from gradcodec.integrations.flower.mod import BASE, SETTINGS, VERSION, offered
 from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
 from gradcodec.integrations.messages.coding import Coding
 from gradcodec.integrations.messages.copies import Copy, Sender
 from gradcodec.settings import CodecConfig
+from gradcodec.types import Update, UpdateSpec
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,13 @@ class _Sent:
 
     Attributes:
         message: as it was sent.
-        tensors: what its receiver has.
-        version: of these.
+        model: the strategy's, of which its receiver has a copy.
+        version: of this copy.
         coded: whether only a node with the mod can have read it.
     """
 
     message: Message
-    tensors: dict[str, Tensor]
+    model: dict[str, Tensor]
     version: bytes
     coded: bool
 
@@ -50,8 +51,9 @@ class CodecGrid(Grid):
         strategy.start(grid=CodecGrid(grid, "int4"), initial_arrays=arrays, num_rounds=10)
 
     Clients need ``CompressMod``; one without it is sent plain arrays and answers plainly, and takes
-    part as always. A strategy sees plain arrays: the model that a client trained from, plus its
-    decoded update.
+    part as always. A strategy sees plain arrays: the model that it has sent, plus the decoded
+    update; not what coding made of the model on its way, since the difference is no client's work,
+    and strategies with momentum or adaptive rates would take it for a gradient.
 
     The first message to a node holds the whole model, in plain arrays. Later ones hold how it has
     changed since, in one array: the difference to what the node has, so that what coding one of
@@ -62,7 +64,9 @@ class CodecGrid(Grid):
     leave out, and a log line names the node. The grid's state is in this object: after a restart
     of the ``ServerApp`` nodes are sent the whole model again.
 
-    Messages with one ``ArrayRecord`` are coded, others pass as they are.
+    Messages with one ``ArrayRecord`` that holds floating-point arrays are coded, others pass as
+    they are. Where that, or a reply in plain arrays, means that nothing is compressed, a log line
+    says so once.
 
     Args:
         grid: the grid that Flower gives to the ``ServerApp``.
@@ -74,8 +78,9 @@ class CodecGrid(Grid):
             BatchNorm's statistics need no rule: they travel bit for bit.
 
     Raises:
-        ConfigError: an argument is of another kind, or ``downlink`` cannot be used; with the first
-            model, a rule matches none of its tensors.
+        ConfigError: an argument is of another kind, ``grid`` is a ``CodecGrid`` itself, or
+            ``downlink`` cannot be used; with the first model, a rule matches none of its tensors.
+        UpdateError: with the first model, a fitted codec is of other tensors.
         HubError: there is no such codec.
     """
 
@@ -88,19 +93,23 @@ class CodecGrid(Grid):
         error_feedback: bool | None = None,
         rules: Sequence[Sequence[str]] = (),
     ) -> None:
-        choice = {
+        if isinstance(grid, CodecGrid):
+            raise ConfigError(
+                "expected the grid that Flower gives to the ServerApp, got a CodecGrid"
+            )
+        self._choice = {
             "uplink": plain_choice(codec),
             "downlink": plain_choice(downlink),
             "rules": plain_rules(rules),
             "feedback": error_feedback,
         }
-        pairs = tuple((pattern, name) for pattern, name in plain_rules(rules))
+        self._rules = tuple((pattern, name) for pattern, name in plain_rules(rules))
+        self._codecs = [codec_of(plain_choice(one)) for one in (codec, downlink)]
         self._grid = grid
-        self._settings = json.dumps(choice, sort_keys=True, separators=(",", ":"))
-        self._uplink = Coding(codec_of(plain_choice(codec)), pairs)
-        self._sender = Sender(Coding(codec_of(plain_choice(downlink)), pairs))
+        self._agree({})
         self._held: dict[int, bytes] = {}
         self._waiting: dict[str, _Sent] = {}
+        self._told: set[str] = set()
 
     # -- what a strategy calls ----------------------------------------------------------------
 
@@ -151,24 +160,48 @@ class CodecGrid(Grid):
         """As the wrapped grid."""
         return self._grid.get_nodes()
 
+    def _agree(self, model: Update) -> None:
+        """Settle what both ends need: the codecs, and names of what travels bit for bit.
+
+        Those are the integers of the first model. Strategies average them too, and then they are
+        float64; a counter in a block of weights would set the block's scale.
+
+        Raises:
+            ConfigError, UpdateError: a codec or a rule does not fit the model.
+        """
+        spec = UpdateSpec.of(model)
+        kept = [t.name for t in spec if not t.dtype.is_floating_point]
+        choice = {**self._choice, "kept": kept}
+        self._settings = json.dumps(choice, sort_keys=True, separators=(",", ":"))
+        up, down = (Coding(codec, self._rules, kept) for codec in self._codecs)
+        self._uplink, self._sender = up, Sender(down)
+        for coding in (up, down) if model else ():
+            coding.plan(spec)  # or every node would refuse it in every round
+
     # -- outgoing -----------------------------------------------------------------------------
 
     def _encoded(self, messages: Iterable[Message]) -> list[tuple[Message, _Sent | None]]:
         moved: int | None = None
+        model: dict[str, Tensor] = {}
         out: list[tuple[Message, _Sent | None]] = []
         for message in messages:
             found = list(message.content.array_records.items())
-            if len(found) != 1 or not found[0][1]:
+            if len(found) > 1:
+                self._tell_once("messages with more than one ArrayRecord are sent uncompressed")
+            if len(found) != 1 or not container.has_floats(found[0][1]):
                 out.append((message, None))
                 continue
             name, record = found[0]
             if moved != id(record):  # strategies put one record into all messages
-                self._sender.move(container.tensors_of(record))
+                model = container.tensors_of(record)
+                if not self._sender.copy.version:
+                    self._agree(model)
+                self._sender.move(model)
                 moved = id(record)
-            out.append((message, self._encode(message, name)))
+            out.append((message, self._encode(message, name, model)))
         return out
 
-    def _encode(self, message: Message, name: str) -> _Sent:
+    def _encode(self, message: Message, name: str, model: dict[str, Tensor]) -> _Sent:
         copy = self._sender.copy
         held = self._held.get(message.metadata.dst_node_id)
         if held is None:
@@ -180,12 +213,17 @@ class CodecGrid(Grid):
         # A new content: strategies put one content into all messages.
         entries = {SETTINGS: self._settings, VERSION: copy.version.hex()}
         message.content = offered(content, entries)
-        return _Sent(message, dict(copy.tensors), copy.version, held is not None)
+        return _Sent(message, model, copy.version, held is not None)
 
     def _wait(self, ids: Iterable[str], sent: Iterable[tuple[Message, _Sent | None]]) -> None:
         for message_id, (_, one) in zip(ids, sent, strict=True):
             if one is not None and message_id:
                 self._waiting[message_id] = one
+
+    def _tell_once(self, text: str, *values: object) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(f"gradcodec: {text}", *values)
 
     # -- incoming -----------------------------------------------------------------------------
 
@@ -200,6 +238,12 @@ class CodecGrid(Grid):
         packed = [n for n, r in reply.content.array_records.items() if container.is_packed(r)]
         if packed or sent.coded:  # the node has the mod, and what it was sent
             self._held[node] = sent.version
+        elif reply.content.array_records:
+            self._tell_once(
+                "node %d (others are not named) replied in plain arrays, uncompressed: its "
+                "ClientApp has no CompressMod, or returns other arrays than came",
+                node,
+            )
         try:
             for name in packed:
                 record = reply.content.array_records[name]
@@ -224,7 +268,7 @@ class CodecGrid(Grid):
             raise CodecMismatchError(
                 f"expected an update of version {sent.version.hex()}, got one of {base.hex()}"
             )
-        trained = Copy(dict(sent.tensors), sent.version)
+        trained = Copy(dict(sent.model), sent.version)
         if parts:
             trained.advance(parts, self._uplink)
         for name, tensor in trained.tensors.items():

@@ -33,6 +33,8 @@ BASE = "base"
 
 _COPY = "copy/"
 
+_CHOICE = {"uplink", "downlink", "rules", "feedback", "kept"}
+
 App = Callable[[Message, Context], Message]
 
 
@@ -42,13 +44,15 @@ class CompressMod:
         app = ClientApp(mods=[CompressMod()])
 
     Put it first in the list: then other mods (clipping, noise) see plain arrays. The app is given
-    plain arrays and returns plain arrays, of its whole model. The server chooses the codecs and
-    says so in the train config. Of a server without ``CodecGrid`` nothing changes.
+    plain arrays and returns plain arrays, of its whole model; of several records in its reply the
+    one that is named as the one that came is coded, the others travel as they are. The server
+    chooses the codecs and says so in the train config. Of a server without ``CodecGrid`` nothing
+    changes.
 
     What a node keeps between rounds is in ``context.state``, because Flower starts a process for
     each message: its copy of the model, to which the next increments apply, and what coding has
     lost (error feedback). It belongs to one run and one choice of codecs, and starts anew with
-    another.
+    another; error feedback also when the whole model comes again.
 
     Raises, as an error reply, of which the server makes another start with this node:
         WireError: a message is damaged, or applies to another version of the model.
@@ -68,12 +72,10 @@ class CompressMod:
         msg.content = _plain(msg.content, name, node.copy.tensors)
         node.keep(ctx)
         reply = call_next(msg, ctx)
-        if reply.has_error():
-            return reply
-        for at, trained in list(reply.content.array_records.items()):
-            if set(trained) == set(node.copy.tensors):
-                reply.content[at] = node.encoded(trained, ctx)
-                node.keep(ctx)
+        at = None if reply.has_error() else _trained(reply.content, name, node.copy.tensors)
+        if at is not None:
+            reply.content[at] = node.encoded(reply.content.array_records[at], ctx)
+            node.keep(ctx)
         return reply
 
 
@@ -86,12 +88,14 @@ class Node:
         settings: the server's choice of codecs, in JSON.
         copy: the model as this node has it.
         feedback: what coding has lost, or ``None``.
+        moved: tensors that ``feedback`` is of; they travel also when they rest.
     """
 
     run: str
     settings: str
     copy: Copy
     feedback: Feedback | None
+    moved: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, ctx: Context, offer: Mapping[str, str]) -> Node:
@@ -104,9 +108,12 @@ class Node:
         parts = container.unpacked(ctx.state.array_records[STATE])
         if parts.pop("run") != run.encode() or parts.pop("settings") != settings.encode():
             return node
-        version, digest, lost = (parts.pop(k) for k in ("version", "digest", "lost"))
+        version, digest, lost, moved = (
+            parts.pop(k) for k in ("version", "digest", "lost", "moved")
+        )
         if node.feedback is not None and lost:
             node.feedback.kept = wire.raw_tensor(lost, torch.float32), digest
+            node.moved = frozenset(json.loads(moved))
         tensors = EXACT.decode({name.removeprefix(_COPY): part for name, part in parts.items()})
         node.copy = Copy(tensors, version)
         return node
@@ -120,6 +127,7 @@ class Node:
             "version": self.copy.version,
             "digest": digest,
             "lost": b"" if lost is None else wire.raw_bytes(lost),
+            "moved": json.dumps(sorted(self.moved)).encode(),
         }
         copy = {_COPY + name: part for name, part in EXACT.encode(self.copy.tensors).items()}
         ctx.state[STATE] = container.packed({**parts, **copy})
@@ -135,6 +143,8 @@ class Node:
             self.copy.receive(message, self._coding("downlink"))
         else:
             self.copy = Copy(container.tensors_of(record), bytes.fromhex(offer[VERSION]))
+            if self.feedback is not None:  # of an earlier training, or of a reply that was dropped
+                self.feedback.kept, self.moved = (None, b""), frozenset()
 
     def encoded(self, trained: ArrayRecord, ctx: Context) -> ArrayRecord:
         """The record of what training has changed.
@@ -150,14 +160,17 @@ class Node:
                     f"{name!r}: expected the shape {tuple(before.shape)} of the model that came, "
                     f"got {tuple(tensors[name].shape)}"
                 )
-        update = changes({name: tensors[name] for name in held}, held, coding)
+        update = changes({name: tensors[name] for name in held}, held, coding, self.moved)
         seed = zlib.crc32(f"{ctx.node_id}/{self.copy.version.hex()}".encode())
         parts = coding.encode(update, seed=seed, feedback=self.feedback) if update else {}
+        if self.feedback is not None and self.feedback.kept[0] is not None:
+            self.moved = frozenset(n for n, t in update.items() if t.dtype.is_floating_point)
         return container.packed({**parts, BASE: self.copy.version})
 
     def _coding(self, way: str) -> Coding:
         chosen = _settings(self.settings)
-        return Coding(codec_of(chosen[way]), tuple((p, c) for p, c in chosen["rules"]))
+        rules = tuple((pattern, name) for pattern, name in chosen["rules"])
+        return Coding(codec_of(chosen[way]), rules, chosen["kept"])
 
 
 def offered(content: RecordDict, entries: Mapping[str, str]) -> RecordDict:
@@ -174,6 +187,15 @@ def _offer(msg: Message) -> dict[str, str] | None:
         if SETTINGS in record and VERSION in record:
             return {key: str(record[key]) for key in (SETTINGS, VERSION)}
     return None
+
+
+def _trained(content: RecordDict, name: str, model: Mapping[str, Tensor]) -> str | None:
+    """The name of the record that holds the trained model, if there is one.
+
+    Another record of the same tensors (control variates, momenta) is not relative to the model.
+    """
+    found = [at for at, record in content.array_records.items() if set(record) == set(model)]
+    return name if name in found else found[0] if len(found) == 1 else None
 
 
 def _plain(content: RecordDict, name: str, tensors: Mapping[str, Tensor]) -> RecordDict:
@@ -195,7 +217,7 @@ def _settings(text: str) -> dict[str, Any]:
         found = json.loads(text)
     except (ValueError, RecursionError) as err:
         raise WireError(f"expected codecs in JSON, got {text[:80]!r}") from err
-    if not isinstance(found, dict) or set(found) != {"uplink", "downlink", "rules", "feedback"}:
+    if not isinstance(found, dict) or set(found) != _CHOICE:
         raise ConfigError(
             f"expected a choice of codecs, got {text[:80]!r}: server and client have different "
             "versions of gradcodec"

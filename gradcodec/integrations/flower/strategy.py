@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
@@ -16,15 +17,15 @@ from gradcodec.errors import ConfigError, GradcodecError, TrainingError
 from gradcodec.federated import AutoConfig, AutoServer, Server, ServerConfig
 from gradcodec.federated import checkpoint as saved
 from gradcodec.federated.participants import ClientId
-from gradcodec.federated.tensors import State
+from gradcodec.federated.tensors import State, tensors_of
 from gradcodec.integrations.flower import container
+from gradcodec.integrations.flower.grid import CodecGrid
 from gradcodec.integrations.flower.participant import BROADCAST, FEDERATION, REPLY, START
-from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
+from gradcodec.integrations.messages.choice import AUTO, codec_of, plain_choice, plain_rules
+from gradcodec.parameters import plain_names
 from gradcodec.settings import CodecConfig
 
 logger = logging.getLogger(__name__)
-
-AUTO = "subspace:auto"
 
 Choice = str | CodecConfig | Mapping[str, Any]
 
@@ -133,11 +134,21 @@ class CodecFedAvg(FedAvg):
     ) -> Result:
         """As FedAvg. From a checkpoint on, those of ``num_rounds`` rounds that it lacks.
 
-        Rounds are numbered on, for nodes, ``evaluate_fn`` and the result.
+        Rounds are numbered on, for nodes, ``evaluate_fn`` and the result. A second ``start`` goes
+        on from where the first one ended.
+
+        Raises:
+            ConfigError: ``grid`` is a ``CodecGrid``; ``initial_arrays`` differ from ``initial`` or,
+                in a second ``start``, from where the first one ended.
         """
+        if isinstance(grid, CodecGrid):
+            raise ConfigError(
+                "CodecFedAvg codes by itself: expected Flower's grid, got a CodecGrid"
+            )
         fresh = self.server is None
         self._begin(initial_arrays)
         assert self.server is not None
+        _check_equal(initial_arrays, self._initial if fresh else self.server.replica.state(), fresh)
         before = self._before = self.server.round if fresh else 0
         watch = None if evaluate_fn is None else lambda n, arrays: evaluate_fn(n + before, arrays)
         if before:
@@ -203,6 +214,11 @@ class CodecFedAvg(FedAvg):
         valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
         good = [reply for reply in valid if self._received(reply)]
         if not good:
+            logger.warning(
+                "gradcodec: no reply of round %d can be used, and the model stays as it is; a "
+                "ClientApp for CodecFedAvg uses gradcodec.integrations.flower.Participant",
+                server_round + self._before,
+            )
             return None, None
         try:
             self.server.close_round()
@@ -229,3 +245,15 @@ class CodecFedAvg(FedAvg):
             return False
         self._versions[node] = self.server.round
         return True
+
+
+def _check_equal(arrays: ArrayRecord, begins: State | None, fresh: bool) -> None:
+    """Raise ``ConfigError`` if training would silently begin with other values than it is given."""
+    found = {} if begins is None else container.tensors_of(arrays)
+    for name, tensor in plain_names(dict(tensors_of(begins or {}))).items():
+        if name in found and not torch.equal(found[name].to(tensor.dtype), tensor.detach()):
+            where = "those of initial=" if fresh else "those that the last start ended with"
+            raise ConfigError(
+                f"{name!r}: expected initial_arrays equal to {where}, with which training begins; "
+                "for others make another CodecFedAvg"
+            )

@@ -12,6 +12,9 @@ from gradcodec.errors import ConfigError
 from gradcodec.registry import find_codec, make_codec
 from gradcodec.settings import CodecConfig
 
+AUTO = "subspace:auto"
+"""No codec but a way to find one, of a server that fits it on replies and sends it."""
+
 
 def codec_of(choice: str | dict[str, Any]) -> Codec:
     """The codec of a choice.
@@ -35,6 +38,11 @@ def plain_choice(codec: object) -> str | dict[str, Any]:
         ConfigError: it is something else, or settings that make no codec.
         HubError: there is no codec of this name.
     """
+    if codec == AUTO:
+        raise ConfigError(
+            f"{AUTO!r} fits its codec on replies, which takes a server of its own: Flower's "
+            f"CodecFedAvg({AUTO!r}) or gradcodec.federated.AutoServer"
+        )
     if isinstance(codec, CodecConfig):
         codec = codec.to_dict()
     if isinstance(codec, Mapping):

@@ -74,10 +74,11 @@ class Coding:
     Args:
         codec: unbound, or bound to the tensors that are coded.
         rules: ``(pattern, codec name)`` by tensor name, the first match wins.
+        kept: names of further tensors that travel bit for bit, whatever their dtype.
     """
 
-    def __init__(self, codec: Codec, rules: Rules = ()) -> None:
-        self.codec, self.rules = codec, rules
+    def __init__(self, codec: Codec, rules: Rules = (), kept: Collection[str] = ()) -> None:
+        self.codec, self.rules, self._kept = codec, rules, frozenset(kept)
         self._plans: OrderedDict[tuple[bytes, frozenset[int]], Plan] = OrderedDict()
 
     @property
@@ -102,8 +103,8 @@ class Coding:
 
     def _made(self, spec: UpdateSpec, still: frozenset[int]) -> Plan:
         travel = [t for i, t in enumerate(spec) if i not in still]
-        coded = UpdateSpec(tuple(t for t in travel if not self._keeps(t)))
-        kept = UpdateSpec(tuple(t for t in travel if self._keeps(t)))
+        coded = UpdateSpec(tuple(t for t in travel if not self.keeps(t)))
+        kept = UpdateSpec(tuple(t for t in travel if self.keeps(t)))
         codec: Codec | None = None
         if len(coded):
             codec = with_rules(self.codec, coded, self.rules)
@@ -114,12 +115,17 @@ class Coding:
         known = self.codec.spec is not None and spec == self.codec.spec
         return Plan(spec, still, codec, Identity().bind(kept) if len(kept) else None, known)
 
-    def _keeps(self, t: TensorSpec) -> bool:
+    def exact(self, name: str) -> bool:
+        """Whether a tensor of this name loses nothing."""
+        return type(rule_for(name, self.rules) or self.codec) is Identity
+
+    def keeps(self, t: TensorSpec) -> bool:
         """Whether a tensor travels bit for bit; a lossy codec would ruin counters and variances."""
         rule = rule_for(t.name, self.rules)
         exact = rule is None or type(rule) is Identity
         if t.dtype.is_floating_point:
-            return exact and any(fnmatch.fnmatchcase(t.name, p) for p in BUFFERS)
+            buffer = any(fnmatch.fnmatchcase(t.name, p) for p in BUFFERS)
+            return exact and (buffer or t.name in self._kept)
         if not exact:
             raise ConfigError(
                 f"{t} travels bit for bit; the rule that gives it {rule} would lose some of it: "

@@ -10,7 +10,7 @@ each message also carries what coding the earlier ones lost, and errors do not a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,11 @@ from gradcodec.types import Update, UpdateSpec
 VERSION_BYTES = 8
 
 EXACT = Coding(Identity())
+
+_ROUNDING = 8.0
+"""Epsilons by which averaging equal values may move them: ``x / 3 + x / 3 + x / 3`` is not ``x``,
+and frozen tensors would be sent in each round. What it hides is in the next difference, since that
+is to what receivers hold."""
 _WHOLE, _VERSION, _START = "whole", "version", "start"
 
 
@@ -176,8 +181,10 @@ class Sender:
         spec = UpdateSpec.of(model)
         if self._spec is None:
             check_rules(self._coding.rules, (t.name for t in spec))
-        if spec == self._spec:
-            step = self._coding.encode(changes(model, self.copy.tensors, self._coding))
+        if self._spec is not None and self._moves(self._spec, spec):
+            step = self._coding.encode(
+                changes(model, self.copy.tensors, self._coding, rounding=_ROUNDING)
+            )
             self._steps.append((self.copy.version, step))
             self.copy.advance(step, self._coding)
             while len(self._steps) > 1 and sum(_nbytes(s) for _, s in self._steps) > spec.nbytes:
@@ -186,8 +193,15 @@ class Sender:
         else:
             whole = EXACT.encode(model)
             self.copy.receive(Message(whole, (), pinned(b"", whole)), self._coding)
-            self._whole, self._steps, self._spec = whole, [], spec
-        self._model = digest
+            self._whole, self._steps = whole, []
+        self._model, self._spec = digest, spec
+
+    def _moves(self, before: UpdateSpec, after: UpdateSpec) -> bool:
+        """Whether increments lead on: only what travels bit for bit may have another dtype now."""
+        return len(before) == len(after) and all(
+            a == b or ((a.name, a.shape) == (b.name, b.shape) and self._coding.keeps(b))
+            for a, b in zip(before, after, strict=True)
+        )
 
     def message(self, held: bytes) -> Message:
         """The message for a receiver of version ``held``."""
@@ -202,10 +216,20 @@ class Sender:
         return Message(self._whole, (), version)
 
 
-def changes(model: Update, held: Update, coding: Coding) -> dict[str, Tensor]:
+def changes(
+    model: Update,
+    held: Update,
+    coding: Coding,
+    also: Collection[str] = (),
+    *,
+    rounding: float = 0.0,
+) -> dict[str, Tensor]:
     """Differences of the tensors that are coded, new values of the others.
 
-    Unchanged tensors are left out, unless the codec is bound to its tensors and needs them.
+    Unchanged tensors are left out, unless the codec is bound to its tensors and needs them, or
+    ``also`` names them. Tensors of fp32 or more of which no value has changed by more than
+    ``rounding`` times its dtype's epsilon count as unchanged where they would be coded with loss;
+    of half precision an epsilon is as much as training changes.
     """
     plan = coding.plan(UpdateSpec.of(model))
     coded = {t.name for t in (plan.codec.spec or ())} if plan.codec is not None else set()
@@ -213,11 +237,21 @@ def changes(model: Update, held: Update, coding: Coding) -> dict[str, Tensor]:
     out = {}
     for name, tensor in model.items():
         before = held[name]
-        if name not in needed and torch.equal(before, tensor):
+        same = before.dtype == tensor.dtype and torch.equal(before, tensor)
+        if rounding and name in coded and not coding.exact(name):
+            same = same or _near(before, tensor, rounding)
+        if same and name not in needed and name not in also:
             continue
         change = _wide(tensor) - _wide(before) if name in coded else tensor
         out[name] = change.to(needed.get(name, change.dtype))
     return out
+
+
+def _near(before: Tensor, after: Tensor, rounding: float) -> bool:
+    if after.dtype not in (torch.float32, torch.float64):
+        return False
+    least = rounding * torch.finfo(after.dtype).eps
+    return torch.allclose(_wide(after), _wide(before), rtol=least, atol=0)
 
 
 def pinned(base: bytes, parts: Mapping[str, bytes]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -40,11 +40,19 @@ class CodecFilter(DXOFilter):
         super().__init__(supported_data_kinds=data_kinds, data_kinds_to_filter=data_kinds)
         self.codec = plain_choice(codec)
         self.rules = plain_rules(rules)
+        self._keeping: tuple[frozenset[str], Coding] | None = None
 
     @cached_property
     def coding(self) -> Coding:
         """The codec; it is loaded when the first message comes."""
         return Coding(codec_of(self.codec), tuple((pattern, name) for pattern, name in self.rules))
+
+    def coding_that_keeps(self, names: Collection[str]) -> Coding:
+        """The same codec; tensors of these names travel bit for bit."""
+        if self._keeping is None or self._keeping[0] != frozenset(names):
+            plain = self.coding
+            self._keeping = frozenset(names), Coding(plain.codec, plain.rules, names)
+        return self._keeping[1]
 
     def log_sizes(
         self, fl_ctx: FLContext, what: str, tensors: Update, parts: Mapping[str, bytes]
