@@ -130,6 +130,13 @@ _ALL = (
         rotated(56, 4096, "largest"),
     ),
     Scheme(
+        "peaks-25",
+        "largest rotated signs, bytes of 1/16 bit; 2 bit down",
+        "ours",
+        rotated(25, 4096, "largest"),
+        grid=(0.003, 0.006, 0.012),
+    ),
+    Scheme(
         "rotsign-512",
         "rotated signs, 1/8 bit in blocks of 4096; 2 bit down",
         "ours",
