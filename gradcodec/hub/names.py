@@ -11,6 +11,8 @@ from gradcodec.hub.local import bundled, bundled_path, read_folder
 from gradcodec.hub.remote import REPO_ID, download
 from gradcodec.names import wrong_name
 
+_SHOWN_OF_A_PATH = 200
+
 
 def read(name: str | Path, *, revision: str | None = None, half: str | None = None) -> Folder:
     """Read a codec by name.
@@ -44,9 +46,11 @@ def read(name: str | Path, *, revision: str | None = None, half: str | None = No
 
 
 def _wrong_name(name: str) -> str:
-    return wrong_name(
+    text = wrong_name(
         "a bundled codec, a codec's folder, or a Hub id 'user/name'",
         name,
         bundled(),
         "`gradcodec info` lists the bundled ones; make_codec makes those that need no fitting",
     )
+    # The end of a path says which it is, and the text above shows its beginning.
+    return f"{text}; no such folder is here: {name[-_SHOWN_OF_A_PATH:]}" if "/" in name else text

@@ -81,6 +81,8 @@ def test_dither_and_random_rotations_have_no_grain() -> None:
         "int4-unbiased",
         "int2-unbiased",
         "rotsign",
+        "rotsign-quarter",
+        "rotsign-eighth",
     }
 
 
