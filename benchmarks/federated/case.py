@@ -113,10 +113,17 @@ _ALL = (
     Scheme("signal-8", "subspace 1/8, 2 bit", "ours", signal(8, 2)),
     # Ratios of one-bit codes fill whole blocks of 256.
     Scheme("signal-17", "subspace 1/17, 1 bit", "ours", signal(17.46, 1), quick=True),
-    Scheme("signal-38", "subspace 1/38, 1 bit", "ours", signal(38.4, 1), quick=True),
+    Scheme("signal-38", "subspace 1/38, 1 bit", "ours", signal(38.4, 1), quick=True, plotted=False),
     Scheme("signal-128", "subspace 1/128, 1 bit", "ours", signal(128, 1)),
     Scheme("auto-17", "subspace:auto 1/17, 1 bit", "ours", auto(17.46)),
-    Scheme("rotsign-64", "rotated signs, 1/4 bit; 2 bit down", "ours", rotated(64), quick=True),
+    Scheme(
+        "rotsign-64",
+        "rotated signs, 1/4 bit; 2 bit down",
+        "ours",
+        rotated(64),
+        quick=True,
+        plotted=False,
+    ),
     Scheme(
         "peaks-128",
         "largest rotated signs, bytes of 1/4 bit; 2 bit down",
@@ -135,6 +142,7 @@ _ALL = (
         "ours",
         rotated(25, 4096, "largest"),
         grid=(0.003, 0.006, 0.012),
+        plotted=False,
     ),
     Scheme(
         "rotsign-512",
