@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from gradcodec import layout, ops
-from gradcodec.errors import MalformedBodyError
-from gradcodec.packers.packer import Packer
 from gradcodec.packers.positions import Positions
-from gradcodec.packers.rotsign import SEED_BYTES, RotatedSignConfig
+from gradcodec.packers.rotsign import SEED_BYTES, RotatedPacker
 from gradcodec.reference import rotsign
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 from gradcodec.reference.hadamard import butterflies, sign_words
 
 
-class RotatedPeaksPacker(Packer):
+class RotatedPeaksPacker(RotatedPacker):
     """The signs and positions of the ``kept`` largest of every ``block`` rotated values.
 
         x [block] --H E H D--> y --largest--> body = seed | scales (bf16) | signs | positions
@@ -40,15 +36,6 @@ class RotatedPeaksPacker(Packer):
     quantiser (Marco and Neuhoff 2006, Low-resolution scalar quantization for Gaussian sources).
     NaN and Inf raise ``NonFiniteError``. Torch computes it on every device.
     """
-
-    kind = "rotsign"
-    finite: ClassVar[bool] = True
-
-    def __init__(self, config: RotatedSignConfig) -> None:
-        self.config = config
-
-    def _blocks(self, numel: int) -> int:
-        return -(-numel // self.config.block)
 
     def _positions(self, numel: int) -> Positions:
         block, kept = self.config.block, self.config.kept
@@ -105,9 +92,7 @@ class RotatedPeaksPacker(Packer):
         positions = self._positions(numel)
         begin = SEED_BYTES + 2 * blocks
         end = begin + packed_nbytes(positions.count, 1)
-        scales = body[SEED_BYTES:begin].clone().view(torch.bfloat16)
-        if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-            raise MalformedBodyError("rotsign: expected finite, non-negative scales")
+        scales = self._checked(body[SEED_BYTES:begin].clone().view(torch.bfloat16))
         seed = int.from_bytes(bytes(body[:SEED_BYTES].tolist()), "little")
         words = self._words(numel, seed, body.device)
         minus = unpack_bits(body[begin:end], 1, positions.count).view(blocks, kept).bool()
@@ -135,9 +120,3 @@ class RotatedPeaksPacker(Packer):
         levels = (1.0 - 2.0 * minus.float()) * (scales.float() / self.config.block)[:, None]
         y = torch.zeros_like(signs[0]).scatter_(1, at, levels)
         return butterflies(butterflies(y).mul_(signs[1])).mul_(signs[0])
-
-    def surely_finite(self, body: Tensor, numel: int) -> bool:
-        """By the largest scale: no sum of a rotation exceeds ``block`` scales."""
-        cut = SEED_BYTES + 2 * self._blocks(numel)
-        scales = body[SEED_BYTES:cut].clone().view(torch.bfloat16)
-        return layout.within_fp32(scales, self.config.block)

@@ -45,7 +45,32 @@ class RotatedSignConfig(CodecConfig):
         check_one_of(self.kind, "which", self.which, ("first", "largest"))
 
 
-class RotatedSignPacker(Packer):
+class RotatedPacker(Packer):
+    """What packers of rotated signs have in common: ``body = seed | scales (bf16) | ...``."""
+
+    kind = "rotsign"
+    finite: ClassVar[bool] = True
+
+    def __init__(self, config: RotatedSignConfig) -> None:
+        self.config = config
+
+    def _blocks(self, numel: int) -> int:
+        return -(-numel // self.config.block)
+
+    def surely_finite(self, body: Tensor, numel: int) -> bool:
+        """By the largest scale: no sum of a rotation exceeds ``block`` scales."""
+        cut = SEED_BYTES + 2 * self._blocks(numel)
+        scales = body[SEED_BYTES:cut].clone().view(torch.bfloat16)
+        return layout.within_fp32(scales, self.config.block)
+
+    @staticmethod
+    def _checked(scales: Tensor) -> Tensor:
+        if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+            raise MalformedBodyError("rotsign: expected finite, non-negative scales")
+        return scales
+
+
+class RotatedSignPacker(RotatedPacker):
     """One-bit mean estimation: DRIVE (arXiv 2105.08339); below one bit EDEN (arXiv 2108.08842).
 
         x [block] --H D--> y --first `kept`, signs--> body = seed | scales (bf16) | bits
@@ -62,15 +87,6 @@ class RotatedSignPacker(Packer):
     ``NonFiniteError``. The rotation is floating-point arithmetic: decoded values may differ in
     their last bits between devices.
     """
-
-    kind = "rotsign"
-    finite: ClassVar[bool] = True
-
-    def __init__(self, config: RotatedSignConfig) -> None:
-        self.config = config
-
-    def _blocks(self, numel: int) -> int:
-        return -(-numel // self.config.block)
 
     def nbytes(self, numel: int) -> int:
         """The seed, two bytes per scale, and ``kept`` bits per block, rounded up to a byte."""
@@ -102,12 +118,6 @@ class RotatedSignPacker(Packer):
     def _unpacked(self, body: Tensor, numel: int) -> Tensor:
         return self.mean(body[None], numel)
 
-    def surely_finite(self, body: Tensor, numel: int) -> bool:
-        """By the largest scale: no sum of a rotation exceeds ``block`` scales."""
-        cut = SEED_BYTES + 2 * self._blocks(numel)
-        scales = body[SEED_BYTES:cut].clone().view(torch.bfloat16)
-        return layout.within_fp32(scales, self.config.block)
-
     @torch.no_grad()
     def mean(self, bodies: Tensor, numel: int, weights: Sequence[float] | None = None) -> Tensor:
         """As ``Packer.mean``, without a dense vector for each body."""
@@ -116,8 +126,7 @@ class RotatedSignPacker(Packer):
         cut = SEED_BYTES + 2 * blocks
         # Copied flat first, because the scales of a row may begin at an odd byte.
         scales = bodies[:, SEED_BYTES:cut].reshape(-1).clone().view(torch.bfloat16)
-        if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-            raise MalformedBodyError("rotsign: expected finite, non-negative scales")
+        self._checked(scales)
         seeds = [int.from_bytes(bytes(row), "little") for row in bodies[:, :SEED_BYTES].tolist()]
         words = [ops.random_sign_words(blocks * block, seed, bodies.device) for seed in seeds]
         return ops.rotsign_mean(
