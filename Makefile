@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 2
 export WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-llama test quick mutants lint docs dist
+.PHONY: help demo demo-full demo-llama test mutants lint docs dist
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,11 +39,8 @@ demo-llama: $(STAMP) ## The same with a real LLaMA of 135M parameters and two fi
 	$(BIN)/gradcodec run-federated --preset smollm2-gsm8k --model "$(SMOLLM2)" \
 		--dataset "$(DATASET)" --rounds 6 --held-out 64 --out runs/demo-llama --resume
 
-test: $(STAMP) ## Everything that must be green: lint, types, tests, wheel, README
+test: $(STAMP) ## Lint, types and tests; with CI=true the slow tests too: wheel, README, deployments
 	bash .ci/check $(BIN)
-
-quick: $(STAMP) ## The tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS)
 
 mutants: $(STAMP) ## Break the library in ten ways: the tests must notice each
 	$(BIN)/python -m tests.mutants
