@@ -1,85 +1,31 @@
 """Gradient compression for PyTorch: learned and fixed codecs for federated training.
 
 See ``README.md`` for a tour, ``WIRE.md`` for the bytes, ``docs/architecture.md`` for the map.
+
+Importing the package does not load torch, which takes seconds: the command line answers ``--help``
+without it, and a Flower node passes on messages that are not coded. The first use of a public name
+loads it.
 """
 
-from gradcodec import errors, metrics
-from gradcodec._version import __version__
-from gradcodec.chain import Chain
-from gradcodec.codec import Codec, Decoder, Encoder
-from gradcodec.codecs import Autoencoder, BlockQuant, Cast, Identity, Subspace, TopK
-from gradcodec.distributed import (
-    Compression,
-    CompressState,
-    LocalSteps,
-    LowRank,
-    OuterSGD,
-    Residuals,
-    compress,
-    compress_hook,
-    compressed_all_gather,
-    compressed_all_reduce,
-    compressed_reduce_scatter,
-    register_compressed_backend,
-)
-from gradcodec.faf import LatentOptimizer
-from gradcodec.packers.blockquant import BlockQuantConfig
-from gradcodec.packers.cast import CastConfig
-from gradcodec.packers.topk import TopKConfig
-from gradcodec.registry import make_codec
-from gradcodec.settings import CodecConfig
-from gradcodec.tgap import (
-    GradientRecorder,
-    SecondMoments,
-    SnapshotStore,
-    fit_autoencoder,
-    fit_subspace,
-)
-from gradcodec.transforms.autoencoder.config import AutoencoderConfig
-from gradcodec.transforms.subspace.config import SubspaceConfig
-from gradcodec.types import TensorSpec, UpdateSpec
-from gradcodec.wire import Payload
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Autoencoder",
-    "AutoencoderConfig",
-    "BlockQuant",
-    "BlockQuantConfig",
-    "Cast",
-    "CastConfig",
-    "Chain",
-    "Codec",
-    "CodecConfig",
-    "CompressState",
-    "Compression",
-    "Decoder",
-    "Encoder",
-    "GradientRecorder",
-    "Identity",
-    "LatentOptimizer",
-    "LocalSteps",
-    "LowRank",
-    "OuterSGD",
-    "Payload",
-    "Residuals",
-    "SecondMoments",
-    "SnapshotStore",
-    "Subspace",
-    "SubspaceConfig",
-    "TensorSpec",
-    "TopK",
-    "TopKConfig",
-    "UpdateSpec",
-    "__version__",
-    "compress",
-    "compress_hook",
-    "compressed_all_gather",
-    "compressed_all_reduce",
-    "compressed_reduce_scatter",
-    "errors",
-    "fit_autoencoder",
-    "fit_subspace",
-    "make_codec",
-    "metrics",
-    "register_compressed_backend",
-]
+from gradcodec._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from gradcodec._public import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        if name == "__all__" or not name.startswith("_"):
+            public = importlib.import_module(f"{__name__}._public")
+            globals().update({key: getattr(public, key) for key in ("__all__", *public.__all__)})
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

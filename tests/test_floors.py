@@ -54,7 +54,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "gradcodec.describe",
     ),
     4: ("gradcodec.privacy", "gradcodec.federated", "gradcodec.distributed"),
-    5: ("gradcodec",),  # the roof: public names only
+    5: ("gradcodec._public", "gradcodec"),  # the roof: public names only
     6: ("gradcodec.recipes", "gradcodec.integrations", "gradcodec.picture", "gradcodec.cli"),
 }
 ORDER = [name for names in FLOORS.values() for name in names]

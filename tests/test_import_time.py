@@ -1,4 +1,7 @@
-"""Importing gradcodec loads nothing optional. No clock: what is loaded is what it costs."""
+"""Importing gradcodec loads nothing before it is used, and nothing optional.
+
+No clock: what is loaded is what it costs.
+"""
 
 import json
 import subprocess
@@ -33,7 +36,9 @@ print(json.dumps(sorted(m.split(".")[0] for m in set(sys.modules) - before)))
 """
 
 
-@pytest.mark.parametrize("statement", ["import gradcodec", "from gradcodec import *"])
+@pytest.mark.parametrize(
+    "statement", ["import gradcodec; gradcodec.Codec", "from gradcodec import *"]
+)
 def test_nothing_optional_is_imported(statement: str) -> None:
     script = SCRIPT.format(statement=statement)
     done = subprocess.run(
@@ -42,3 +47,22 @@ def test_nothing_optional_is_imported(statement: str) -> None:
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert "gradcodec" in loaded
     assert loaded & OPTIONAL == set()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import gradcodec; gradcodec.__version__; gradcodec.errors.ConfigError",
+        "import gradcodec.cli",
+        "from gradcodec.integrations.flower import CompressMod; CompressMod()",
+        "from flwr.clientapp import ClientApp\n"
+        "from gradcodec.integrations.flower import CompressMod\n"
+        "ClientApp(mods=[CompressMod()])",
+    ],
+)
+def test_torch_is_loaded_by_its_first_use(statement: str) -> None:
+    if "flower" in statement:
+        pytest.importorskip("flwr")
+    script = f"import sys\n{statement}\nassert 'torch' not in sys.modules\n"
+    script += "import gradcodec; gradcodec.make_codec('int4'); assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

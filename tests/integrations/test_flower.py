@@ -43,8 +43,10 @@ from gradcodec.integrations.flower import (
     CodecStrategy,
     CompressMod,
     container,
+    to_record,
 )
-from gradcodec.integrations.flower.mod import STATE, VERSION
+from gradcodec.integrations.flower.mod import VERSION
+from gradcodec.integrations.flower.node import STATE
 from gradcodec.packers.rotsign import RotatedSignConfig
 from gradcodec.tgap import SecondMoments
 from gradcodec.types import UpdateSpec
@@ -153,6 +155,61 @@ def test_a_tensor_that_does_not_change_costs_nothing() -> None:
     small = run_bytes({"frozen": 0.0})
     large = run_bytes({"frozen": 1.0})
     assert large - small > 64 * 64 / 2
+
+
+class Half(torch.nn.Module):
+    """A model in bf16: a frozen base and an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in model().items():
+            at = torch.tensor(values).to(torch.bfloat16 if values.dtype == np.float32 else None)
+            self.register_buffer(name, at)
+
+
+def train_half(message: Message, context: Context) -> Message:
+    """``train`` as one writes it for a module in bf16."""
+    module = Half()
+    module.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    rng = np.random.default_rng(context.node_id)
+    for name in ("lora_A", "lora_B"):
+        tensor = getattr(module, name)
+        goal = torch.tensor(rng.normal(size=tensor.shape))
+        tensor += (0.3 * (goal - tensor)).bfloat16()
+    metrics = MetricRecord({"num-examples": 10})
+    content = {"arrays": to_record(module.state_dict()), "metrics": metrics}
+    return Message(RecordDict(content), reply_to=message)
+
+
+def run_half(codec: bool) -> tuple[dict[str, np.ndarray], LoopbackGrid]:
+    def make() -> ClientApp:
+        made = ClientApp(mods=[CompressMod()] if codec else [])
+        made.train()(train_half)
+        return made
+
+    grid = LoopbackGrid(make, 3)
+    result = FedAvg(fraction_evaluate=0.0).start(
+        grid=CodecGrid(grid, "int4") if codec else grid,
+        initial_arrays=to_record(Half().state_dict()),
+        num_rounds=ROUNDS,
+    )
+    return {name: array.numpy() for name, array in result.arrays.items()}, grid
+
+
+def test_a_bf16_model_is_coded_from_all_its_values_and_what_is_frozen_costs_nothing() -> None:
+    (plain, there), (coded, here) = run_half(False), run_half(True)
+    assert 0 < distance(plain, coded) < 2e-3
+    frozen = Half().frozen.float().numpy()
+    np.testing.assert_allclose(coded["frozen"], frozen, rtol=2e-7)  # FedAvg's averages round
+    adapter = sum(coded[name].size for name in ("lora_A", "lora_B"))
+    up = here.log[-1]["up"]
+    assert adapter / 2 < up < 64 * 64 / 2  # four bits a value; the frozen tensor alone has more
+    assert there.log[-1]["up"] > 10 * up
+
+
+def test_a_dtype_that_numpy_lacks_is_refused() -> None:
+    with pytest.raises(UpdateError, match="numpy or bf16"):
+        to_record({"w": torch.zeros(2, dtype=torch.float8_e4m3fn)})
 
 
 def private(kind: str, mods: Sequence[Any] = (), **options: Any) -> tuple[Any, Sequence[Any]]:

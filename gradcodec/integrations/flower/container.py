@@ -109,3 +109,28 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
 def record_of(tensors: Update) -> ArrayRecord:
     """A record of plain arrays."""
     return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+
+
+def to_record(state: Update) -> ArrayRecord:
+    """A record of a module's state, also of one in bf16, which ``ArrayRecord(state)`` refuses.
+
+        reply = RecordDict({"arrays": to_record(model.state_dict()), "metrics": metrics})
+
+    Flower's arrays are numpy's, and numpy has no bf16. So bf16 travels as float32, which holds the
+    same values; ``model.load_state_dict(record.to_torch_state_dict())`` rounds to bf16 again. What
+    the server averages stays float32, and what crosses the wire is the codec's.
+
+    Args:
+        state: tensors by name, on any device.
+
+    Raises:
+        UpdateError: a tensor has a dtype that numpy lacks.
+    """
+    plain = {}
+    for name, tensor in state.items():
+        values = tensor.detach().cpu()
+        plain[name] = values.float() if values.dtype == torch.bfloat16 else values
+    try:
+        return record_of(plain)
+    except TypeError as err:
+        raise UpdateError(f"expected dtypes that numpy or bf16 has: {err}") from err

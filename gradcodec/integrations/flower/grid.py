@@ -15,7 +15,8 @@ from torch import Tensor
 from gradcodec import layout
 from gradcodec.errors import CodecMismatchError, ConfigError, GradcodecError
 from gradcodec.integrations.flower import container
-from gradcodec.integrations.flower.mod import BASE, SETTINGS, VERSION, offered
+from gradcodec.integrations.flower.mod import SETTINGS, VERSION, offered
+from gradcodec.integrations.flower.node import BASE
 from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
 from gradcodec.integrations.messages.coding import Coding
 from gradcodec.integrations.messages.copies import Copy, Sender
