@@ -18,7 +18,7 @@ from gradcodec.distributed.hook import compress_hook
 from gradcodec.distributed.wrappers import fsdp1, fsdp2
 from gradcodec.distributed.wrappers.ddp import CompressState, CopiedState
 from gradcodec.distributed.wrappers.group import CompressedGroup
-from gradcodec.distributed.wrappers.units import ShardedState
+from gradcodec.distributed.wrappers.sharded import ShardedState
 from gradcodec.errors import ConfigError
 
 DEFAULT_CODEC = "int4"

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from gradcodec.codecs import BlockQuant
 from gradcodec.distributed.compress import compress
 from gradcodec.distributed.compression import Compression
-from gradcodec.distributed.wrappers import units
+from gradcodec.distributed.wrappers import sharded
 from gradcodec.distributed.wrappers.ddp import CompressState
 from gradcodec.distributed.wrappers.group import CompressedGroup, register_compressed_backend
 from gradcodec.errors import GradcodecError, NonFiniteError
@@ -459,17 +459,17 @@ def fsdp2_goes_on() -> bool:
     train(net, 1)
     reached = threading.Event()
     net[0].register_full_backward_pre_hook(lambda *_: reached.set())
-    real, seen = units.reduce_scatter, []
+    real, seen = sharded.reduce_scatter, []
 
     def held(*args: Any, **options: Any) -> Any:
         seen.append(reached.wait(20))
         return real(*args, **options)
 
-    units.reduce_scatter = held
+    sharded.reduce_scatter = held
     try:
         train(net, 1, start=1)
     finally:
-        units.reduce_scatter = real
+        sharded.reduce_scatter = real
     handle.close()
     return len(seen) == 4 and all(seen)
 
@@ -541,7 +541,7 @@ def fsdp2_failed_reduction() -> list[list[str]]:
         net = fsdp2()
         compress(net, "int4", min_numel=0)
         train(net, 1)
-        real, calls = units.reduce_scatter, itertools.count()
+        real, calls = sharded.reduce_scatter, itertools.count()
 
         def failing(
             *given: Any, bad: int = bad, real: Any = real, calls: Any = calls, **more: Any
@@ -550,11 +550,11 @@ def fsdp2_failed_reduction() -> list[list[str]]:
                 raise NonFiniteError("as coding would")
             return real(*given, **more)
 
-        units.reduce_scatter = failing
+        sharded.reduce_scatter = failing
         try:
             told.append(error_of(lambda net=net: train(net, 1)))
         finally:
-            units.reduce_scatter = real
+            sharded.reduce_scatter = real
     return told
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from gradcodec.distributed.checks import check_dtype
 from gradcodec.distributed.wrappers.fsdp1 import ROOT
-from gradcodec.distributed.wrappers.units import ShardedState, Unit, agreed_state
+from gradcodec.distributed.wrappers.sharded import ShardedState, agreed_state
+from gradcodec.distributed.wrappers.unit import Unit
 from gradcodec.errors import ConfigError
 from gradcodec.parameters import plain_name
 

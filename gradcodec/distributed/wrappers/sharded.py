@@ -1,16 +1,10 @@
-"""``ShardedState``: the compressed gradients of a model in FSDP1, FSDP2 or HSDP.
-
-A *unit* is what a wrapper reduces at once: the gradients of one FSDP module as a flat vector. It
-is identified by the name of that module, never by a length or the order of calls: the length
-changes with the parameters that got gradients.
-"""
+"""``ShardedState``: the compressed gradients of a model in FSDP1, FSDP2 or HSDP, unit by unit."""
 
 from __future__ import annotations
 
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,56 +13,24 @@ from torch import Tensor
 
 from gradcodec.codec import Codec
 from gradcodec.distributed.checks import check_settings, check_state, rule_pairs
-from gradcodec.distributed.coding import DENSE, CodecCoder
+from gradcodec.distributed.coding import DENSE
 from gradcodec.distributed.compression import Closing, State, closed_error
 from gradcodec.distributed.exchange.agreement import Agreed, LinkChannel, must_agree
 from gradcodec.distributed.exchange.collectives import (
     all_reduce,
     reduce_scatter,
-    scatter_residual_numel,
 )
 from gradcodec.distributed.exchange.link import control_link
 from gradcodec.distributed.exchange.terms import choice_text, tensor_text
 from gradcodec.distributed.meter import Counters, Traffic, ring_nbytes
-from gradcodec.distributed.plan import UnitCodec, UnitPlan
-from gradcodec.distributed.residuals import Residuals
-from gradcodec.distributed.shards import derive_seed
+from gradcodec.distributed.plan import UnitPlan
 from gradcodec.distributed.wrappers.behind import Behind
-from gradcodec.errors import ConfigError, NonFiniteError
+from gradcodec.distributed.wrappers.unit import STEPS, Unit
+from gradcodec.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-_STEPS, _SCATTER, _REDUCE = "steps.", "scatter.", "reduce."
 _WORLD, _RANK = "world", "rank"
-_MEASURE_EVERY, _MEASURED = 64, 1 << 18
-
-
-@dataclass
-class Unit:
-    """One unit's codec and memory.
-
-    Attributes:
-        name: of the module, ``"(root)"`` for the model itself.
-        coding: the codec of its gradient.
-        steps: reductions so far.
-        scatter: residual of reduce-scatters, fp32; as large as the unsharded unit.
-        reduce: residuals of all-reduces.
-        partial: reductions that lacked some parameters; residuals were not used in them.
-        nmse: relative squared error of the coding, measured now and then on this rank's gradient.
-    """
-
-    name: str
-    coding: UnitCodec
-    steps: int = 0
-    scatter: Tensor | None = None
-    reduce: Residuals = field(default_factory=Residuals)
-    partial: int = 0
-    nmse: float | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of its residuals."""
-        return self.reduce.nbytes + (0 if self.scatter is None else self.scatter.nbytes)
 
 
 class ShardedState(Closing):
@@ -224,17 +186,17 @@ class ShardedState(Closing):
         def work(output: Tensor, group: dist.ProcessGroup) -> None:
             codec = self._codec_now(unit, input.numel())
             residual = None
-            if self._feeds_back(unit, codec, whole):
-                residual = self._scatter_residual(unit, output, group.size())
+            if unit.feeds_back(codec, whole):
+                residual = unit.scatter_residual(output, group.size())
             asked = self._agree(unit, input, group, op, codec)
-            self._measure(unit, input, codec)
+            unit.measure(input, codec, unit.seed(self.seed))
             traffic = reduce_scatter(
                 output,
                 input,
                 codec,
                 group,
                 op=op,
-                seed=self._seed(unit),
+                seed=unit.seed(self.seed),
                 residual=residual,
                 agreed=True,
             )
@@ -259,11 +221,11 @@ class ShardedState(Closing):
         def work(output: Tensor, group: dist.ProcessGroup) -> None:
             output.copy_(values)
             codec = self._codec_now(unit, output.numel())
-            residuals = unit.reduce if self._feeds_back(unit, codec, whole) else None
+            residuals = unit.reduce if unit.feeds_back(codec, whole) else None
             asked = self._agree(unit, output, group, op, codec)
-            self._measure(unit, output, codec)
+            unit.measure(output, codec, unit.seed(self.seed))
             traffic = all_reduce(
-                output, codec, group, seed=self._seed(unit), residuals=residuals, agreed=True
+                output, codec, group, seed=unit.seed(self.seed), residuals=residuals, agreed=True
             )
             world = group.size()
             if op == "sum":
@@ -278,12 +240,6 @@ class ShardedState(Closing):
         if unit.steps < self.start_step or numel < self.min_numel:
             return DENSE
         return unit.coding.codec
-
-    def _feeds_back(self, unit: Unit, codec: Codec, whole: bool) -> bool:
-        if not unit.coding.feedback or codec is DENSE:
-            return False
-        unit.partial += not whole
-        return whole
 
     def _agree(
         self, unit: Unit, values: Tensor, group: dist.ProcessGroup, op: str, codec: Codec
@@ -310,43 +266,6 @@ class ShardedState(Closing):
     @staticmethod
     def _key(unit: Unit, values: Tensor, op: str, codec: Codec) -> object:
         return unit.name, op, codec.digest, values.numel(), values.dtype
-
-    def _seed(self, unit: Unit) -> int:
-        return derive_seed(self.seed, *unit.name.encode(), unit.steps)
-
-    def _scatter_residual(self, unit: Unit, like: Tensor, world: int) -> Tensor:
-        numel = scatter_residual_numel(unit.coding.codec, like.numel(), world)
-        kept = unit.scatter
-        if kept is not None and kept.numel() != numel:
-            _log.warning(
-                "%s: the residual of %d values is dropped, the unit now has %d: its trainable "
-                "parameters have changed",
-                unit.name,
-                kept.numel(),
-                numel,
-            )
-            kept = None
-        if kept is None:
-            _log.info("%s: error feedback keeps %d fp32 values on each rank", unit.name, numel)
-            kept = torch.zeros(numel, device=like.device)
-        unit.scatter = kept = kept.to(like.device)
-        return kept
-
-    def _measure(self, unit: Unit, values: Tensor, codec: Codec) -> None:
-        """Measure ``nmse`` for ``stats`` on a sample: 2^18 values every 64 reductions."""
-        if codec is DENSE or (unit.nmse is not None and unit.steps % _MEASURE_EVERY):
-            return
-        sample = values.detach().reshape(-1)[:_MEASURED].float()
-        energy = float(sample.square().sum())
-        if not 0 < energy < float("inf"):
-            return
-        coder = CodecCoder(codec)
-        try:
-            body = coder.pack(sample, self._seed(unit), None)
-        except NonFiniteError:
-            return
-        lost = sample - coder.mean([body], sample.numel())
-        unit.nmse = float(lost.square().sum()) / energy
 
     def _count(self, unit: Unit, traffic: Traffic, dense_wire: int) -> None:
         unit.steps += 1
@@ -389,12 +308,8 @@ class ShardedState(Closing):
         those of one rank: save it per rank.
         """
         out: State = {_WORLD: self.world, _RANK: self.rank}
-        for name, unit in self.units.items():
-            out[_STEPS + name] = unit.steps
-            if unit.scatter is not None:
-                out[_SCATTER + name] = unit.scatter.detach().cpu().clone()
-            for key, value in unit.reduce.state_dict().items():
-                out[f"{_REDUCE}{name}|{key}"] = value
+        for unit in self.units.values():
+            out.update(unit.saved())
         return out
 
     def load_state_dict(self, state: Mapping[str, Tensor | int], *, strict: bool = True) -> None:
@@ -414,7 +329,7 @@ class ShardedState(Closing):
             ConfigError: if ``strict``, the units of the state are not those of this model.
         """
         check_state(state)
-        theirs = {k.removeprefix(_STEPS) for k in state if k.startswith(_STEPS)}
+        theirs = {k.removeprefix(STEPS) for k in state if k.startswith(STEPS)}
         if strict and theirs != set(self.units):
             raise ConfigError(
                 f"expected the state of units {sorted(self.units)}, got {sorted(theirs)}; if the "
@@ -432,17 +347,8 @@ class ShardedState(Closing):
             _log.warning(
                 "residuals of rank %d of %d are dropped: this is rank %d of %d", rank, world, *known
             )
-        for name, unit in self.units.items():
-            unit.steps = int(state.get(_STEPS + name, 0))
-            kept = state.get(_SCATTER + name) if same else None
-            unit.scatter = kept.detach().float().clone() if isinstance(kept, Tensor) else None
-            prefix = f"{_REDUCE}{name}|"
-            unit.reduce = Residuals()
-            inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if same and inner:
-                # Rank and size of the reducing group, which under HSDP is not the whole world.
-                within = {key: int(inner[key]) for key in (_RANK, _WORLD)}
-                unit.reduce.load_state_dict(inner, **within)
+        for unit in self.units.values():
+            unit.restore(state, residuals=same)
 
 
 def agreed_state(
