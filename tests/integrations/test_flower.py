@@ -138,10 +138,11 @@ def test_nothing_is_lost_without_a_lossy_codec() -> None:
         assert all(distance(a, b) < 1e-12 for a, b in zip(plain, coded, strict=True))
 
 
+@pytest.mark.parametrize("per_node", [False, True])
 @pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
-def test_int4_both_ways_ends_near_and_is_many_times_smaller(strategy: Any) -> None:
+def test_int4_both_ways_ends_near_and_is_many_times_smaller(strategy: Any, per_node: bool) -> None:
     there, here = LoopbackGrid(WITHOUT, 3), LoopbackGrid(WITH, 3)
-    plain, coded = run(there, strategy=strategy), run(here, "int4", strategy)
+    plain, coded = run(there, strategy=strategy), run(here, "int4", strategy, per_node=per_node)
     assert 0 < distance(plain[-1], coded[-1]) < 2e-3
     after = 6  # the first two messages to each node hold the whole model or follow it
     up = [sum(row["up"] for row in grid.log[after:]) for grid in (there, here)]
@@ -498,9 +499,10 @@ def test_a_tensor_that_rests_after_it_has_moved_gets_what_coding_lost_of_it() ->
     assert np.linalg.norm(arrays["w"].numpy() - sent) < 0.2 * np.linalg.norm(sent)
 
 
-def test_a_lost_reply_and_missed_rounds_are_made_up_for() -> None:
+@pytest.mark.parametrize("per_node", [False, True])
+def test_a_lost_reply_and_missed_rounds_are_made_up_for(per_node: bool) -> None:
     grid = LoopbackGrid(WITH, 3)
-    codecs = CodecGrid(grid, "fp32", downlink="int8")
+    codecs = CodecGrid(grid, "fp32", downlink="int8", per_node=per_node)
     sent = record(model())
     for number in range(6):
         nodes = [100, 101] if number in (2, 3) else [100, 101, 102]
@@ -512,6 +514,45 @@ def test_a_lost_reply_and_missed_rounds_are_made_up_for() -> None:
         sent = next(iter(replies)).content["arrays"]
     # Only increments after the first message: none is as large as the frozen tensor.
     assert max(row["down"] for row in grid.log[3:]) < 64 * 64 * 4
+
+
+def walk(per_node: bool) -> tuple[LoopbackGrid, float]:
+    """A model that moves in every round; node 101 takes part in the first and the last.
+
+    Returns:
+        The grid, and the relative squared error of what node 101 holds of the movement.
+    """
+    seen: dict[int, np.ndarray] = {}
+
+    def once(message: Message, context: Context) -> Message:
+        arrays = message.content["arrays"]
+        seen[context.node_id] = arrays["w"].numpy().copy()
+        return Message(RecordDict({"arrays": arrays}), reply_to=message)
+
+    grid = LoopbackGrid(app_of(once), 2)
+    codecs = CodecGrid(grid, "int4", downlink="int4", per_node=per_node)
+    rng = np.random.default_rng(0)
+    begin = w = rng.normal(size=4096).astype(np.float32)
+    for number in range(7):
+        nodes = [100, 101] if number in (0, 6) else [100]
+        codecs.send_and_receive(messages(record({"w": w}), nodes))
+        last, w = w, w + rng.normal(size=4096).astype(np.float32)
+    error = np.square(seen[101] - last).sum() / np.square(last - begin).sum()
+    return grid, float(error)
+
+
+def test_a_difference_of_a_nodes_own_costs_the_same_however_many_rounds_it_missed() -> None:
+    (shared, _), (own, error) = walk(False), walk(True)
+    one = own.log[-2]["down"]  # of node 100, which missed none
+    assert own.log[-1]["node"] == shared.log[-1]["node"] == 101
+    assert own.log[-1]["down"] < 1.1 * one
+    assert shared.log[-1]["down"] > 4 * one
+    assert 0.004 < error < 0.02  # of 4 bits, over six rounds at once
+
+
+def test_per_node_is_true_or_false() -> None:
+    with pytest.raises(ConfigError, match="per_node"):
+        CodecGrid(LoopbackGrid(WITH, 1), "int4", per_node="yes")  # type: ignore[arg-type]
 
 
 def test_a_node_that_lost_its_state_is_sent_the_whole_model_again() -> None:

@@ -20,7 +20,7 @@ from gradcodec.integrations.flower.node import BASE
 from gradcodec.integrations.messages.choice import codec_of, plain_choice, plain_rules
 from gradcodec.integrations.messages.coding import Coding
 from gradcodec.integrations.messages.copies import Copy, Sender
-from gradcodec.settings import CodecConfig
+from gradcodec.settings import CodecConfig, check_one_of
 from gradcodec.types import Update, UpdateSpec
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,9 @@ class CodecGrid(Grid):
 
     The first message to a node holds the whole model, in plain arrays. Later ones hold how it has
     changed since, in one array: the difference to what the node has, so that what coding one of
-    them lost is in the next. A node that missed rounds gets the increments that it lacks. A node
-    that has lost its state answers with an error, and is sent the whole model next time.
+    them lost is in the next. A node that missed rounds gets the increments that it lacks, or, with
+    ``per_node``, one difference, coded for it alone. A node that has lost its state answers with an
+    error, and is sent the whole model next time.
 
     A reply that cannot be decoded costs that reply: it becomes an ``Error``, which strategies
     leave out, and a log line names the node. The grid's state is in this object: after a restart
@@ -77,6 +78,11 @@ class CodecGrid(Grid):
             by codec. Where a node takes part in few rounds, ``False`` is the better choice.
         rules: ``(pattern, codec name)`` by tensor name, the first match wins. Integers and
             BatchNorm's statistics need no rule: they travel bit for bit.
+        per_node: whether each node gets the difference to what it holds itself. That costs the same
+            however many rounds it missed, where increments cost as much for each of them; the
+            server then keeps a copy of the model for each node. For federations that sample few
+            nodes a round. Randomised per worker in the same way: Rand-MCM (arXiv 2102.12528), which
+            codes the model's difference to a memory of the worker's.
 
     Raises:
         ConfigError: an argument is of another kind, ``grid`` is a ``CodecGrid`` itself, or
@@ -93,6 +99,7 @@ class CodecGrid(Grid):
         *,
         error_feedback: bool | None = None,
         rules: Sequence[Sequence[str]] = (),
+        per_node: bool = False,
     ) -> None:
         if isinstance(grid, CodecGrid):
             raise ConfigError(
@@ -107,8 +114,11 @@ class CodecGrid(Grid):
         self._rules = tuple((pattern, name) for pattern, name in plain_rules(rules))
         self._codecs = [codec_of(plain_choice(one)) for one in (codec, downlink)]
         self._grid = grid
-        self._agree({})
         self._held: dict[int, bytes] = {}
+        self._senders: dict[int | None, Sender] = {}
+        check_one_of("CodecGrid", "per_node", per_node, (True, False))
+        self._per_node = per_node
+        self._agree({})
         self._waiting: dict[str, _Sent] = {}
         self._told: set[str] = set()
 
@@ -175,14 +185,26 @@ class CodecGrid(Grid):
         choice = {**self._choice, "kept": kept}
         self._settings = json.dumps(choice, sort_keys=True, separators=(",", ":"))
         up, down = (Coding(codec, self._rules, kept) for codec in self._codecs)
-        self._uplink, self._sender = up, Sender(down)
+        self._uplink, self._downlink, self._senders = up, down, {}
+        Sender(down)  # refuses codings that do not contract
         for coding in (up, down) if model else ():
             coding.plan(spec)  # or every node would refuse it in every round
+
+    def _sender(self, node: int, model: Update) -> Sender:
+        """What codes for a node, moved to the model: a sender of its own, or one for all."""
+        key = node if self._per_node else None
+        if self._per_node and node not in self._held:
+            self._senders.pop(key, None)  # it is sent the whole model, as it is
+        sender = self._senders.setdefault(key, Sender(self._downlink))
+        if self._per_node and node in self._held:
+            sender.forget_before(self._held[node])
+        sender.move(model)
+        return sender
 
     # -- outgoing -----------------------------------------------------------------------------
 
     def _encoded(self, messages: Iterable[Message]) -> list[tuple[Message, _Sent | None]]:
-        moved: int | None = None
+        read: int | None = None
         model: dict[str, Tensor] = {}
         out: list[tuple[Message, _Sent | None]] = []
         for message in messages:
@@ -193,22 +215,22 @@ class CodecGrid(Grid):
                 out.append((message, None))
                 continue
             name, record = found[0]
-            if moved != id(record):  # strategies put one record into all messages
+            if read != id(record):  # strategies put one record into all messages
                 model = container.tensors_of(record)
-                if not self._sender.copy.version:
+                if not self._senders:
                     self._agree(model)
-                self._sender.move(model)
-                moved = id(record)
+                read = id(record)
             out.append((message, self._encode(message, name, model)))
         return out
 
     def _encode(self, message: Message, name: str, model: dict[str, Tensor]) -> _Sent:
-        copy = self._sender.copy
-        held = self._held.get(message.metadata.dst_node_id)
+        node = message.metadata.dst_node_id
+        held, sender = self._held.get(node), self._sender(node, model)
+        copy = sender.copy
         if held is None:
             record = container.record_of(copy.tensors)
         else:
-            increments = replace(self._sender.message(held), start=held)
+            increments = replace(sender.message(held), start=held)
             record = container.packed(increments.to_parts())
         content = RecordDict({**message.content, name: record})
         # A new content: strategies put one content into all messages.

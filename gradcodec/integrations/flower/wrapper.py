@@ -25,7 +25,7 @@ class CodecStrategy(Strategy):
 
     Args:
         strategy: any strategy but ``CodecFedAvg``, which codes by itself; wrappers too.
-        codec, downlink, error_feedback, rules: as for ``CodecGrid``.
+        codec, downlink, error_feedback, rules, per_node: as for ``CodecGrid``.
 
     Raises:
         ConfigError: when training starts, as ``CodecGrid``; or another strategy wraps this one.
@@ -39,10 +39,15 @@ class CodecStrategy(Strategy):
         *,
         error_feedback: bool | None = None,
         rules: Sequence[Sequence[str]] = (),
+        per_node: bool = False,
     ) -> None:
         self.strategy = strategy
         self._choice = codec, downlink
-        self._options: dict[str, Any] = {"error_feedback": error_feedback, "rules": rules}
+        self._options: dict[str, Any] = {
+            "error_feedback": error_feedback,
+            "rules": rules,
+            "per_node": per_node,
+        }
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **options: Any) -> Result:
         """As the inner strategy."""

@@ -203,6 +203,11 @@ class Sender:
             for a, b in zip(before, after, strict=True)
         )
 
+    def forget_before(self, version: bytes) -> None:
+        """Forget increments that the only receiver has, which is at this version."""
+        while self._steps and self._steps[0][0] != version:
+            del self._steps[0]
+
     def message(self, held: bytes) -> Message:
         """The message for a receiver of version ``held``."""
         version = self.copy.version
