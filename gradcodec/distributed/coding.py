@@ -23,7 +23,7 @@ from gradcodec.distributed.lowrank import LowRank
 from gradcodec.distributed.shards import ALIGN
 from gradcodec.errors import ConfigError
 from gradcodec.registry import UNTRAINED, make_codec, wrong_codec
-from gradcodec.transforms.subspace.transform import Projection
+from gradcodec.transforms.subspace.transform import Projection as Projection
 
 
 class Coder(Protocol):

@@ -16,7 +16,7 @@ KINDS = ("anchor", "momentum", "flight")
 
 
 def check_schedule(state: Mapping[str, Tensor | int], schedule: Schedule) -> None:
-    """Check that a state is one, and that it was taken with this schedule.
+    """Check that this is a state of ``LocalSteps``, taken with this schedule.
 
     Raises:
         ConfigError: keys are missing, or the schedule is another one.
@@ -34,7 +34,7 @@ def check_schedule(state: Mapping[str, Tensor | int], schedule: Schedule) -> Non
 def ours_and_rest(
     state: Mapping[str, Tensor | int],
 ) -> tuple[dict[str, Tensor | int], dict[str, Tensor | int]]:
-    """What a state holds of anchors and exchanges under way, and what it holds of the reducer."""
+    """Split a state: anchors and exchanges under way, and the reducer's part."""
     ours: dict[str, Tensor | int] = {}
     rest: dict[str, Tensor | int] = {}
     for key, value in state.items():

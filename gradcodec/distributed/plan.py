@@ -13,6 +13,7 @@ from gradcodec.codec import Codec
 from gradcodec.distributed.checks import check_count
 from gradcodec.distributed.coding import (
     RAW,
+    Projection,
     Route,
     flat_route,
     named_codec,
@@ -22,7 +23,6 @@ from gradcodec.distributed.coding import (
 from gradcodec.distributed.exchange.terms import choice_text, tensor_text, values_text
 from gradcodec.distributed.lowrank import LowRank
 from gradcodec.errors import ConfigError
-from gradcodec.transforms.subspace.transform import Projection
 
 Choice = Codec | LowRank | str
 """A codec, a name of ``make_codec``, ``LowRank(...)`` or ``"lowrank"``."""

@@ -71,7 +71,7 @@ class Residuals:
     def recode(
         self, name: str, numel: int, old: CodecCoder, new: CodecCoder, rank: int, world: int
     ) -> None:
-        """Express what is kept for a tensor ``[numel]`` as another coder keeps it."""
+        """Convert the residuals of a tensor ``[numel]`` to another coder's form."""
         for kept, ranges in self._places(name, numel, rank, world):
             kept[name] = [
                 new.to_residual(old.from_residual(part, stop - start))
@@ -95,7 +95,7 @@ class Residuals:
     def _places(
         self, name: str, numel: int, rank: int, world: int
     ) -> list[tuple[dict[str, list[Tensor]], Ranges]]:
-        """Where something is kept for a tensor, and of which ranges of it."""
+        """The stores that hold residuals of this tensor, each with the ranges of its parts."""
         shards = shard_ranges(numel, world)
         own = shards[(rank - first_owner(name, world)) % world]
         both = ((self._first, shards), (self._second, [own]))

@@ -114,9 +114,9 @@ class Trial:
         self._begin(range(len(self.names)), WARM)
 
     def _begin(self, rungs: Iterable[int], warm: int) -> None:
-        """Plan the steps: of each way some that are timed, after one that is not.
+        """Plan the steps: for each way one that is not timed, then those that are.
 
-        In that one residuals change their form.
+        In the first one residuals change their form.
         """
         self._plan: list[tuple[int, bool]] = []
         for rung in rungs:

@@ -165,7 +165,7 @@ class BlockQuantPacker(Packer):
 
     @property
     def grain(self) -> int | None:
-        """A block, or what is rotated; ``None`` with dither, which depends on the position."""
+        """The block's length, or that of a rotation; ``None`` where dither depends on positions."""
         if self.config.stochastic:
             return None
         return ops.CHUNK if self.config.rotate else self.config.block
@@ -213,7 +213,7 @@ class BlockQuantPacker(Packer):
         return self.mean(body[None], numel)
 
     def surely_finite(self, body: Tensor, numel: int) -> bool:
-        """By the largest scale: no level exceeds ``2 top`` scales, no sum of a rotation 4096."""
+        """By the largest scale: values are at most ``2 top`` of it, and rotations add up 4,096."""
         scales = body[: self._scale_nbytes(numel)].clone().view(torch.bfloat16)
         terms = ops.CHUNK if self.config.rotate else 1
         return layout.within_fp32(scales, 2 * terms * self._top)

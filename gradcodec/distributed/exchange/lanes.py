@@ -44,7 +44,7 @@ class Operand:
 
     @property
     def shares_lane(self) -> bool:
-        """Whether it may be coded together with others without a change of its codes."""
+        """Whether coding it in one call with other operands gives the same code."""
         grain = self.coder.grain
         return grain is not None and ALIGN % grain == 0 and self.values.numel() % grain == 0
 

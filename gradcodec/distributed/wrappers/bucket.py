@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradcodec.distributed.checks import misfit
-from gradcodec.distributed.coding import RawCoder
+from gradcodec.distributed.coding import Projection, RawCoder
 from gradcodec.distributed.compression import State
 from gradcodec.distributed.exchange.lanes import Operand, has_any
 from gradcodec.distributed.exchange.link import Link
@@ -24,7 +24,6 @@ from gradcodec.distributed.plan import Plan
 from gradcodec.distributed.residuals import Residuals
 from gradcodec.distributed.shards import derive_seed, first_owner, shard_ranges
 from gradcodec.errors import ConfigError
-from gradcodec.transforms.subspace.transform import Projection
 
 _log = logging.getLogger(__name__)
 

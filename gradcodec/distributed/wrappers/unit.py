@@ -56,7 +56,7 @@ class Unit:
         return self.reduce.nbytes + (0 if self.scatter is None else self.scatter.nbytes)
 
     def seed(self, base: int) -> int:
-        """Of this reduction's random numbers."""
+        """The seed of this reduction's random numbers."""
         return derive_seed(base, *self.name.encode(), self.steps)
 
     def feeds_back(self, codec: Codec, whole: bool) -> bool:

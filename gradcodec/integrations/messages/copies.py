@@ -30,8 +30,8 @@ EXACT = Coding(Identity())
 
 _ROUNDING = 8.0
 """Epsilons by which averaging equal values may move them: ``x / 3 + x / 3 + x / 3`` is not ``x``,
-and frozen tensors would be sent in each round. What it hides is in the next difference, since that
-is to what receivers hold."""
+and frozen tensors would be sent in each round. Smaller changes are not lost: the next difference is
+to what receivers hold."""
 _WHOLE, _VERSION, _START = "whole", "version", "start"
 
 
