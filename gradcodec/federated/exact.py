@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,43 +44,36 @@ class ExactSum:
         Raises:
             NonFiniteError: a product leaves fp64; nothing is added then.
         """
-        products = [
-            # In pieces that fit a core's cache, since each level reads and writes them again.
-            values[start : start + _CHUNK].double() * weight
-            for start in range(0, self.numel, _CHUNK)
-        ]
-        peaks = [float(rest.abs().max()) for rest in products]
-        if not max(peaks, default=0.0) < 2.0 ** (_LOWEST + _WIDTH * (_LEVELS - 1)):
-            raise NonFiniteError(f"expected values within fp64, got {max(peaks)}")
+        if self.numel:
+            least, most = (float(end) for end in torch.aminmax(values))
+            loudest = max(-least, most) * weight
+            if not loudest < 2.0 ** (_LOWEST + _WIDTH * (_LEVELS - 1)):
+                raise NonFiniteError(f"expected values within fp64, got {loudest}")
         self.weight += weight
-        for number, (rest, peak) in enumerate(zip(products, peaks, strict=True)):
-            start = number * _CHUNK
-            while peak >= 2.0**_LOWEST:
+        for at in self._pieces():
+            rest = values[at].double() * weight
+            while (peak := float(rest.abs().max())) >= 2.0**_LOWEST:
                 level = (math.frexp(peak)[1] - 1 - _LOWEST) // _WIDTH
                 unit = 2.0 ** (_LOWEST + _WIDTH * level)
                 counts = (rest / unit).round_()
                 rest -= counts * unit
-                self._level(level)[start : start + len(rest)] += counts.long()
-                peak = float(rest.abs().max())
+                self._level(level)[at] += counts.long()
 
-    def total(self) -> Tensor:
-        """The sum, fp64 ``[n]``. Carries come first: equal sums then have equal integers."""
-        carry = torch.zeros(self.numel, dtype=torch.int64)
-        digits = {}
-        for level in range(_LEVELS + 1):
-            if level not in self._levels and not bool(carry.any()):
-                continue
-            whole = carry + self._levels.get(level, 0)
-            carry = (whole + (1 << (_WIDTH - 1))) >> _WIDTH
-            digits[level] = whole - (carry << _WIDTH)
-        out = torch.zeros(self.numel, dtype=torch.float64)
-        for level in sorted(digits, reverse=True):
-            out += digits[level].double() * 2.0 ** (_LOWEST + _WIDTH * level)
+    def total(self, *others: ExactSum) -> Tensor:
+        """The sum, and those of ``others``, fp64 ``[n]``."""
+        out = torch.empty(self.numel, dtype=torch.float64)
+        for at in self._pieces():
+            self._total(at, (self, *others), out[at])
         return out
 
-    def mean(self) -> Tensor:
+    def mean(self, *others: ExactSum) -> Tensor:
         """The sum divided by the sum of weights, rounded to fp64 and then to fp32 ``[n]``."""
-        return (self.total() / float(self.weight)).float()
+        weight = float(self.weight + sum(other.weight for other in others))
+        out = torch.empty(self.numel)
+        for at in self._pieces():
+            piece = torch.empty(len(out[at]), dtype=torch.float64)
+            out[at] = self._total(at, (self, *others), piece) / weight
+        return out
 
     def copy(self) -> ExactSum:
         """An independent copy."""
@@ -87,6 +81,28 @@ class ExactSum:
         made.weight = self.weight
         made._levels = {level: t.clone() for level, t in self._levels.items()}
         return made
+
+    def _pieces(self) -> Iterator[slice]:
+        """Pieces that fit a core's cache, since each level reads and writes them again."""
+        for start in range(0, self.numel, _CHUNK):
+            yield slice(start, min(start + _CHUNK, self.numel))
+
+    @staticmethod
+    def _total(at: slice, sums: Sequence[ExactSum], out: Tensor) -> Tensor:
+        """The sums' sum there. Carries come first: equal sums then have equal integers."""
+        carry = torch.zeros(len(out), dtype=torch.int64)
+        digits = {}
+        for level in range(_LEVELS + 1):
+            found = [one._levels[level][at] for one in sums if level in one._levels]
+            if not found and not bool(carry.any()):
+                continue
+            whole = sum(found, carry)
+            carry = (whole + (1 << (_WIDTH - 1))) >> _WIDTH
+            digits[level] = whole - (carry << _WIDTH)
+        out.zero_()
+        for level in sorted(digits, reverse=True):
+            out += digits[level].double() * 2.0 ** (_LOWEST + _WIDTH * level)
+        return out
 
     def _level(self, level: int) -> Tensor:
         if level not in self._levels:

@@ -119,11 +119,12 @@ class Round:
     @torch.no_grad()
     def aggregate(self, without: frozenset[ClientId] = frozenset()) -> Aggregate:
         """The aggregate of all replies except those in ``without``, which must be held ones."""
-        updates, kept = self._updates.copy(), self._kept.copy()
+        held, kept = ExactSum(self._updates.numel), self._kept.copy()
         for client, one in self._held.items():
             if client not in without:
-                self._add(updates, kept, one.reply, self._read(one.reply))
-        total = updates.total().float() if self._summed else updates.mean()
+                self._add(held, kept, one.reply, self._read(one.reply))
+        added = self._updates
+        total = added.total(held).float() if self._summed else added.mean(held)
         return Aggregate(total, kept.result() if kept.changed else None)
 
     def _add(self, updates: ExactSum, kept: KeptMean, reply: Reply, values: Values) -> None:

@@ -79,6 +79,17 @@ def test_a_copy_goes_on_by_itself() -> None:
     assert ExactSum(0).total().shape == (0,)
 
 
+def test_sums_add_up_to_the_bits_of_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    some = [torch.randn(70_000, generator=generator) * 10.0**k for k in (-30, -3, 0, 3, 20)]
+    whole, parts = ExactSum(70_000), [ExactSum(70_000), ExactSum(70_000)]
+    for i, values in enumerate(some):
+        whole.add(values, i + 1)
+        parts[i % 2].add(values, i + 1)
+    assert torch.equal(parts[0].total(parts[1]), whole.total())
+    assert torch.equal(parts[0].mean(parts[1]), whole.mean())
+
+
 @pytest.mark.parametrize("value", [1e308, torch.inf, torch.nan])
 def test_what_leaves_fp64_is_refused_and_not_added(value: float) -> None:
     total = ExactSum(2)
