@@ -51,7 +51,7 @@ CODECS = (
     SUBSPACE,
 )
 SERVER = "server"
-SERVER_NUMEL, SERVER_CODEC, HOLD_BYTES = 100_000, "int4", 4 << 20
+SERVER_NUMEL, SERVER_CODEC, HOLD_BYTES = 1_000_000, "int4", 16 << 20
 
 #: Bytes that a size may need, in those of the update: it, at most twice as many to encode it (the
 #: table of peaks), the message, and room.
