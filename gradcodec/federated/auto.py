@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradcodec.codec import Codec
+from gradcodec.encodable import shown
 from gradcodec.errors import ConfigError
 from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig
@@ -11,7 +12,6 @@ from gradcodec.federated.participants import ClientId
 from gradcodec.federated.schedule import AutoConfig, FitSubspace
 from gradcodec.federated.server import Server
 from gradcodec.federated.tensors import State
-from gradcodec.registry import make_codec
 
 
 class AutoClient(Client):
@@ -77,7 +77,11 @@ class AutoServer(Server):
 
 
 def server_for(
-    codec: str | Codec, initial: State, config: ServerConfig | AutoConfig | None = None
+    codec: str | Codec,
+    initial: State,
+    config: ServerConfig | AutoConfig | None = None,
+    *,
+    downlink: str | Codec | None = None,
 ) -> Server:
     """Make a server by the name of its codec; ``server.client(number)`` makes matching clients.
 
@@ -85,14 +89,18 @@ def server_for(
         codec: ``"subspace:auto"``, a name that ``make_codec`` knows, or a codec.
         initial: the initial state, which every participant builds locally.
         config: an ``AutoConfig`` for ``"subspace:auto"``, else a ``ServerConfig``.
+        downlink: codec of broadcasts, ``codec`` by default; ``"subspace:auto"`` takes none.
 
     Raises:
-        ConfigError: an unknown name, or a ``config`` of the wrong class.
+        ConfigError: an unknown name, a ``config`` of the wrong class, or a ``downlink`` beside
+            ``"subspace:auto"``.
     """
-    automatic = codec == "subspace:auto"
-    if isinstance(config, ServerConfig if automatic else AutoConfig):
-        raise ConfigError(f"{codec!r} does not go with {type(config).__name__}")
-    if automatic:
-        return AutoServer(initial, config if isinstance(config, AutoConfig) else None)
-    made = make_codec(codec) if isinstance(codec, str) else codec
-    return Server(initial, made, config=config if isinstance(config, ServerConfig) else None)
+    if codec == "subspace:auto":
+        if downlink is not None or isinstance(config, ServerConfig):
+            raise ConfigError(
+                f"{codec!r} takes its codecs from an AutoConfig, not a ServerConfig or downlink"
+            )
+        return AutoServer(initial, config)
+    if isinstance(config, AutoConfig):
+        raise ConfigError(f"AutoConfig is of 'subspace:auto', got codec {shown(str(codec))}")
+    return Server(initial, codec, downlink, config)

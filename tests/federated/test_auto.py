@@ -785,6 +785,9 @@ def test_server_for_takes_names_and_codecs() -> None:
     assert (type(fixed), type(fixed.client(0))) == (Server, Client)
     latent = ServerConfig(mode="latent")
     assert server_for(quantised(), initial, latent).config == latent
+    assert server_for("sign", initial, downlink="int8").downlink.config.bits == 8
+    with pytest.raises(ConfigError, match="downlink"):
+        server_for("subspace:auto", initial, downlink="int8")
     with pytest.raises(ConfigError, match="'subspace:best'"):
         server_for("subspace:best", initial)
     with pytest.raises(ConfigError, match="ServerConfig"):
