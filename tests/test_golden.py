@@ -135,6 +135,11 @@ def topk_elias_fano() -> tuple[Codec, Update]:
     return codec, {"matrix": ramp(60).view(5, 12)}
 
 
+def topk_bitmap() -> tuple[Codec, Update]:
+    codec = TopK(TopKConfig(k=10, chunk=24, bits=8, index="bitmap"))
+    return codec, {"matrix": ramp(60).view(5, 12)}
+
+
 def rotsign() -> tuple[Codec, Update]:
     # Blocks of 16 by powers of two: every sum is exact, on every device and in every order.
     values = 2.0 ** (torch.arange(40) % 5) * (1 - 2.0 * (torch.arange(40) % 3 == 0))
@@ -143,6 +148,10 @@ def rotsign() -> tuple[Codec, Update]:
 
 def rotsign_largest() -> tuple[Codec, Update]:
     return RotatedSign(RotatedSignConfig(block=16, kept=3, which="largest")), rotsign()[1]
+
+
+def rotsign_largest_many() -> tuple[Codec, Update]:
+    return RotatedSign(RotatedSignConfig(block=16, kept=9, which="largest")), rotsign()[1]
 
 
 def chain() -> tuple[Codec, Update]:
@@ -184,8 +193,10 @@ CASES: dict[str, Callable[[], tuple[Codec, Update]]] = {
     "topk": topk,
     "topk-rows": topk_rows,
     "topk-elias-fano": topk_elias_fano,
+    "topk-bitmap": topk_bitmap,
     "rotsign": rotsign,
     "rotsign-largest": rotsign_largest,
+    "rotsign-largest-many": rotsign_largest_many,
     "chain-subspace-blockquant-4": chain,
     "per-tensor": per_tensor,
 }

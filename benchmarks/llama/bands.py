@@ -180,12 +180,19 @@ class Banded(Peer):
         return self.lr * self.aggregate(replies)
 
 
-def signs(kept: int, shrink: float = 1.0, down: int | None = None, which: str = "first") -> Make:
+def signs(
+    kept: int,
+    shrink: float = 1.0,
+    down: int | None = None,
+    which: str = "first",
+    which_down: str = "first",
+) -> Make:
     """``kept`` of 4096 rotated values up; ``down`` of them to each client, relayed by default."""
 
     def make(world: World) -> Banded:
         numel = UpdateSpec.of(world.initial).numel
-        back = None if down is None else Signs(numel, down, contraction(down))
+        factor = None if down is None else contraction(down, which_down)
+        back = None if factor is None else Signs(numel, down, factor, which_down)
         return Banded(world.initial, Signs(numel, kept, shrink, which), down=back)
 
     return make

@@ -84,9 +84,18 @@ class Signs:
 Share = tuple[int, float]
 
 
-def contraction(kept: int) -> float:
-    """The factor that makes one message's squared error least."""
-    return 2 / math.pi * kept / BLOCK
+def contraction(kept: int, which: str = "first") -> float:
+    """The factor that makes one message's squared error least: ``1 / (1 + its error)``.
+
+    Of the first it is ``2 / pi`` times their share; of the largest, ``(2 phi(t))^2`` over it, with
+    ``t`` the threshold above which they lie.
+    """
+    share = kept / BLOCK
+    if which == "first":
+        return 2 / math.pi * share
+    normal = torch.distributions.Normal(0.0, 1.0)
+    threshold = normal.icdf(torch.tensor(1 - share / 2))
+    return float((2 * normal.log_prob(threshold).exp()) ** 2 / share)
 
 
 class Factors:

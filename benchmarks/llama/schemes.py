@@ -306,6 +306,10 @@ def _below_a_bit() -> Iterator[LlamaScheme]:
         name = f"s-{kept}" + ("" if down is None else f"-o{down}")
         title = f"rotated signs, {kept}/4096 bit; {_way(down)}"
         yield scheme(name, title, family, signs(kept, down=down))
+    for kept, bits in ((170, "5/16"), (56, "1/8")):
+        title = f"largest rotated signs, bytes of {bits} bit; the largest 2214/4096 to each client"
+        make = signs(kept, down=2214, which="largest", which_down="largest")
+        yield scheme(f"p-{kept}-l2214", title, f"p-{kept}", make)
     for kept, bits in ((170, "5/16"), (56, "1/8"), (25, "1/16")):
         for down in (4096, None):
             name = f"p-{kept}" + ("" if down is None else f"-o{down}")

@@ -1,4 +1,4 @@
-"""Positions of the values that are kept, as bytes: of fixed width or Elias-Fano coded.
+"""Positions of the values that are kept, as bytes: of fixed width, Elias-Fano coded, or a bitmap.
 
 Elias-Fano (Fano 1971, On the number of bits required to implement an associative memory; Elias
 1974) splits each position into its ``low`` lowest bits, sent as they are, and the upper bits. These
@@ -9,6 +9,8 @@ width takes 12 and the lower bound, ``log2 binomial(4096, 64) / 64``, is 7.36.
 The size depends on the counts alone. A range coder over gaps takes 7.43 bits and Rice's code 7.53
 (``benchmarks/results/codecs.md``), but every receiver would have to be told every size: the gain
 is too small for that.
+
+Where more than a quarter is kept, a plain bitmap is smaller: one bit for each value.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from gradcodec.errors import MalformedBodyError
 from gradcodec.reference.bitpack import pack_bits, packed_nbytes, unpack_bits
 
-FORMS = ("packed", "elias-fano")
+FORMS = ("packed", "elias-fano", "bitmap")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Positions:
         """Exact number of bytes that ``write`` returns."""
         if self.form == "packed":
             return packed_nbytes(self.count, self._index_bits)
+        if self.form == "bitmap":
+            return packed_nbytes(self.numel, 1)
         return packed_nbytes(self.count, self._low) + packed_nbytes(self._bitmap, 1)
 
     @property
@@ -74,6 +78,10 @@ class Positions:
         """Increasing positions in the vector, int64 ``[count]`` -> uint8 ``[nbytes]``."""
         if self.form == "packed":
             return pack_bits(at - self.starts(at.device), self._index_bits)
+        if self.form == "bitmap":
+            kept = torch.zeros(self.numel, dtype=torch.uint8, device=at.device)
+            kept[at] = 1
+            return pack_bits(kept, 1)
         bitmap = torch.zeros(self._bitmap, dtype=torch.uint8, device=at.device)
         bitmap[(at >> self._low) + torch.arange(self.count, device=at.device)] = 1
         low = at & ((1 << self._low) - 1)
@@ -87,7 +95,8 @@ class Positions:
             MalformedBodyError: the positions do not increase, are outside their chunks, or their
                 number is wrong.
         """
-        at = self._packed(packed) if self.form == "packed" else self._elias_fano(packed)
+        readers = {"packed": self._packed, "elias-fano": self._elias_fano, "bitmap": self._plain}
+        at = readers[self.form](packed)
         inside = at - self.starts(at.device)
         fits = (inside >= 0) & (inside < self.chunk) & (at < self.numel)
         if not bool(fits.all()) or bool((at.diff() <= 0).any()):
@@ -100,10 +109,17 @@ class Positions:
         index = unpack_bits(packed, self._index_bits, self.count)
         return index.long() + self.starts(packed.device)
 
-    def _elias_fano(self, packed: Tensor) -> Tensor:
-        cut = packed_nbytes(self.count, self._low)
-        ones = unpack_bits(packed[cut:], 1, self._bitmap).nonzero()[:, 0]
+    def _plain(self, packed: Tensor) -> Tensor:
+        return self._ones(packed, self.numel)
+
+    def _ones(self, packed: Tensor, numel: int) -> Tensor:
+        ones = unpack_bits(packed, 1, numel).nonzero()[:, 0]
         if len(ones) != self.count:
             raise MalformedBodyError(f"expected {self.count} positions, got {len(ones)}")
+        return ones
+
+    def _elias_fano(self, packed: Tensor) -> Tensor:
+        cut = packed_nbytes(self.count, self._low)
+        ones = self._ones(packed[cut:], self._bitmap)
         at = ones - torch.arange(self.count, device=packed.device) << self._low
         return at | unpack_bits(packed[:cut], self._low, self.count) if self._low else at

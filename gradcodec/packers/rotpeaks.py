@@ -39,7 +39,8 @@ class RotatedPeaksPacker(RotatedPacker):
 
     def _positions(self, numel: int) -> Positions:
         block, kept = self.config.block, self.config.kept
-        return Positions("elias-fano", self._blocks(numel) * block, kept, block)
+        form = "bitmap" if 4 * kept > block else "elias-fano"  # the smaller of the two
+        return Positions(form, self._blocks(numel) * block, kept, block)
 
     def nbytes(self, numel: int) -> int:
         """The seed, two bytes per scale, signs and positions, each rounded up to a byte."""

@@ -31,8 +31,9 @@ class TopKConfig(CodecConfig):
         bits: per kept value: 1, 2, 4 or 8.
         structure: ``"chunk"`` finds the exact ``k``; ``"rows"`` keeps 1 or 2 of every 64
             neighbours, which takes no search, and counts magnitudes within ``2**-17`` as equal.
-        index: positions in ``ceil(log2(chunk))`` bits each (``"packed"``) or ``"elias-fano"``
-            coded: 8 bits instead of 12 for 64 of 4096.
+        index: positions in ``ceil(log2(chunk))`` bits each (``"packed"``); ``"elias-fano"`` coded,
+            8 bits instead of 12 for 64 of 4096; or a ``"bitmap"``, the smallest where more than a
+            quarter is kept.
     """
 
     kind: ClassVar[str] = "topk"

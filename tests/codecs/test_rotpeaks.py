@@ -53,7 +53,7 @@ def predicted(share: float) -> float:
     return share / (2 * density) ** 2 - 1
 
 
-@pytest.mark.parametrize("kept", [11, 25, 56, 128, 1024])
+@pytest.mark.parametrize("kept", [11, 25, 56, 128, 1024, 2214])
 def test_the_error_is_the_predicted_one_and_not_smaller(kept: int) -> None:
     x = torch.randn(1 << 16)
     found = sum(error(largest(4096, kept), x, s) for s in range(3)) / 3
