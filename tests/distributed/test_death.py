@@ -27,7 +27,6 @@ def test_a_rank_that_hangs_is_an_error_within_the_timeout() -> None:
     assert outcomes == [PASSED], "\n".join(outcomes)
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_before_the_handshake_is_an_error() -> None:
     outcomes = others_of("a_rank_that_dies_before_the_handshake_is_an_error", 2, 60)
     assert outcomes == [PASSED], "\n".join(outcomes)

@@ -40,8 +40,14 @@ def run(world: int) -> dict[str, list[str]]:
     return run_world(local_cases.__name__, WORLDS[world], world, limit=150)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "case"), [(w, c) for w in WORLDS for c in WORLDS[w]])
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        pytest.param(world, case, marks=[pytest.mark.slow] if world > 2 else [])
+        for world, cases in WORLDS.items()
+        for case in cases
+    ],
+)
 def test_ranks(world: int, case: str) -> None:
     check(run(world)[case])
 
