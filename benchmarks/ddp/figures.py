@@ -46,8 +46,14 @@ class Trained:
         there = self.links.get(link)
         return there if there is not None and there["whole"] else self.base
 
-    def loss(self, link: str = "unshaped") -> float:
-        """Held-out loss at the end."""
+    def loss(self, link: str | None = None) -> float:
+        """Held-out loss at the end; by default on the link that bytes are read on.
+
+        What ``auto`` computes depends on the link: on a fast one it may not compress at all.
+        """
+        if link is None:
+            there = self.sent()
+            link = "unshaped" if there is None else there[0]
         return float(self.row(link)["evaluations"][-1][1])
 
     def curve(self, link: str) -> list[Point] | None:
@@ -175,7 +181,7 @@ def target(group: Group) -> float:
     return group[REFERENCE].loss() * (1 + NEAR)
 
 
-def excess(group: Group, scheme: str, link: str = "unshaped") -> float:
+def excess(group: Group, scheme: str, link: str | None = None) -> float:
     """How far a scheme's last loss is above plain DDP's, as a share of it; below is negative."""
     return group[scheme].loss(link) / group[REFERENCE].loss() - 1
 

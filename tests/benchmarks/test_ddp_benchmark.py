@@ -362,7 +362,7 @@ def test_a_whole_training_on_a_link_has_its_own_seconds_and_losses(tmp_path: Pat
     slow = row("auto", "100mbit", whole=True, asked=10, evaluations=own)
     trained = group(tmp_path, row(), row("auto"), slow)["auto"]
     assert trained.curve("100mbit") == [(0, 0.0, 5.0), (10, 77.0, 3.0)]
-    assert (trained.loss(), trained.loss("100mbit")) == (2.0, 3.0)
+    assert (trained.loss("unshaped"), trained.loss("100mbit"), trained.loss()) == (2.0, 3.0, 3.0)
 
 
 @pytest.mark.parametrize(
