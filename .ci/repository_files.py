@@ -2,9 +2,11 @@
 
 Pages link to them by paths that work on the repository's own pages, such as
 ``../benchmarks/results/ddp.md``. The site gets these files, and the files that they link to:
-Markdown as pages, Python as pages with the source, anything else as it is.
+Markdown as pages, Python as pages with the source, notebooks as pages with their outputs, anything
+else as it is.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -26,7 +28,7 @@ TARGET = re.compile(r"(\]\()([^()\s]+)(\))")
 def site_path(path: str) -> str:
     """Path of a page's source within the site, for a path within the repository."""
     path = MOVED.get(path, path.removeprefix("docs/"))
-    return f"{path}.md" if path.endswith(".py") else path
+    return f"{path}.md" if path.endswith((".py", ".ipynb")) else path
 
 
 def resolved(page: str, link: str) -> tuple[str, str] | None:
@@ -64,7 +66,24 @@ def content(path: str) -> str:
     text = (ROOT / path).read_text()
     if path.endswith(".md"):
         return rewritten(path, text)
+    if path.endswith(".ipynb"):
+        return rewritten(path, notebook(text))
     return f"# {path}\n\n````py\n{text}````\n"
+
+
+def notebook(text: str) -> str:
+    """A notebook as Markdown: prose, programs, and what they printed and drew when it was saved."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"````py\n{source}\n````")
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                png = "".join(output["data"]["image/png"].split())
+                parts.append(f"![what the program above draws](data:image/png;base64,{png})")
+            elif "text" in output:
+                parts.append(f"````text\n{''.join(output['text'])}````")
+    return "\n\n".join(parts) + "\n"
 
 
 def leaves(nav: Any) -> list[str]:

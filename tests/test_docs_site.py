@@ -148,6 +148,17 @@ def test_links_to_files_outside_docs_lead_to_their_copies(hook: ModuleType) -> N
     assert hook.rewritten("docs/page.md", f"```\n{text}\n```\n") == f"```\n{text}\n```\n"
 
 
+def test_a_notebook_is_a_page_with_what_it_printed_and_drew(hook: ModuleType) -> None:
+    page = hook.content("examples/notebook.ipynb")
+    assert page.startswith("# ")
+    assert "````py\nimport email" in page
+    assert "times less" in page.partition("````text\n")[2]
+    assert "](data:image/png;base64,iVBOR" in page
+    assert hook.rewritten("docs/tour.md", "[n](../examples/notebook.ipynb)") == (
+        "[n](examples/notebook.ipynb.md)"
+    )
+
+
 def test_a_plot_leads_to_itself(hook: ModuleType) -> None:
     plot = '<img alt="loss" src="ddp-loss.png" />'
     assert hook.on_page_content(f"<p>{plot}</p>") == (

@@ -78,6 +78,8 @@ def main(options: Options) -> list[str]:
     for place, given in zip(PLACES, (options.model, options.data), strict=True):
         if given is not None:
             os.environ[place] = str(given)
+    for threshold in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        os.environ.setdefault(threshold, str(1 << 27))  # glibc then keeps activations' memory
     schemes = choose(SCHEMES, options, REFERENCE)
     rounds = options.rounds or ROUNDS
     seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)
