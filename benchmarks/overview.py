@@ -227,6 +227,13 @@ HEADLINES = (
         ),
     ),
     Headline(
+        "speed",
+        "A LLaMA-7B adapter",
+        "How long do encoding and decoding 8,388,608 values take on a CPU, and in how much memory?",
+        "Encoding",
+        (0, 1, 2, 3, 4, 6, 7),
+    ),
+    Headline(
         "growth",
         "How it grows",
         "How do time, in copies of the update, and memory grow with the number of values?",

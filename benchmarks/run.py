@@ -187,6 +187,7 @@ _ALL = (
         "speed",
         "seconds, bytes and memory of coding a 7B adapter; what TGAP's collection costs",
         "benchmarks.codecs.adapter:main",
+        "benchmarks.codecs.adapter:page",
         tests=_CODING,
     ),
     Case(

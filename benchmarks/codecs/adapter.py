@@ -1,6 +1,6 @@
 """The cost of coding a LLaMA-7B adapter and of TGAP's collection: seconds, bytes, memory.
 
-    python -m benchmarks.run speed --quick
+    python -m benchmarks.run speed            # every codec: some minutes; --quick: six of them
 
 1. Encoding and decoding a LLaMA-7B LoRA adapter (r = 8; q, k, v, o of 32 layers: 256 tensors,
    8,388,608 values of noise), to bytes and from bytes, with one thread and with two, each time in a
@@ -10,7 +10,8 @@
    updates, with one of gradients, in turns; one thread.
 
 Peak memory is that of ``benchmarks.measure.peak``. Every row says how busy the machine was when it
-began (``load``, of one minute); on a busy one two threads mostly wait for each other.
+began (``load``, of one minute); on a busy one two threads mostly wait for each other. Rows and a
+page.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -27,15 +29,17 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.measure import apart, median, peak
+from benchmarks.report import Goal, Page, Table, goal_rows
 from benchmarks.run import Options, check_names
 from gradcodec.chain import Chain
 from gradcodec.codec import Codec
 from gradcodec.codecs import BlockQuant, Subspace
 from gradcodec.packers.blockquant import BlockQuantConfig
 from gradcodec.recipes import data, models
+from gradcodec.recipes.report import size
 from gradcodec.recipes.settings import Settings
 from gradcodec.recipes.task import LanguageTask
-from gradcodec.registry import make_codec
+from gradcodec.registry import UNTRAINED, make_codec
 from gradcodec.tgap.recorder import GradientRecorder
 from gradcodec.transforms.subspace.config import Axis, SubspaceConfig
 from gradcodec.transforms.subspace.groups import groups
@@ -95,9 +99,13 @@ CODECS: Mapping[str, Make] = MappingProxyType(
     {
         "subspace-64-int4": _subspace(64),
         "subspace-32-int4": _subspace(32),
-        **{name: _untrained(name) for name in ("sign", "int4", "topk", "fp16")},
+        **{name: _untrained(name) for name in UNTRAINED},
     }
 )
+QUICK = ("subspace-64-int4", "subspace-32-int4", "sign", "int4", "topk", "fp16")
+TGAP = "tgap"
+MOST_S, MOST_PEAK = 0.5, 2.0
+"""Goals: seconds of encoding and decoding together on two threads; memory beside the adapter."""
 RECORDERS = ("update", "gradient")
 
 
@@ -195,45 +203,83 @@ def collection(repeats: int) -> rows.Row:
 
 
 def main(options: Options) -> list[str]:
-    """Measure, append a row each, print the table."""
-    names = options.schemes or (*CODECS, "tgap")
-    check_names(names, (*CODECS, "tgap"))
+    """Measure, append a row each, write the page."""
+    known = (*CODECS, TGAP)
+    names = options.schemes or ((*QUICK, TGAP) if options.quick else known)
+    check_names(names, known)
     repeats = 3 if options.quick else 5
-    found = []
+    path = options.out / f"{CASE}.jsonl"
     for name in names:
-        for threads in (1,) if name == "tgap" else THREADS:
+        for threads in (1,) if name == TGAP else THREADS:
             load = round(os.getloadavg()[0], 2)
             config = {"threads": threads, "repeats": repeats}
-            if name == "tgap":
+            if name == TGAP:
                 came = apart(collection, repeats)
             else:
                 config |= {"layers": LAYERS, "width": WIDTH, "rank": RANK}
                 came = apart(code, name, threads, repeats)
-            found.append({**rows.stamp(CASE, name, 0, config), "load": load, **came})
-            rows.append(options.out / f"{CASE}.jsonl", found[-1])
-    print(table(found))
+            rows.append(path, {**rows.stamp(CASE, name, 0, config), "load": load, **came})
+    made = page(path)
+    print("no codec was measured" if made is None else made.write(path))
     return []
 
 
-def table(found: Sequence[rows.Row]) -> str:
-    """Rows as text."""
-    lines = [
-        "| codec | threads | encode s | decode s | body | codec | peak: encode | decode | load |",
-        "|---|---|---|---|---|---|---|---|---|",
+def page(path: Path) -> Page | None:
+    """The page of the last row of each codec and number of threads."""
+    last = {(r["scheme"], r["config"]["threads"]): r for r in rows.read(path)}
+    tgap = last.pop((TGAP, 1), None)
+    if not last:
+        return None
+    out = Page("A LLaMA-7B adapter: seconds, bytes and memory", f"python -m benchmarks.run {CASE}")
+    out.table("Goals", goal_rows(_goals(list(last.values()))))
+    out.table("Encoding to bytes and decoding from them", _coding(last))
+    first = next(iter(last.values()))
+    notes = [
+        f"{LAYERS} layers, width {WIDTH}, r = {RANK} on q, k, v, o: 8,388,608 values of noise, "
+        f"33.6 MB; torch {first['versions']['torch']}, {first['machine']}",
+        "seconds are medians on a shared machine; load is that of the minute before",
+        "peak: resident memory beyond what there was, result included, over the adapter's bytes",
     ]
-    for row in found:
-        if row["scheme"] == "tgap":
-            lines.append(
-                f"\nTGAP, {row['steps']} steps of {row['training_s']:.2f} s together: "
-                + ", ".join(f"{r}s x {row[f'{r}_ratio']:.3f}" for r in RECORDERS)
-                + f" (load {row['load']})"
-            )
-            continue
-        peaks = [row[f"{what}_peak_of_adapter"] for what in ("encode", "decode")]
-        lines.append(
-            f"| {row['scheme']} | {row['config']['threads']} | {row['encode_s']:.3f} "
-            f"| {row['decode_s']:.3f} | {row['body_bytes']:,} | {row['codec_bytes']:,} | "
-            + " | ".join("?" if p is None else f"{p:.2f}x" for p in peaks)
-            + f" | {row['load']} |"
+    if tgap is not None:
+        ratios = ", ".join(f"{r}s {tgap[f'{r}_ratio']:.3f}" for r in RECORDERS)
+        notes.append(
+            f"TGAP's collection on the embedded LLaMA: {tgap['steps']} steps with a recorder, as a "
+            f"multiple of those without: {ratios}; in turns, one thread"
         )
-    return "\n".join(lines)
+    out.lines(notes, "How to read this")
+    return out
+
+
+def _coding(last: Mapping[tuple[str, int], rows.Row]) -> Table:
+    times, peaks = ("encode s", "decode s"), ("encode peak", "decode peak")
+    out: Table = [("codec", "threads", *times, "body", "codec", *peaks, "load")]
+    for (name, threads), row in last.items():
+        took = [f"{row[f'{what}_s']:.3f}" for what in ("encode", "decode")]
+        most = [row[f"{what}_peak_of_adapter"] for what in ("encode", "decode")]
+        held = ["?" if one is None else f"{one:.2f}x" for one in most]
+        codec = size(row["codec_bytes"]) if row["codec_bytes"] else "-"
+        load = f"{row['load']:.1f}"
+        out.append((name, str(threads), *took, size(row["body_bytes"]), codec, *held, load))
+    return out
+
+
+def _goals(found: Sequence[rows.Row]) -> list[Goal]:
+    together = {
+        r["scheme"]: r["encode_s"] + r["decode_s"]
+        for r in found
+        if r["config"]["threads"] == max(THREADS)
+    }
+    peaks = {
+        r["scheme"]: max(r["encode_peak_of_adapter"], r["decode_peak_of_adapter"])
+        for r in found
+        if r["encode_peak_of_adapter"] is not None
+    }
+    goals = []
+    for words, known, most, unit in (
+        (f"encode + decode on two threads under {MOST_S} s", together, MOST_S, " s"),
+        (f"peak under {MOST_PEAK:g}x the adapter", peaks, MOST_PEAK, "x"),
+    ):
+        worst = max(known, key=lambda name: known[name], default=None)
+        text = "" if worst is None else f"most: {worst} {known[worst]:.2f}{unit}"
+        goals.append(Goal(words, None if worst is None else known[worst] < most, text))
+    return goals

@@ -47,8 +47,8 @@ def test_a_page_and_its_plots_are_called_after_the_rows(tmp_path: Path) -> None:
 
 
 def test_a_case_without_a_page_says_so() -> None:
-    with pytest.raises(ConfigError, match="'speed' has rows and no page"):
-        CASES["speed"].load_page()
+    with pytest.raises(ConfigError, match="'link_swap' has rows and no page"):
+        CASES["link_swap"].load_page()
 
 
 def test_lines_of_a_plot_differ_and_the_reference_is_black() -> None:
