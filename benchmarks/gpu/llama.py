@@ -30,7 +30,7 @@ from benchmarks.run import RESULTS
 #: Groups in the order of importance; schemes of a group are played in step.
 TWENTY = (
     ("fp32", "s-1280-o4096", "s-256"),
-    ("p-170-o4096", "p-56", "p-25"),
+    ("p-170-l2214", "p-56", "p-25"),
     ("f-512-128", "eden-1", "s-512"),
     ("sub-8", "sub-64-own", "sub-4"),
     ("sign-ef-both", "ffa", "b-640"),
@@ -41,7 +41,7 @@ TWENTY = (
 )
 TEN = (
     ("fp32", "s-1280-o4096", "eden-1"),
-    ("p-170-o4096", "p-56", "p-25"),
+    ("p-170-l2214", "p-56", "p-25"),
     ("sign-ef-both", "ffa", "w-1280of4096"),
     ("sub-8", "sub-4", "sub-64-own"),
     ("bundled-8", "bundled-64", "sub-16"),

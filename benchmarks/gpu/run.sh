@@ -2,8 +2,10 @@
 # Everything that needs a GPU, in one command and about ten minutes, for a machine that is lent for
 # that long and may have no network: it needs Python, torch and triton, and installs nothing.
 #
-#   bash benchmarks/gpu/run.sh OUT [STEP ...]     steps: kernels hooks adapter tgap (default: all)
+#   bash benchmarks/gpu/run.sh OUT [STEP ...]     steps: kernels hooks adapter tgap llama (default: all)
 #   bash benchmarks/gpu/run.sh --dry-run OUT      on a CPU: tiny sizes, kernels in the interpreter
+#
+# `llama` runs where a model and questions came along: MODEL=folder DATA=folder bash ...
 #
 # Each step has its own time limit and writes its rows to OUT/*.jsonl as it goes, so a step that
 # fails or is cut off costs only itself. Ends with a line per step; fails if any step did.
@@ -20,7 +22,7 @@ fi
 out=${1:?"usage: bash benchmarks/gpu/run.sh [--dry-run] OUT [STEP ...]"}
 shift
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(kernels hooks adapter tgap)
+[ ${#steps[@]} -gt 0 ] || steps=(kernels hooks adapter tgap llama)
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
@@ -46,6 +48,10 @@ fi
 step hooks 130 "$python" -m benchmarks.gpu.hooks --out "$out" --device "$device"
 step adapter 40 "$python" -m benchmarks.gpu.adapter --out "$out" --device "$device"
 step tgap 80 "$python" -m benchmarks.gpu.tgap --out "$out" --device "$device"
+if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
+    # What the others leave of ten minutes; rows come as rounds end.
+    step llama 300 "$python" -m benchmarks.gpu.llama --out "$out" --model "$MODEL" --data "$DATA"
+fi
 
 printf '%s\n' "---" "${summary[@]}"
 exit "$failed"
