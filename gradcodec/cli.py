@@ -6,7 +6,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from gradcodec.errors import GradcodecError
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = argparse.Namespace(command=None)
     try:
-        options = _parser().parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        options = _parser(RECIPES & set(words)).parse_args(words)
         status = _run(options)
         sys.stdout.flush()  # here, where a closed pipe can still be reported
     except GradcodecError as err:
@@ -38,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+RECIPES = frozenset({"run-federated", "tgap", "eval"})
+
+
+def _parser(recipes: Collection[str] = RECIPES) -> argparse.ArgumentParser:
+    """The command line; with the options of these recipes, whose modules load torch."""
     parser = argparse.ArgumentParser(
         prog="gradcodec", description="Gradient-compression codecs for PyTorch."
     )
@@ -75,31 +80,29 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("info", help="versions, codec families, bundled codecs, who computes")
 
-    # The recipes need transformers and peft; their options are declared without importing those.
-    from gradcodec.recipes import command, eval_command
-
     federated = commands.add_parser(
         "run-federated", help="TGAP and FAF end to end, several codecs compared"
     )
-    command.add_arguments(federated)
     tgap = commands.add_parser("tgap", help="gather gradients of a model and fit a codec")
-    command.add_tgap_arguments(tgap)
     evaluated = commands.add_parser(
         "eval", help="a model and its adapters on MMLU, C-Eval, GSM8K, ... by lm-eval"
     )
-    eval_command.add_eval_arguments(evaluated)
+    if recipes:
+        # They need transformers and peft; their options are declared without importing those.
+        from gradcodec.recipes import command, eval_command
+
+        command.add_arguments(federated)
+        command.add_tgap_arguments(tgap)
+        eval_command.add_eval_arguments(evaluated)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gradcodec.recipes import command, eval_command
+    if options.command in RECIPES:
+        from gradcodec.recipes import command, eval_command
 
-    if options.command == "run-federated":
-        return command.run(options)
-    if options.command == "tgap":
-        return command.run_tgap(options)
-    if options.command == "eval":
-        return eval_command.run_eval(options)
+        recipes = {"run-federated": command.run, "tgap": command.run_tgap}
+        return recipes.get(options.command, eval_command.run_eval)(options)
     if options.command == "push":
         return _push(options)
     if options.command == "info":

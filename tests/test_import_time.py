@@ -53,7 +53,7 @@ def test_nothing_optional_is_imported(statement: str) -> None:
     "statement",
     [
         "import gradcodec; gradcodec.__version__; gradcodec.errors.ConfigError",
-        "import gradcodec.cli",
+        "import gradcodec.cli\ntry: gradcodec.cli.main(['--help'])\nexcept SystemExit: pass",
         "from gradcodec.integrations.flower import CompressMod; CompressMod()",
         "from flwr.clientapp import ClientApp\n"
         "from gradcodec.integrations.flower import CompressMod\n"
@@ -66,3 +66,12 @@ def test_torch_is_loaded_by_its_first_use(statement: str) -> None:
     script = f"import sys\n{statement}\nassert 'torch' not in sys.modules\n"
     script += "import gradcodec; gradcodec.make_codec('int4'); assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_kind_is_found_by_whoever_imported_codecs_alone() -> None:
+    script = (
+        "from gradcodec.codec import Codec\n"
+        "print(type(Codec.from_pretrained('stdlib-llama-lora-r8-7x')).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "Chain\n", done.stderr
