@@ -232,6 +232,7 @@ HEADLINES = (
         "How long do encoding and decoding 8,388,608 values take on a CPU, and in how much memory?",
         "Encoding",
         (0, 1, 2, 3, 4, 6, 7),
+        plot="-seconds",
     ),
     Headline(
         "growth",

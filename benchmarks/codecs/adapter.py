@@ -21,13 +21,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import report, rows
 from benchmarks.measure import apart, median, peak
 from benchmarks.report import Goal, Page, Table, goal_rows
 from benchmarks.run import Options, check_names
@@ -247,7 +248,22 @@ def page(path: Path) -> Page | None:
             f"multiple of those without: {ratios}; in turns, one thread"
         )
     out.lines(notes, "How to read this")
+    fastest = [row for (_, threads), row in last.items() if threads == max(THREADS)]
+    out.plots({"-seconds": partial(_plot, fastest)})
     return out
+
+
+def _plot(found: Sequence[rows.Row], path: Path) -> None:
+    """Bars of seconds by codec, decoding behind encoding."""
+    made, ax = report.figure(figsize=(7, 0.24 * len(found) + 1.2))
+    names = [row["scheme"] for row in found]
+    encode, decode = ([row[f"{what}_s"] for row in found] for what in ("encode", "decode"))
+    ax.barh(names, encode, label="encode")
+    ax.barh(names, decode, left=encode, label="decode")
+    ax.invert_yaxis()
+    ax.set_xlabel(f"seconds on {max(THREADS)} threads")
+    ax.legend(frameon=False)
+    report.save(made, path)
 
 
 def _coding(last: Mapping[tuple[str, int], rows.Row]) -> Table:
