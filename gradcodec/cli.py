@@ -6,7 +6,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from gradcodec.errors import GradcodecError
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(command=None)
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
-        options = _parser(RECIPES & set(words)).parse_args(words)
+        options = _parser(whole=not RECIPES.isdisjoint(words)).parse_args(words)
         status = _run(options)
         sys.stdout.flush()  # here, where a closed pipe can still be reported
     except GradcodecError as err:
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 RECIPES = frozenset({"run-federated", "tgap", "eval"})
 
 
-def _parser(recipes: Collection[str] = RECIPES) -> argparse.ArgumentParser:
-    """The command line; with the options of these recipes, whose modules load torch."""
+def _parser(*, whole: bool = True) -> argparse.ArgumentParser:
+    """The command line; ``whole``: with the options of the recipes, whose modules load torch."""
     parser = argparse.ArgumentParser(
         prog="gradcodec", description="Gradient-compression codecs for PyTorch."
     )
@@ -87,7 +87,7 @@ def _parser(recipes: Collection[str] = RECIPES) -> argparse.ArgumentParser:
     evaluated = commands.add_parser(
         "eval", help="a model and its adapters on MMLU, C-Eval, GSM8K, ... by lm-eval"
     )
-    if recipes:
+    if whole:
         # They need transformers and peft; their options are declared without importing those.
         from gradcodec.recipes import command, eval_command
 
