@@ -216,6 +216,30 @@ def _bitsandbytes(kind: str, block: int) -> Callable[[Snapshot], Coder]:
     return make
 
 
+def _adaquant(example: Snapshot) -> Coder:
+    try:
+        from nvflare.app_opt.pt.quantization.ada_quant import AdaQuantizer
+    except ImportError as err:
+        raise ImportError("pip install 'gradcodec[nvflare]'") from err
+    quantizer = AdaQuantizer()
+
+    def encode(snapshot: Snapshot) -> list[tuple[Any, dict[str, Any]]]:
+        return [quantizer.quantize(t) for t in snapshot.values()]  # tensor by tensor, as it is used
+
+    def decode(coded: list[tuple[Any, dict[str, Any]]]) -> Tensor:
+        whole = [
+            quantizer.dequantized(torch.as_tensor(values), state) if state else values
+            for values, state in coded
+        ]
+        return torch.cat([t.reshape(-1).float() for t in whole])
+
+    def nbytes(coded: list[tuple[Any, dict[str, Any]]]) -> int:
+        # The values, and the offset, the norm and the number of levels.
+        return sum(state.get("compressed_tensor", values).nbytes + 24 for values, state in coded)
+
+    return Coder(encode, decode, nbytes)
+
+
 def _torch_topk(share: float) -> Callable[[Snapshot], Coder]:
     def make(example: Snapshot) -> Coder:
         numel = sum(t.numel() for t in example.values())
@@ -279,6 +303,7 @@ PEERS: tuple[Scheme, ...] = (
     Scheme("bitsandbytes 8 bit of 4096", "peer", "bitsandbytes", _bitsandbytes("8bit", 4096)),
     Scheme("bitsandbytes nf4 of 64", "peer", "bitsandbytes", _bitsandbytes("nf4", 64)),
     Scheme("bitsandbytes fp4 of 64", "peer", "bitsandbytes", _bitsandbytes("fp4", 64)),
+    Scheme("AdaQuant", "peer", "nvflare", _adaquant),
     Scheme("torch.topk 1 %", "peer", "torch", _torch_topk(0.01)),
     Scheme("PowerSGD rank 1", "peer", EPFML.folder, _powersgd(1)),
     Scheme("PowerSGD rank 4", "peer", EPFML.folder, _powersgd(4)),

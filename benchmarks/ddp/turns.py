@@ -83,7 +83,7 @@ LADDER = Turns(
     (REFERENCE, "int4", "int2-rot", "sign-rot", AUTO),
     {
         2: {"10mbit": 2, "100mbit": 4, "1gbit": 8, "unshaped": 12},
-        4: {"100mbit": 4, "1gbit": 8},
+        4: {"100mbit": 4, "1gbit": 8, "unshaped": 8},
     },
 )
 
