@@ -1,6 +1,7 @@
 """Federations that send updates below one bit a value, and two ways down that are as small.
 
-    relay   replies go down as they came; clients average them as the server does
+    relay   replies go down as they came; clients average them as the server does. Whole updates in
+            a codec are relayed by the library (``ServerConfig(relay=True)``), other codes here
     own     each client gets the difference to what it holds, coded for it alone
 
 A relay loses nothing more than the replies did, at four replies for each round that a client
@@ -20,16 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.federated import fitted
-from benchmarks.federated.methods import State
+from benchmarks.federated.methods import Coded, State
 from benchmarks.federated.scheme import Make
 from benchmarks.federated.world import World
-from benchmarks.llama.codes import Bands, Code, Factors, Signs, contraction
+from benchmarks.llama.codes import BLOCK, Bands, Code, Factors, Signs, contraction
 from benchmarks.peers.federated.base import Peer, flat
 from benchmarks.peers.federated.downlink import States
 from benchmarks.peers.federated.envelope import Broadcast, Reply
 from benchmarks.peers.federated.ffa import FROZEN
-from gradcodec.codecs import Subspace
+from gradcodec.codecs import RotatedSign, Subspace
 from gradcodec.errors import CodecMismatchError, MalformedBodyError
+from gradcodec.federated import ServerConfig
 from gradcodec.packers.rotsign import RotatedSignConfig, RotatedSignPacker
 from gradcodec.transforms.subspace.config import SubspaceConfig
 from gradcodec.types import UpdateSpec
@@ -189,7 +191,10 @@ def signs(
 ) -> Make:
     """``kept`` of 4096 rotated values up; ``down`` of them to each client, relayed by default."""
 
-    def make(world: World) -> Banded:
+    def make(world: World) -> Banded | Coded:
+        if down is None and shrink == 1.0:
+            codec = RotatedSign(RotatedSignConfig(BLOCK, kept, which))
+            return Coded(world.initial, codec, config=ServerConfig(relay=True))
         numel = UpdateSpec.of(world.initial).numel
         factor = None if down is None else contraction(down, which_down)
         back = None if factor is None else Signs(numel, down, factor, which_down)

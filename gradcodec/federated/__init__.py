@@ -2,7 +2,8 @@
 
 ``client`` receives the global state and encodes what was trained; ``server`` collects replies
 (``admission`` says which, ``rounds`` and ``exact`` add them up), closes rounds (``next_state``) and
-brings late clients up to date (``history``);
+brings late clients up to date (``history``). In a relay clients do the server's sum themselves
+(``relayed`` are its bytes, ``aggregation`` what both ends compute);
 ``restore`` makes it again from what it has sent, and ``auto`` has both ends that fit their codec.
 ``replica`` is one participant's copy of the global state, ``envelope`` the bytes around payloads in
 a message.

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from gradcodec import layout
-from gradcodec.errors import CodecMismatchError, MalformedBodyError, UnexpectedReplyError
+from gradcodec.errors import CodecMismatchError, UnexpectedReplyError
+from gradcodec.federated.aggregation import check_values, value_of
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.participants import ClientId, client_id
 from gradcodec.federated.replica import WAY_BACK
@@ -27,9 +23,7 @@ def admitted(server: Server, blob: bytes, sender: ClientId | None) -> tuple[Repl
     _check_expected(server, reply, sender)
     reply = _rebased(server, reply)
     value, kept = values_of(server, reply)
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
-        raise MalformedBodyError(f"client {reply.client!r}: {bad} values are NaN or Inf")
+    check_values(value, f"client {reply.client!r}")
     if kept is not None:
         check_kept(kept, server.replica.kept, f"client {reply.client!r}")
     return reply, (value, kept)
@@ -38,10 +32,7 @@ def admitted(server: Server, blob: bytes, sender: ClientId | None) -> tuple[Repl
 def values_of(server: Server, reply: Reply) -> Values:
     """What a reply decodes to: a code or an update, and the kept tensors if they changed."""
     kept = None if reply.values is None else server.replica.read_kept(reply.values)
-    if server.codes_cross:
-        return _bounded(server.config.max_norm, server.uplink.read_code(reply.payload)), kept
-    update = server.uplink.decoder.decode(reply.payload)
-    return _bounded(server.config.max_norm, layout.flatten(update, server.replica.spec)), kept
+    return value_of(server.uplink, reply.payload, server.config, server.codes_cross), kept
 
 
 def _check_expected(server: Server, reply: Reply, sender: ClientId | None) -> None:
@@ -75,11 +66,3 @@ def _rebased(server: Server, reply: Reply) -> Reply:
             f"initial state; {WAY_BACK}"
         )
     return replace(reply, payload=replace(reply.payload, base=server.uplink.base))
-
-
-def _bounded(most: float | None, value: Tensor) -> Tensor:
-    """The value, scaled down to a norm of ``most``."""
-    if most is None:
-        return value
-    norm = float(torch.linalg.vector_norm(value.double()))  # squares of floats leave float32
-    return value * (most / norm) if most < norm < math.inf else value

@@ -87,7 +87,7 @@ class Client:
         check_rules(self.config.rules, parts.names)
         check_private(self.config.privacy is not None, parts.kept)
         self.codec, broadcasts = codecs_for(parts.coded, stage.uplink, stage.downlink, self.config)
-        self.replica = Replica(parts.whole, space_of(broadcasts, self.config))
+        self.replica = Replica(parts.whole, space_of(self.codec, broadcasts, self.config))
         self._switch: Switch | None = None
         self._first = self.codec, self.config, self.replica.copy()
 
@@ -132,7 +132,7 @@ class Client:
                 codec, downlink = switch.codecs(state)
                 config = self._schedule.config(switch.mode)
                 now = Split(tuple(replica.initial), dict(state), replica.kept)
-                replica = Replica(now.whole, space_of(downlink, config), switch.first)
+                replica = Replica(now.whole, space_of(codec, downlink, config), switch.first)
             last = i == len(switches)
             replica.apply(steps, ends[i], lineage if last else None, version_1)
         self.codec, self.config, self.replica, self._switch = codec, config, replica, switch

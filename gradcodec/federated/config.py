@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
+from gradcodec.federated.aggregation import Relay
 from gradcodec.federated.replica import Space, for_state
 from gradcodec.federated.tensors import Rules, with_rules
 from gradcodec.privacy.mechanism import ClientPrivacy
@@ -47,6 +48,12 @@ class ServerConfig:
         privacy: clip and noise each reply at the client (``gradcodec.privacy.ClientPrivacy``).
             Every client counts once then and the number of examples, which is private, is not
             sent; tensors that travel bit for bit are refused.
+        relay: replies go down as they came: a broadcast holds the replies of each round that a
+            client missed, and the client decodes and averages them as the server did. Nothing is
+            coded twice, so nothing more is lost, and where few clients reply below one bit a value
+            this is the smallest way down: ``k`` replies a round. There is no downlink codec. Every
+            client can then decode every reply, though not whose it is. ``hold_bytes`` must fit all
+            replies of a round; once a snapshot is smaller than what a client missed, it gets that.
         max_replies: most replies that a round accepts.
         hold_bytes: most bytes of replies that a round keeps out of its running sum. These are the
             loudest replies, which may have to be dropped (``Server.close_round``).
@@ -62,6 +69,7 @@ class ServerConfig:
     max_norm: float | None = None
     trim: float | None = None
     privacy: ClientPrivacy | None = None
+    relay: bool = False
     max_replies: int = 1_000_000
     hold_bytes: int = 64 << 20
 
@@ -93,6 +101,7 @@ class ServerConfig:
         if self.robust and self.representation != "update":
             raise ConfigError(f"{self.aggregation!r} is of updates, not of states")
         self._check_privacy()
+        self._check_relay()
         for name, least in (("max_replies", 1), ("hold_bytes", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -118,6 +127,24 @@ class ServerConfig:
     def equal(self) -> bool:
         """Whether every reply has the same weight."""
         return self.aggregation != "mean" or self.privacy is not None
+
+    def _check_relay(self) -> None:
+        if type(self.relay) is not bool:
+            raise ConfigError(f"expected relay of True or False, got {self.relay!r}")
+        if not self.relay:
+            return
+        if self.representation != "update":
+            raise ConfigError(f"a relay sends updates on, not {self.representation!r}")
+        if self.momentum:
+            raise ConfigError(
+                "clients of a relay take the server's step from a round's replies alone: expected "
+                f"momentum 0, got {self.momentum}"
+            )
+        if self.privacy is not None and self.privacy.shares > 1:
+            raise ConfigError(
+                f"each reply holds one of {self.privacy.shares} shares of the noise, and a relay "
+                "shows each reply to every client: expected shares=1, or no relay"
+            )
 
     def _check_privacy(self) -> None:
         privacy = self.privacy
@@ -151,7 +178,10 @@ def codecs_for(
     return up, for_state(with_rules(downlink, spec, config.rules), coded)
 
 
-def space_of(downlink: Codec, config: ServerConfig) -> Space:
+def space_of(uplink: Codec, downlink: Codec, config: ServerConfig) -> Space:
     """How broadcasts move a participant's replica under these settings."""
-    absolute = config.representation != "update"
-    return Space(downlink, latent=config.mode == "latent", absolute=absolute)
+    latent, absolute = config.mode == "latent", config.representation != "update"
+    if not config.relay:
+        return Space(downlink, latent, absolute)
+    relay = Relay(uplink, config, in_code=latent or uplink.linear)
+    return Space(uplink, latent, relay=relay)

@@ -34,6 +34,7 @@ from gradcodec.errors import (
     UnsupportedVersionError,
 )
 from gradcodec.federated.participants import MAX_NAME_BYTES, ClientId
+from gradcodec.federated.relayed import Relayed, is_relayed
 from gradcodec.wire import DIGEST_BYTES, Payload, _Reader, _varint
 
 VERSION: Final = 2
@@ -130,10 +131,7 @@ class Broadcast:
     @property
     def payload_nbytes(self) -> int:
         """Bytes of the payloads' bodies; codecs count as a whole."""
-        return sum(
-            len(part) if kind == CODEC else len(Payload.from_bytes(part).body)
-            for kind, part in self.parts
-        )
+        return sum(len(part) if kind == CODEC else _body_nbytes(part) for kind, part in self.parts)
 
     def to_bytes(self) -> bytes:
         """The bytes of the downlink, always in the newest version."""
@@ -165,6 +163,12 @@ class Broadcast:
             kind = _known_kind(reader.take(1, "kind of a part")[0], kinds)
             parts.append((kind, bytes(reader.take(reader.varint("part length"), "part"))))
         return cls(number, tuple(parts), lineage)
+
+
+def _body_nbytes(part: bytes) -> int:
+    if is_relayed(part):
+        return Relayed.from_bytes(part).body_nbytes
+    return len(Payload.from_bytes(part).body)
 
 
 def part_nbytes(parts: list[Part]) -> int:

@@ -56,7 +56,9 @@ class History:
             self.current.end = end
         self.phases.append(Phase(switch.first, switch))
 
-    def since(self, version: int, snapshot: Callable[[], bytes], *, whole: bool) -> Parts:
+    def since(
+        self, version: int, snapshot: Callable[[], bytes], least: int, *, whole: bool
+    ) -> Parts:
         """The parts that bring a client from ``version`` to the current round.
 
         For each phase that it has missed rounds of: the phase's codec, unless the client has it,
@@ -65,6 +67,7 @@ class History:
         Args:
             version: the round that the client is at.
             snapshot: makes a snapshot of the current position.
+            least: the fewest bytes that it takes.
             whole: whether an increment is a whole state: then the last one is enough.
         """
         parts: Parts = []
@@ -72,14 +75,14 @@ class History:
             if phase.first > version:
                 assert phase.switch is not None
                 parts.append((CODEC, phase.switch.to_bytes()))
-            parts += self._steps(phase, max(version, phase.first), snapshot, whole)
+            parts += self._steps(phase, max(version, phase.first), snapshot, least, whole)
         return parts
 
     def spans(self, version: int) -> int:
         """How many phases there are from that of ``version`` to the current one."""
         return len(self.phases) - self._phase_of(version)
 
-    def anew(self, state: Update, snapshot: Callable[[], bytes]) -> Parts:
+    def anew(self, state: Update, snapshot: Callable[[], bytes], least: int) -> Parts:
         """Parts for a client at any round: the current codec, the state it began at, the steps.
 
         ``state`` is that of the current phase's first round.
@@ -87,7 +90,7 @@ class History:
         phase = self.current
         assert phase.switch is not None
         coded: Parts = [(CODEC, phase.switch.to_bytes(state))]
-        return coded + self._steps(phase, phase.first, snapshot, whole=False)
+        return coded + self._steps(phase, phase.first, snapshot, least, whole=False)
 
     def until(self, version: int) -> Parts:
         """Every increment and codec up to a round."""
@@ -116,12 +119,14 @@ class History:
         return max(i for i, phase in enumerate(self.phases) if phase.first <= version)
 
     def _steps(
-        self, phase: Phase, version: int, snapshot: Callable[[], bytes], whole: bool
+        self, phase: Phase, version: int, snapshot: Callable[[], bytes], least: int, whole: bool
     ) -> Parts:
         """The fewest bytes from ``version`` to the end of a phase."""
         missed: Parts = [(INCREMENT, b) for b in phase.increments[version - phase.first :]]
-        if len(missed) < 2 or whole:
-            return missed[-1:] if whole else missed
+        if whole:
+            return missed[-1:]
+        if phase is self.current and part_nbytes(missed) <= least:
+            return missed
         end: Parts = [(SNAPSHOT, snapshot() if phase is self.current else phase.end)]
         return end if end[0][1] and part_nbytes(end) < part_nbytes(missed) else missed
 

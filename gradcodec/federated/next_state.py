@@ -10,6 +10,7 @@ from torch import Tensor
 from gradcodec import layout
 from gradcodec.errors import NonFiniteError, TrainingError
 from gradcodec.federated.participants import ClientId, in_order
+from gradcodec.federated.relayed import Relayed
 from gradcodec.federated.replica import Replica
 from gradcodec.wire import Payload
 
@@ -58,19 +59,29 @@ def _step(server: Server, without: frozenset[ClientId]) -> Step:
     momentum = server.config.momentum * server.momentum + aggregate.update
     wanted = server.config.lr * momentum + server.residual
     layout.check_finite(wanted, "aggregate")
-    payload, sent = _encode(server, wanted)
-    residual = server.residual
-    if server.config.feedback and not server.space.absolute:
-        residual = wanted - sent
+    blob, residual = _increment(server, wanted, without)
     layout.check_finite(momentum, "momentum")
     layout.check_finite(residual, "feedback")
-    blob = replace(payload, base=server.replica.lineage).to_bytes()
     replica = server.replica.copy()
     replica.advance(blob)
     replica.kept = replica.kept if aggregate.kept is None else aggregate.kept
     for name, t in replica.moved().items():
         layout.check_finite(t, name)
     return Step(blob, momentum, residual, replica)
+
+
+def _increment(
+    server: Server, wanted: Tensor, without: frozenset[ClientId]
+) -> tuple[bytes, Tensor]:
+    """The bytes that lead on, and what their quantisation lost."""
+    lineage = server.replica.lineage
+    if server.config.relay:
+        relayed = Relayed.of(lineage, server._replies.replies(without))
+        return relayed.to_bytes(), server.residual
+    payload, sent = _encode(server, wanted)
+    keeps = server.config.feedback and not server.space.absolute
+    residual = wanted - sent if keeps else server.residual
+    return replace(payload, base=lineage).to_bytes(), residual
 
 
 def _encode(server: Server, value: Tensor) -> tuple[Payload, Tensor]:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from gradcodec.codec import Codec
 from gradcodec.codecs import Identity
 from gradcodec.encodable import check_update
 from gradcodec.errors import CodecMismatchError
+from gradcodec.federated.aggregation import Relay
 from gradcodec.federated.envelope import FIXED, INCREMENT, VALUES, Broadcast, Part
+from gradcodec.federated.relayed import Relayed, is_relayed
 from gradcodec.federated.tensors import Split
 from gradcodec.types import Update, UpdateSpec, named_digest
 from gradcodec.wire import Payload
@@ -68,11 +71,13 @@ class Space:
         codec: decodes broadcasts; bound.
         latent: increments are codes ``z`` that mean ``Dec(z) - Dec(0)``.
         absolute: broadcasts carry the state itself instead of a difference.
+        relay: increments are replies that this averages; ``None``: they are payloads.
     """
 
     codec: Codec
     latent: bool = False
     absolute: bool = False
+    relay: Relay | None = None
 
     @property
     def in_code(self) -> bool:
@@ -84,6 +89,27 @@ class Space:
         """Length of a position vector."""
         spec = self.codec.transform.table()
         return self.codec.code_numel(spec) if self.in_code else spec.numel
+
+    def opened(self, increment: bytes) -> tuple[bytes | None, Callable[[], Tensor]]:
+        """What an increment starts from, and a function that decodes its code or update.
+
+        Raises:
+            WireError: it is damaged, or replies came where a payload is expected or vice versa.
+        """
+        if self.relay is not None:
+            came = Relayed.from_bytes(increment)
+            return came.base, partial(self.relay.step, came)
+        if is_relayed(increment):
+            raise CodecMismatchError(
+                "relayed replies came to a participant without ServerConfig(relay=True)"
+            )
+        payload = Payload.from_bytes(increment)
+        return payload.base, partial(self._value, replace(payload, base=self.codec.base))
+
+    def _value(self, payload: Payload) -> Tensor:
+        if self.in_code or self.latent:
+            return self.codec.read_code(payload)
+        return layout.flatten(self.codec.decoder.decode(payload), self.codec.transform.table())
 
     @property
     def snapshot_codec(self) -> Codec:
@@ -168,13 +194,13 @@ class Replica:
             CodecMismatchError: the increment does not start from this state.
             WireError: it is damaged or of another codec.
         """
-        payload = Payload.from_bytes(blob)
-        if payload.base != self.lineage and not self.space.absolute:
+        base, read = self.space.opened(blob)
+        if base != self.lineage and not self.space.absolute:
             raise CodecMismatchError(
-                f"an increment of another history: it goes on from state {_hex(payload.base)}, "
+                f"an increment of another history: it goes on from state {_hex(base)}, "
                 f"this replica is at {self.lineage.hex()} (round {self.version}); {WAY_BACK}"
             )
-        self._move(payload)
+        self._move(read())
         self.lineage = _digest(blob)  # ``blob`` contains the lineage before
         self.version += 1
 
@@ -195,17 +221,11 @@ class Replica:
             )
         return replace(payload, base=self.lineage).to_bytes()
 
-    def _move(self, payload: Payload) -> None:
-        codec = self.space.codec
-        payload = replace(payload, base=codec.base)  # ``advance`` has checked the lineage
-        if self.space.in_code:
-            self.position = self.position + codec.read_code(payload)
-        elif self.space.latent:
-            moved = layout.flatten(codec.from_code(codec.read_code(payload)), self.spec)
-            self.position = self.position + (moved - self._decoded_zero())
-        else:
-            value = layout.flatten(codec.decoder.decode(payload), self.spec)
-            self.position = value if self.space.absolute else self.position + value
+    def _move(self, value: Tensor) -> None:
+        if self.space.latent and not self.space.in_code:
+            moved = layout.flatten(self.space.codec.from_code(value), self.spec)
+            value = moved - self._decoded_zero()
+        self.position = value if self.space.absolute else self.position + value
 
     def copy(self) -> Replica:
         """An independent replica at the same state; tensors are shared and never written to."""
@@ -214,6 +234,11 @@ class Replica:
     def share(self, other: Replica) -> None:
         """Use another replica's initial tensors, which must be equal, instead of own copies."""
         self.initial, self.coded = other.initial, other.coded
+
+    @property
+    def snapshot_nbytes(self) -> int:
+        """The fewest bytes that a snapshot takes: four for each number of the position."""
+        return 4 * self.position.numel()
 
     def snapshot(self) -> Payload:
         """The whole position, lossless."""

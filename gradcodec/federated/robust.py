@@ -15,17 +15,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from gradcodec.errors import UnexpectedReplyError
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.participants import ClientId
-from gradcodec.federated.rounds import Aggregate, Round, Values
+from gradcodec.federated.rounds import Aggregate, HeldRound, Values
 
 BUDGET = 128 << 20
 """Most bytes of decoded coordinates that are sorted at a time."""
 
 
-class RobustRound(Round):
-    """Holds all replies as bytes, and aggregates them block by block.
+class RobustRound(HeldRound):
+    """Aggregates replies block by block.
 
     Memory: the bytes of all replies (at most ``hold_bytes``), one decoded reply, and up to
     ``BUDGET`` bytes of the replies' values in a block of coordinates, three times that while they
@@ -33,7 +32,7 @@ class RobustRound(Round):
     ``n`` values, so once in most federations. Kept tensors, which are small, are stacked whole.
 
     Args:
-        numel, kept, read, hold_bytes: as of ``Round``.
+        numel, kept, read, hold_bytes: as of ``HeldRound``.
         trim: share that is cut off at each end; ``None`` for the median.
     """
 
@@ -47,20 +46,6 @@ class RobustRound(Round):
     ) -> None:
         super().__init__(numel, kept, read, hold_bytes, equal=True)
         self._numel, self._before, self._trim = numel, kept, trim
-
-    def add(self, reply: Reply, nbytes: int, values: Values) -> None:
-        """Hold a reply.
-
-        Raises:
-            UnexpectedReplyError: it does not fit into ``hold_bytes`` beside the others.
-        """
-        size = nbytes + sum(one.nbytes for one in self._held.values())
-        if size > self._hold_bytes:
-            raise UnexpectedReplyError(
-                f"client {reply.client!r}: a robust aggregate needs all replies at once, and with "
-                f"this one they take {size} bytes, ServerConfig.hold_bytes is {self._hold_bytes}"
-            )
-        super().add(reply, nbytes, values)
 
     @torch.no_grad()
     def aggregate(self, without: frozenset[ClientId] = frozenset()) -> Aggregate:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcodec.errors import ConfigError
+from gradcodec.errors import ConfigError, UnexpectedReplyError
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.exact import ExactSum
 from gradcodec.federated.participants import ClientId, in_order
 from gradcodec.federated.tensors import KeptMean
+from gradcodec.wire import Payload
 
 Values = tuple[Tensor, Mapping[str, Tensor] | None]
 """A decoded reply: its update or code ``[n]``, and its kept tensors if they changed."""
@@ -127,9 +128,33 @@ class Round:
         total = added.total(held).float() if self._summed else added.mean(held)
         return Aggregate(total, kept.result() if kept.changed else None)
 
+    def replies(self, without: frozenset[ClientId] = frozenset()) -> list[tuple[int, Payload]]:
+        """Weight and payload of each held reply except those in ``without``."""
+        found = [one.reply for client, one in self._held.items() if client not in without]
+        return [(self._weight(reply), reply.payload) for reply in found]
+
     def _add(self, updates: ExactSum, kept: KeptMean, reply: Reply, values: Values) -> None:
         updates.add(values[0], self._weight(reply))
         kept.add(values[1], reply.examples)
 
     def _weight(self, reply: Reply) -> int:
         return 1 if self._equal else reply.examples
+
+
+class HeldRound(Round):
+    """Holds all replies as bytes: to send them on, or because their aggregate needs all at once."""
+
+    def add(self, reply: Reply, nbytes: int, values: Values) -> None:
+        """Hold a reply.
+
+        Raises:
+            UnexpectedReplyError: it does not fit into ``hold_bytes`` beside the others.
+        """
+        size = nbytes + sum(one.nbytes for one in self._held.values())
+        if size > self._hold_bytes:
+            raise UnexpectedReplyError(
+                f"client {reply.client!r}: a robust aggregate or a relay needs all replies at "
+                f"once, and with this one they take {size} bytes, ServerConfig.hold_bytes is "
+                f"{self._hold_bytes}"
+            )
+        super().add(reply, nbytes, values)

@@ -104,7 +104,13 @@ class Fixed:
         if not isinstance(config, ServerConfig):
             raise ConfigError(f"expected a ServerConfig, got {shown(config)}")
         up = _codec(uplink)
-        self.first = Stage(up, up if downlink is None else _codec(downlink), config)
+        down = up if downlink is None else _codec(downlink)
+        if config.relay and down is not up:
+            raise ConfigError(
+                f"a relay sends replies on as they came: expected no downlink, got "
+                f"{shown(str(downlink))}"
+            )
+        self.first = Stage(up, down, config)
 
     def config(self, mode: str) -> ServerConfig:
         """There is no later stage."""

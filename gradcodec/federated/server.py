@@ -13,6 +13,7 @@ from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, TrainingError
 from gradcodec.federated import restore
 from gradcodec.federated.admission import admitted, values_of
+from gradcodec.federated.aggregation import round_for
 from gradcodec.federated.client import Client
 from gradcodec.federated.config import ServerConfig, codecs_for, space_of
 from gradcodec.federated.envelope import VALUES, Broadcast, Part, Reply
@@ -20,8 +21,6 @@ from gradcodec.federated.history import History
 from gradcodec.federated.next_state import finite_step
 from gradcodec.federated.participants import ClientId, client_id
 from gradcodec.federated.replica import WAY_BACK, Replica
-from gradcodec.federated.robust import RobustRound
-from gradcodec.federated.rounds import Round
 from gradcodec.federated.schedule import Fixed, Schedule, Stage
 from gradcodec.federated.switch import Switch
 from gradcodec.federated.tensors import Split, State, check_private, check_rules, split
@@ -48,7 +47,8 @@ class Server:
         uplink: codec of replies, or its name; it is bound to the initial state here
             (``for_state``).
         downlink: codec of broadcasts, likewise; the uplink codec by default. Latent mode needs the
-            same code space in both directions (another quantiser is fine).
+            same code space in both directions (another quantiser is fine). A relay
+            (``config.relay``) has none.
         config: aggregation settings.
 
     Raises:
@@ -86,7 +86,7 @@ class Server:
         """Use these bound codecs from now on, relative to the state of ``round``."""
         self.config, self.uplink, self.downlink = config, uplink, downlink
         latent = config.mode == "latent"
-        self.space = space_of(downlink, config)
+        self.space = space_of(uplink, downlink, config)
         same = uplink.code_space == downlink.code_space
         if latent and not same:
             raise ConfigError(f"latent mode: {uplink} and {downlink} differ in code space")
@@ -101,16 +101,8 @@ class Server:
 
     def _open_round(self) -> None:
         self._invited: frozenset[ClientId] | None = None
-        config, size, read = self.config, len(self.momentum), partial(values_of, self)
-        self._replies: Round
-        if config.robust:
-            kept, hold = self.replica.kept, config.hold_bytes
-            self._replies = RobustRound(size, kept, read, hold, config.cut)
-        else:
-            summed = config.aggregation == "sum"
-            self._replies = Round(
-                size, self.replica.kept, read, config.hold_bytes, summed, config.equal
-            )
+        size, read = len(self.momentum), partial(values_of, self)
+        self._replies = round_for(self.config, size, self.replica.kept, read)
 
     @property
     def round(self) -> int:
@@ -180,7 +172,8 @@ class Server:
                 f"expected a version of 0..{self.round}, got {version}: this server has not been "
                 f"there, or was restarted from an older checkpoint; {WAY_BACK}"
             )
-        steps = self.history.since(version, self._snapshot, whole=self.space.absolute)
+        least, whole = self.replica.snapshot_nbytes, self.space.absolute
+        steps = self.history.since(version, self._snapshot, least, whole=whole)
         led = self._message([*steps, *self._kept_values(version)])
         if self.history.spans(version) < 2 or len(led) <= self.replica.spec.nbytes:
             return led
@@ -194,7 +187,8 @@ class Server:
         """
         if self.history.current.switch is None:
             return self.broadcast(0)
-        steps = self.history.anew(self.replica.coded, self._snapshot)
+        replica = self.replica
+        steps = self.history.anew(replica.coded, self._snapshot, replica.snapshot_nbytes)
         return self._message([*steps, *self._kept_values(0)])
 
     def _message(self, parts: list[Part]) -> bytes:

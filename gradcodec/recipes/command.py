@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--full", action="store_true", help="compare all schemes, for 20 rounds")
     add("--schemes", help=f"comma-separated, of: {', '.join(schemes.SCHEMES)}")
-    add("--codecs", help="comma-separated codecs to compare too: names, folders or Hub ids")
+    add(
+        "--codecs",
+        help="comma-separated codecs to compare too: names, folders or Hub ids; with :relay behind "
+        "a name, its replies go down as they came",
+    )
     _add_settings(parser)
 
 

@@ -122,9 +122,9 @@ class Experiment:
     @cached_property
     def trained(self) -> dict[str, Codec]:
         """The codecs that the chosen schemes need, fitted on D1 or loaded from the run's folder."""
-        for key, codec in self.codecs.items():  # a run holds what it used
-            if codec.config.learned:
-                codec.save_pretrained(self.folder.fresh(f"codecs/{key}"))
+        for key, chosen in self.codecs.items():  # a run holds what it used
+            if chosen.codec.config.learned:
+                chosen.codec.save_pretrained(self.folder.fresh(f"codecs/{key}"))
         names = list(dict.fromkeys(n for s in self.schemes for n in s.needs if n in TRAINED))
         return self.fit({n: TRAINED[n] for n in names}, "codecs") if names else {}
 

@@ -11,6 +11,7 @@ from gradcodec.errors import ConfigError
 from gradcodec.federated.collect import READINGS
 from gradcodec.federated.config import ServerConfig
 from gradcodec.recipes import schemes
+from gradcodec.recipes.pretrained import RELAY
 from gradcodec.recipes.task import LocalTraining
 from gradcodec.representation import RECORDED, SENT, check
 
@@ -41,7 +42,7 @@ class Settings:
         seed: of adapter, partition, sampling and batches.
         schemes: names from ``gradcodec.recipes.schemes``.
         codecs: more schemes, one for each of these codecs: ``rotsign`` and the like, a bundled
-            name, a folder or a Hub id.
+            name, a folder or a Hub id; with ``:relay`` behind it, its replies go down as they came.
     """
 
     model: str = "embedded"
@@ -109,6 +110,7 @@ class Settings:
             aggregation=self.aggregation,
             lr=self.server_lr,
             momentum=self.server_momentum,
+            relay=any(name.endswith(RELAY) for name in self.codecs),
         )
         schemes.choose(self.schemes)
 

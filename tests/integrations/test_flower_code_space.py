@@ -101,9 +101,11 @@ def plain_loop(codec: Any, config: Any, downlink: Any = None) -> dict[str, torch
         ("int8", ServerConfig()),
         ("fp32", ServerConfig(momentum=0.5, lr=0.7)),
         ("int8", ServerConfig(representation="state")),
+        ("rotsign", ServerConfig(relay=True, lr=0.7, max_norm=3.0)),
+        ("rotsign", ServerConfig(relay=True, aggregation="trimmed", trim=0.3)),
         ("subspace:auto", AUTO),
     ],
-    ids=["int8", "momentum", "absolute", "auto"],
+    ids=["int8", "momentum", "absolute", "relay", "robust relay", "auto"],
 )
 def test_a_run_has_the_bits_of_the_plain_loop(codec: str, config: Any) -> None:
     ours = run(LoopbackGrid(app(), NODES), CodecFedAvg(codec, config=config))

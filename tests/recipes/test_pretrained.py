@@ -68,5 +68,21 @@ def test_a_codec_that_is_not_there_is_named() -> None:
 
 def test_a_codec_that_was_bound_and_not_fitted_encodes_updates() -> None:
     spec = UpdateSpec.of({"w": torch.zeros(2)})
-    scheme = pretrained.scheme_of("mine", make_codec("rotsign").bind(spec))
+    scheme = pretrained.scheme_of("mine", pretrained.Chosen(make_codec("rotsign").bind(spec)))
     assert (scheme.server.mode, scheme.needs) == ("post", ())
+
+
+def test_relayed_replies_cost_less_both_ways(tmp_path: Path) -> None:
+    """Of an eighth of a bit, in place of broadcasts of four bits."""
+    codecs = ("rotsign-eighth", "rotsign-eighth:relay", f"{BUNDLED}:relay")
+    summary = run_experiment(tmp_path, schemes=("fp32",), codecs=codecs)
+    rows = {row["name"]: row for row in summary["schemes"]}
+    plain, relayed = rows["rotsign-eighth"], rows["rotsign-eighth-relayed"]
+    assert relayed["uplink_ratio"] == plain["uplink_ratio"]
+    assert relayed["total_ratio"] > 2 * plain["total_ratio"]
+    assert rows[f"{BUNDLED}-relayed"]["codec_bytes"] > 2e5
+
+
+def test_momentum_beside_a_relay_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected momentum 0, got 0\.5"):
+        run_experiment(tmp_path, codecs=("rotsign:relay",), server_momentum=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ FEDERATION, START = "gradcodec.federation", "gradcodec.start"
 which the broadcast leads on."""
 
 BROADCAST, REPLY = "broadcast", "reply"
+
+RELAYED = ("aggregation", "lr", "max_norm", "trim")
+"""Settings of the server that its nodes need too where replies are relayed."""
 
 STATE = "gradcodec.participant"
 """The record in ``context.state`` that holds what this node knows, from round to round."""
@@ -176,6 +180,9 @@ def client_of(settings: str, number: ClientId, initial: State) -> Client:
         config = ServerConfig(
             mode=found["mode"], representation=found["representation"], rules=rules
         )
+        if "relay" in found:
+            server = {name: found["relay"][name] for name in RELAYED}
+            return Client(number, initial, up, None, replace(config, relay=True, **server))
     except (KeyError, TypeError, ValueError, RecursionError) as err:
         if isinstance(err, UpdateError | ConfigError):
             raise

@@ -20,7 +20,13 @@ from gradcodec.federated.participants import ClientId
 from gradcodec.federated.tensors import State, tensors_of
 from gradcodec.integrations.flower import container
 from gradcodec.integrations.flower.grid import CodecGrid
-from gradcodec.integrations.flower.participant import BROADCAST, FEDERATION, REPLY, START
+from gradcodec.integrations.flower.participant import (
+    BROADCAST,
+    FEDERATION,
+    RELAYED,
+    REPLY,
+    START,
+)
 from gradcodec.integrations.messages.choice import AUTO, codec_of, plain_choice, plain_rules
 from gradcodec.parameters import plain_names
 from gradcodec.settings import CodecConfig
@@ -45,7 +51,7 @@ class CodecFedAvg(FedAvg):
     message holds it; codes can be trained (``mode="latent"``) and added without decoding; and
     ``"subspace:auto"`` fits its codec on the first rounds' replies and sends it in the stream. The
     client's code has to use ``Participant``, and only FedAvg is there (``config`` adds server
-    learning rate and momentum).
+    learning rate and momentum, robust means, and ``relay``: replies go down as they came).
 
     A reply that is damaged, late, or of another history costs that reply, with a log line that
     names the node. A node that has lost its state answers with an error, once, and is sent
@@ -111,7 +117,7 @@ class CodecFedAvg(FedAvg):
                     "ServerConfig.privacy does not cover: expected privacy None here"
                 )
             ends = [plain_choice(codec), plain_choice(codec if downlink is None else downlink)]
-            up, down = (codec_of(end) for end in ends)
+            up, down = codec_of(ends[0]), None if downlink is None else codec_of(ends[1])
             self._make = lambda state: Server(state, up, down, fixed)
             chosen = {
                 "uplink": ends[0],
@@ -120,6 +126,8 @@ class CodecFedAvg(FedAvg):
                 "representation": fixed.representation,
                 "rules": plain_rules(cast(Any, fixed.rules)),
             }
+            if fixed.relay:
+                chosen["relay"] = {name: getattr(fixed, name) for name in RELAYED}
         self._settings = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
 
     def start(
