@@ -925,6 +925,11 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
             assert state.auto.decision == decision
             backward(ddp, rank, 0)
             assert "decided before the restart" in state.stats()["auto"]
+        with wrapped(ladder) as (_, state):
+            assert state is not None
+            assert state.auto is not None
+            state.load_state_dict({**kept, "world": world + 1})
+            assert state.auto.measuring  # what was best for other ranks may not be for these
     trial.GAIN = 0.97
 
 

@@ -182,7 +182,6 @@ class CompressState(Closing):
         if turns is not None:
             turns.check()
         buffer, last = bucket.buffer(), bool(bucket.is_last())
-        slots = [] if buffer.is_sparse else self._names.slots(bucket)
         names = self._names.names(bucket)
         rung, dense = self._way(step)
         if last:
@@ -200,6 +199,7 @@ class CompressState(Closing):
             if rung and not dense and self._plans[rung - 1] is not self.reducer.plan:
                 turns.finish()  # nobody else uses what is kept by the plan so far
                 self.reducer.use(self._plans[rung - 1], self._rank, self._world)
+            slots = [] if buffer.is_sparse else self._names.slots(bucket)
 
             def work(group: dist.ProcessGroup) -> Tensor:
                 self._agree(key, names, buffer, step, rung, group)
@@ -378,7 +378,8 @@ class CompressState(Closing):
         loaded, except residuals, which differ by rank, and raise ``AgreementError`` if it differs.
 
         With another number of ranks, residuals of the first shot and of low-rank parameters are
-        kept, and those of owned shards are dropped: training goes on, but not with equal bits.
+        kept, and those of owned shards are dropped: training goes on, but not with equal bits, and
+        ``auto`` decides anew.
 
         Args:
             state: what ``state_dict`` returned.
@@ -410,7 +411,8 @@ class CompressState(Closing):
         self._agreed.clear()  # the terms may have changed
         self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
-        if self.auto is not None and decision >= 0:
+        alike = int(state.get("world", self._world)) == self._world
+        if self.auto is not None and decision >= 0 and alike:  # more or fewer ranks: a new trial
             self.auto.settle(decision)
 
     def __deepcopy__(self, memo: object) -> CopiedState:
