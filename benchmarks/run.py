@@ -221,18 +221,21 @@ _ALL = (
         "ddp_auto",
         "codec='auto' beside each codec that it may choose, on links of four rates",
         "benchmarks.ddp.turns:auto",
+        "benchmarks.ddp.turns:auto_page",
         tests=_EXCHANGE,
     ),
     Case(
         "ddp_buckets",
         "buckets of 4 MB in turns with those of 25 MB, compressed and not",
         "benchmarks.ddp.turns:buckets",
+        "benchmarks.ddp.turns:buckets_page",
         tests=_EXCHANGE,
     ),
     Case(
         "fsdp2",
         "fully_shard with compressed reduce-scatters in turns with torch's own",
         "benchmarks.ddp.turns:sharded",
+        "benchmarks.ddp.turns:sharded_page",
         tests=("tests/distributed/test_fsdp2.py",),
     ),
     Case(
