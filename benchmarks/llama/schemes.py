@@ -137,23 +137,23 @@ def _reference() -> Iterator[LlamaScheme]:
 
 def _rotated_signs() -> Iterator[LlamaScheme]:
     ways = (
-        ("rotsign-1280of4096", "5/16 bit in blocks of 4096", "int2-rotated", True),
-        ("rotsign-64", "1/4 bit", "int4", False),
-        ("rotsign-64-int2r", "1/4 bit", "int2-rotated", False),
-        ("rotsign-64-signr", "1/4 bit", "sign-rotated", False),
-        ("rotsign-64-topk", "1/4 bit", "topk", False),
-        ("rotsign-256", "1 bit", "int4", False),
-        ("rotsign-16", "1/16 bit", "int4", False),
-        ("rotsign-512of4096", "1/8 bit in blocks of 4096", "int2-rotated", False),
-        ("peaks-170of4096", "the largest, bytes of 5/16 bit", "int2-rotated", False),
-        ("peaks-128of4096", "the largest, bytes of 1/4 bit", "int2-rotated", False),
-        ("peaks-56of4096", "the largest, bytes of 1/8 bit", "int2-rotated", False),
-        ("peaks-25of4096", "the largest, bytes of 1/16 bit", "int2-rotated", False),
+        ("rotsign-1280of4096", "5/16 bit in blocks of 4096", "int2-rotated"),
+        ("rotsign-64", "1/4 bit", "int4"),
+        ("rotsign-64-int2r", "1/4 bit", "int2-rotated"),
+        ("rotsign-64-signr", "1/4 bit", "sign-rotated"),
+        ("rotsign-64-topk", "1/4 bit", "topk"),
+        ("rotsign-256", "1 bit", "int4"),
+        ("rotsign-16", "1/16 bit", "int4"),
+        ("rotsign-512of4096", "1/8 bit in blocks of 4096", "int2-rotated"),
+        ("peaks-170of4096", "the largest, bytes of 5/16 bit", "int2-rotated"),
+        ("peaks-128of4096", "the largest, bytes of 1/4 bit", "int2-rotated"),
+        ("peaks-56of4096", "the largest, bytes of 1/8 bit", "int2-rotated"),
+        ("peaks-25of4096", "the largest, bytes of 1/16 bit", "int2-rotated"),
     )
-    for name, bits, down, quick in ways:
+    for name, bits, down in ways:
         up = "-".join(name.split("-")[:2])
         title = f"rotated signs, {bits}; {down} down"
-        yield LlamaScheme(name, title, "ours", coded(up, down), quick=quick, family="rotsign-64")
+        yield LlamaScheme(name, title, "ours", coded(up, down), family="rotsign-64")
     smooth = ServerConfig(momentum=0.5, lr=0.5)
     title = "rotated signs, 1/4 bit; server momentum"
     yield LlamaScheme(
@@ -179,11 +179,11 @@ def _subspaces() -> Iterator[LlamaScheme]:
     for ratio in (8, 16, 4, 32, 64, 128, 192):
         title = f"subspace 1/{ratio}, 1 bit"
         make = latent(shared(ratio), "rotsign-256")
-        yield scheme(f"sub-{ratio}", title, make, quick=ratio in (8, 16))
+        yield scheme(f"sub-{ratio}", title, make, quick=ratio == 8)
     own = "a basis for each tensor"
     for ratio in (64, 8):
         make = latent(dataclasses.replace(OWN, ratio=ratio), "rotsign-256")
-        yield scheme(f"sub-{ratio}-own", f"subspace 1/{ratio}, 1 bit, {own}", make, ratio == 64)
+        yield scheme(f"sub-{ratio}-own", f"subspace 1/{ratio}, 1 bit, {own}", make)
     yield scheme("signal-64", f"subspace 1/64, 1 bit, {own}; int2 down", signal(64, 1))
     for ratio in (4, 8, 16):
         make = latent(shared(ratio), "rotsign-64")
@@ -299,7 +299,8 @@ def _below_a_bit() -> Iterator[LlamaScheme]:
 
     def scheme(name: str, title: str, family: str, make: Make) -> LlamaScheme:
         grid = SLOW if family in ("s-256", "p-25") else FAST if family == "b-640" else GRID
-        return LlamaScheme(name, title, "ours", make, family=family, grid=grid)
+        quick = name == "p-56"
+        return LlamaScheme(name, title, "ours", make, quick=quick, family=family, grid=grid)
 
     for kept, down in ((1280, 4096), (512, None), (512, 2048), (256, None)):
         family = "s-1280-o4096" if kept == 1280 else "s-256"
