@@ -221,8 +221,6 @@ def _adaquant(example: Snapshot) -> Coder:
         from nvflare.app_opt.pt.quantization.ada_quant import AdaQuantizer
     except ImportError as err:
         raise ImportError("pip install 'gradcodec[nvflare]'") from err
-    # What bz2 gives back is read-only, and it is only read.
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
     quantizer = AdaQuantizer()
 
     def encode(snapshot: Snapshot) -> list[tuple[Any, dict[str, Any]]]:

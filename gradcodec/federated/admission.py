@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradcodec.errors import CodecMismatchError, UnexpectedReplyError
-from gradcodec.federated.aggregation import check_values, value_of
+from gradcodec.federated.aggregation import bounded, check_values, decoded
 from gradcodec.federated.envelope import Reply
 from gradcodec.federated.participants import ClientId, client_id
 from gradcodec.federated.replica import WAY_BACK
@@ -32,7 +32,8 @@ def admitted(server: Server, blob: bytes, sender: ClientId | None) -> tuple[Repl
 def values_of(server: Server, reply: Reply) -> Values:
     """What a reply decodes to: a code or an update, and the kept tensors if they changed."""
     kept = None if reply.values is None else server.replica.read_kept(reply.values)
-    return value_of(server.uplink, reply.payload, server.config, server.codes_cross), kept
+    value = decoded(server.uplink, reply.payload, server.codes_cross)
+    return bounded(value, server.config.max_norm), kept
 
 
 def _check_expected(server: Server, reply: Reply, sender: ClientId | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.codec import Codec
-from gradcodec.errors import MalformedBodyError
+from gradcodec.errors import CodecMismatchError, MalformedBodyError, NonFiniteError
 from gradcodec.federated.envelope import Reply
+from gradcodec.federated.exact import ExactSum
 from gradcodec.federated.relayed import Relayed
-from gradcodec.federated.robust import RobustRound
+from gradcodec.federated.robust import RobustRound, robust_update
 from gradcodec.federated.rounds import HeldRound, Round, Values
 from gradcodec.wire import Payload
 
@@ -23,17 +24,15 @@ if TYPE_CHECKING:
     from gradcodec.federated.config import ServerConfig
 
 
-def value_of(codec: Codec, payload: Payload, config: ServerConfig, in_code: bool) -> Tensor:
-    """The code or the update ``[n]`` of a reply, no longer than ``config.max_norm``.
-
-    Raises:
-        WireError: the payload is damaged or of another codec.
-    """
+def decoded(codec: Codec, payload: Payload, in_code: bool) -> Tensor:
+    """The code or the update of a payload as a vector ``[n]``; ``WireError`` if it is damaged."""
     if in_code:
-        value = codec.read_code(payload)
-    else:
-        value = layout.flatten(codec.decoder.decode(payload), codec.transform.table())
-    most = config.max_norm
+        return codec.read_code(payload)
+    return layout.flatten(codec.decoder.decode(payload), codec.transform.table())
+
+
+def bounded(value: Tensor, most: float | None) -> Tensor:
+    """The value, scaled down to a norm of ``most``."""
     if most is None:
         return value
     norm = float(torch.linalg.vector_norm(value.double()))  # squares of floats leave float32
@@ -60,38 +59,54 @@ def round_for(
     return kind(numel, kept, read, config.hold_bytes, config.aggregation == "sum", config.equal)
 
 
-class Relay:
-    """Reads relayed replies as the server read them, and takes its step from them.
+class Averager:
+    """Takes the server's step from relayed replies.
 
-    Both ends decode the same bytes and add up exactly (``ExactSum``), so they come to equal bits
-    in whatever order the replies were received.
+    Sums are exact (``ExactSum``) and robust means sort, so the order of replies does not matter:
+    ends that decode the same bytes to the same values take the same step, to the bit.
 
     Args:
         codec: of replies; bound.
-        config: aggregation settings, the server's.
+        config: the server's settings.
         in_code: whether codes are averaged, not decoded values.
     """
 
     def __init__(self, codec: Codec, config: ServerConfig, in_code: bool) -> None:
-        self._codec, self._config, self._in_code = codec, replace(config, relay=False), in_code
+        self._codec, self._config, self._in_code = codec, config, in_code
+        spec = codec.transform.table()
+        self._numel = codec.code_numel(spec) if in_code else spec.numel
 
     def step(self, came: Relayed) -> Tensor:
         """The server's learning rate times the aggregate of the replies, fp32 ``[n]``.
 
         Raises:
-            WireError: a reply is damaged, of another codec, or not finite.
+            CodecMismatchError: they belong to another codec, or the server has other settings.
+            WireError: a reply is damaged or not finite, or their sum is not.
         """
-        spec = self._codec.transform.table()
-        numel = self._codec.code_numel(spec) if self._in_code else spec.numel
-        # Nobody drops a reply here, so a sum holds none; a robust mean needs all of them.
-        held = came.body_nbytes if self._config.robust else 0
-        collected = round_for(replace(self._config, hold_bytes=held), numel, {}, self._values)
-        for i, (weight, payload) in enumerate(came.payloads(self._codec.base)):
-            reply = Reply(i, 0, weight, payload)
-            collected.add(reply, len(payload.body), self._values(reply))
-        return self._config.lr * collected.aggregate().update
+        config = self._config
+        if came.rule != config.rule:
+            raise CodecMismatchError(
+                "relayed replies of a server with other settings: mode, aggregation, trim, lr, "
+                "max_norm and whether there is privacy must be equal at both ends"
+            )
+        try:
+            if config.robust:
+                bodies = [bytes(body) for _, body in came]
+                reads = [partial(self._value, came, body) for body in bodies]
+                update = robust_update(reads, self._numel, config.cut)
+            else:
+                total = ExactSum(self._numel)
+                for weight, body in came:
+                    total.add(self._value(came, bytes(body)), weight)
+                update = total.total().float() if config.aggregation == "sum" else total.mean()
+            step = config.lr * update
+            layout.check_finite(step, "the step of relayed replies")
+        except NonFiniteError as err:
+            raise MalformedBodyError(str(err)) from err
+        return step
 
-    def _values(self, reply: Reply) -> Values:
-        value = value_of(self._codec, reply.payload, self._config, self._in_code)
+    def _value(self, came: Relayed, body: bytes) -> Tensor:
+        payload = Payload(came.codec, came.digest, body, base=self._codec.base)
+        value = decoded(self._codec, payload, self._in_code)
         check_values(value, "a relayed reply")
-        return value, None
+        return bounded(value, self._config.max_norm)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError
-from gradcodec.federated.aggregation import Relay
+from gradcodec.federated.aggregation import Averager
 from gradcodec.federated.replica import Space, for_state
 from gradcodec.federated.tensors import Rules, with_rules
 from gradcodec.privacy.mechanism import ClientPrivacy
 from gradcodec.representation import SENT, check
 from gradcodec.types import Update, UpdateSpec
+from gradcodec.wire import DIGEST_BYTES
 
 ROBUST = ("trimmed", "median")
 TRIM = 0.1
@@ -48,15 +50,16 @@ class ServerConfig:
         privacy: clip and noise each reply at the client (``gradcodec.privacy.ClientPrivacy``).
             Every client counts once then and the number of examples, which is private, is not
             sent; tensors that travel bit for bit are refused.
-        relay: replies go down as they came: a broadcast holds the replies of each round that a
-            client missed, and the client decodes and averages them as the server did. Nothing is
-            coded twice, so nothing more is lost, and where few clients reply below one bit a value
-            this is the smallest way down: ``k`` replies a round. There is no downlink codec. Every
-            client can then decode every reply, though not whose it is. ``hold_bytes`` must fit all
-            replies of a round; once a snapshot is smaller than what a client missed, it gets that.
         max_replies: most replies that a round accepts.
         hold_bytes: most bytes of replies that a round keeps out of its running sum. These are the
             loudest replies, which may have to be dropped (``Server.close_round``).
+        relay: replies go down as they came: a broadcast holds the replies of each round that its
+            client missed, and the client decodes and averages them as the server did. Nothing is
+            coded twice, so nothing more is lost, and where few clients reply below one bit a value
+            this is the smallest way down. There is no downlink codec, both ends need the same
+            settings, and ``hold_bytes`` must fit all replies of a round. **Every client reads every
+            reply** and its number of examples, and can often tell whose it is. A server keeps the
+            replies of all rounds, as it keeps other increments.
     """
 
     mode: str = "post"
@@ -69,9 +72,9 @@ class ServerConfig:
     max_norm: float | None = None
     trim: float | None = None
     privacy: ClientPrivacy | None = None
-    relay: bool = False
     max_replies: int = 1_000_000
     hold_bytes: int = 64 << 20
+    relay: bool = False
 
     def __post_init__(self) -> None:
         check(self.representation, SENT)
@@ -128,6 +131,13 @@ class ServerConfig:
         """Whether every reply has the same weight."""
         return self.aggregation != "mean" or self.privacy is not None
 
+    @property
+    def rule(self) -> bytes:
+        """8 bytes that pin how replies become a step: SHA-256 of the settings that decide it."""
+        cut = self.cut if self.robust else None
+        settings = (self.mode, self.aggregation, cut, self.equal, self.lr, self.max_norm)
+        return hashlib.sha256(repr(settings).encode()).digest()[:DIGEST_BYTES]
+
     def _check_relay(self) -> None:
         if type(self.relay) is not bool:
             raise ConfigError(f"expected relay of True or False, got {self.relay!r}")
@@ -135,6 +145,8 @@ class ServerConfig:
             return
         if self.representation != "update":
             raise ConfigError(f"a relay sends updates on, not {self.representation!r}")
+        if not self.hold_bytes:
+            raise ConfigError("a relay holds all replies of a round: expected hold_bytes above 0")
         if self.momentum:
             raise ConfigError(
                 "clients of a relay take the server's step from a round's replies alone: expected "
@@ -183,5 +195,5 @@ def space_of(uplink: Codec, downlink: Codec, config: ServerConfig) -> Space:
     latent, absolute = config.mode == "latent", config.representation != "update"
     if not config.relay:
         return Space(downlink, latent, absolute)
-    relay = Relay(uplink, config, in_code=latent or uplink.linear)
-    return Space(uplink, latent, relay=relay)
+    averager = Averager(uplink, config, in_code=latent or uplink.linear)
+    return Space(uplink, latent, averager=averager)

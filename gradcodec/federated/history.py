@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradcodec.errors import ConfigError
 from gradcodec.federated.envelope import CODEC, INCREMENT, SNAPSHOT, Part, part_nbytes
+from gradcodec.federated.replica import Replica
 from gradcodec.federated.switch import Switch
-from gradcodec.types import Update
 
 Parts = list[Part]
 
@@ -56,9 +56,7 @@ class History:
             self.current.end = end
         self.phases.append(Phase(switch.first, switch))
 
-    def since(
-        self, version: int, snapshot: Callable[[], bytes], least: int, *, whole: bool
-    ) -> Parts:
+    def since(self, version: int, now: Replica) -> Parts:
         """The parts that bring a client from ``version`` to the current round.
 
         For each phase that it has missed rounds of: the phase's codec, unless the client has it,
@@ -66,31 +64,26 @@ class History:
 
         Args:
             version: the round that the client is at.
-            snapshot: makes a snapshot of the current position.
-            least: the fewest bytes that it takes.
-            whole: whether an increment is a whole state: then the last one is enough.
+            now: the current state.
         """
         parts: Parts = []
         for phase in self.phases[self._phase_of(version) :]:
             if phase.first > version:
                 assert phase.switch is not None
                 parts.append((CODEC, phase.switch.to_bytes()))
-            parts += self._steps(phase, max(version, phase.first), snapshot, least, whole)
+            parts += self._steps(phase, max(version, phase.first), now)
         return parts
 
     def spans(self, version: int) -> int:
         """How many phases there are from that of ``version`` to the current one."""
         return len(self.phases) - self._phase_of(version)
 
-    def anew(self, state: Update, snapshot: Callable[[], bytes], least: int) -> Parts:
-        """Parts for a client at any round: the current codec, the state it began at, the steps.
-
-        ``state`` is that of the current phase's first round.
-        """
+    def anew(self, now: Replica) -> Parts:
+        """Parts for a client at any round: the current codec, the state it began at, the steps."""
         phase = self.current
         assert phase.switch is not None
-        coded: Parts = [(CODEC, phase.switch.to_bytes(state))]
-        return coded + self._steps(phase, phase.first, snapshot, least, whole=False)
+        coded: Parts = [(CODEC, phase.switch.to_bytes(now.coded))]
+        return coded + self._steps(phase, phase.first, now)
 
     def until(self, version: int) -> Parts:
         """Every increment and codec up to a round."""
@@ -118,17 +111,19 @@ class History:
     def _phase_of(self, version: int) -> int:
         return max(i for i, phase in enumerate(self.phases) if phase.first <= version)
 
-    def _steps(
-        self, phase: Phase, version: int, snapshot: Callable[[], bytes], least: int, whole: bool
-    ) -> Parts:
+    def _steps(self, phase: Phase, version: int, now: Replica) -> Parts:
         """The fewest bytes from ``version`` to the end of a phase."""
         missed: Parts = [(INCREMENT, b) for b in phase.increments[version - phase.first :]]
-        if whole:
+        if now.space.absolute:  # an increment is a whole state
             return missed[-1:]
-        if phase is self.current and part_nbytes(missed) <= least:
+        if phase is not self.current:
+            snapshot = phase.end
+        elif part_nbytes(missed) <= now.snapshot_nbytes:
             return missed
-        end: Parts = [(SNAPSHOT, snapshot() if phase is self.current else phase.end)]
-        return end if end[0][1] and part_nbytes(end) < part_nbytes(missed) else missed
+        else:
+            snapshot = now.snapshot().to_bytes()
+        end: Parts = [(SNAPSHOT, snapshot)]
+        return end if snapshot and part_nbytes(end) < part_nbytes(missed) else missed
 
 
 def recorded(state: Mapping[str, Tensor]) -> Parts:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from gradcodec import layout
 from gradcodec.errors import NonFiniteError, TrainingError
+from gradcodec.federated.aggregation import decoded
 from gradcodec.federated.participants import ClientId, in_order
 from gradcodec.federated.relayed import Relayed
 from gradcodec.federated.replica import Replica
+from gradcodec.federated.rounds import HeldRound
 from gradcodec.wire import Payload
 
 if TYPE_CHECKING:
@@ -59,36 +61,39 @@ def _step(server: Server, without: frozenset[ClientId]) -> Step:
     momentum = server.config.momentum * server.momentum + aggregate.update
     wanted = server.config.lr * momentum + server.residual
     layout.check_finite(wanted, "aggregate")
-    blob, residual = _increment(server, wanted, without)
+    relay = server.config.relay
+    blob, residual = _relayed(server, without) if relay else _coded(server, wanted)
     layout.check_finite(momentum, "momentum")
     layout.check_finite(residual, "feedback")
     replica = server.replica.copy()
-    replica.advance(blob)
+    replica.advance(blob, wanted if relay else None)
     replica.kept = replica.kept if aggregate.kept is None else aggregate.kept
     for name, t in replica.moved().items():
         layout.check_finite(t, name)
     return Step(blob, momentum, residual, replica)
 
 
-def _increment(
-    server: Server, wanted: Tensor, without: frozenset[ClientId]
-) -> tuple[bytes, Tensor]:
-    """The bytes that lead on, and what their quantisation lost."""
-    lineage = server.replica.lineage
-    if server.config.relay:
-        relayed = Relayed.of(lineage, server._replies.replies(without))
-        return relayed.to_bytes(), server.residual
+def _relayed(server: Server, without: frozenset[ClientId]) -> tuple[bytes, Tensor]:
+    """The bytes that lead on, and what they have lost: nothing."""
+    assert isinstance(server._replies, HeldRound)
+    replies = server._replies.replies(without)
+    relayed = Relayed.of(server.replica.lineage, server.config.rule, replies)
+    return relayed.to_bytes(), server.residual
+
+
+def _coded(server: Server, wanted: Tensor) -> tuple[bytes, Tensor]:
+    """The bytes that lead on, and what they have lost."""
     payload, sent = _encode(server, wanted)
     keeps = server.config.feedback and not server.space.absolute
     residual = wanted - sent if keeps else server.residual
-    return replace(payload, base=lineage).to_bytes(), residual
+    return replace(payload, base=server.replica.lineage).to_bytes(), residual
 
 
 def _encode(server: Server, value: Tensor) -> tuple[Payload, Tensor]:
     """Payload of an aggregated vector, and the vector that receivers will decode from it."""
     if server.codes_cross:
         payload = server.downlink.write_code(value, seed=server.round)
-        return payload, server.downlink.read_code(payload)
+        return payload, decoded(server.downlink, payload, in_code=True)
     update = layout.unflatten(value, server.replica.spec)
     payload = server.downlink.encoder.encode(update, seed=server.round)
-    return payload, layout.flatten(server.downlink.decoder.decode(payload), server.replica.spec)
+    return payload, decoded(server.downlink, payload, in_code=False)

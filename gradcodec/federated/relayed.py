@@ -1,15 +1,17 @@
-"""The replies of a round in the server's own hand: an increment that clients average themselves.
+"""The replies of a round as an increment: clients decode and average them as the server did.
 
-    "GL" 1 | base 8 | codec u8 | digest 8 | replies: weight varint, length varint, body; to the end
+    "GL" 1 | base 8 | rule 8 | codec u8 | digest 8 | body length varint
+           | replies, up to the end: weight varint, body
 
-``base`` is the lineage that the round started from. The replies of a round belong to one codec, so
-their headers shrink to one; ``codec`` and ``digest`` are those of their payloads. They carry no
-names, and are sorted by weight and body: their order does not tell who sent them.
+``base`` is the lineage that the round started from. ``rule`` pins the settings that turn replies
+into a step (``ServerConfig.rule``): without it, ends of other settings would come to other states
+without noticing. All replies belong to one codec, so their headers shrink to one, and their bodies
+have one length. They are sorted, so the same replies make the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,45 +30,57 @@ _CODECS: Final = {number: name for name, number in CODEC_IDS.items()}
 
 @dataclass(frozen=True)
 class Relayed:
-    """A round's replies.
+    """A round's replies, which are read one by one.
 
     Attributes:
         base: 8 bytes, the lineage of the state that they were trained from.
+        rule: 8 bytes, ``ServerConfig.rule``.
         codec, digest: of all their payloads.
-        replies: weight and body of each, at least one.
+        length: of each body, in bytes.
+        replies: weight and body of each, as they are on the wire.
     """
 
     base: bytes
+    rule: bytes
     codec: str
     digest: bytes
-    replies: tuple[tuple[int, bytes], ...]
+    length: int
+    replies: bytes
 
     @classmethod
-    def of(cls, base: bytes, replies: Sequence[tuple[int, Payload]]) -> Relayed:
-        """The increment of these replies, weight and payload of each, all of one codec."""
+    def of(cls, base: bytes, rule: bytes, replies: Sequence[tuple[int, Payload]]) -> Relayed:
+        """The increment of these replies: weight and payload of each, all of one codec."""
         first = replies[0][1]
-        bodies = sorted((weight, payload.body) for weight, payload in replies)
-        return cls(base, first.codec, first.digest, tuple(bodies))
+        rows = sorted((weight, payload.body) for weight, payload in replies)
+        packed = b"".join(_varint(weight) + body for weight, body in rows)
+        return cls(base, rule, first.codec, first.digest, len(first.body), packed)
+
+    def __iter__(self) -> Iterator[tuple[int, memoryview]]:
+        """Weight and body of each reply.
+
+        Raises:
+            WireError: the bytes end within one, or a weight is 0.
+        """
+        reader = _Reader(memoryview(self.replies), 0)
+        while reader.left:
+            weight = reader.varint("weight")
+            if not weight:
+                raise MalformedBodyError("relay: expected a weight of at least 1, got 0")
+            yield weight, reader.take(self.length, "body")
 
     @property
     def body_nbytes(self) -> int:
-        """Bytes of the replies' bodies."""
-        return sum(len(body) for _, body in self.replies)
-
-    def payloads(self, base: bytes | None) -> list[tuple[int, Payload]]:
-        """Weight and payload of each reply, relative to ``base``."""
-        return [(w, Payload(self.codec, self.digest, body, base=base)) for w, body in self.replies]
+        """Bytes of all bodies."""
+        return sum(self.length for _ in self)
 
     def to_bytes(self) -> bytes:
         """The bytes of the increment."""
-        out = [MAGIC, bytes([VERSION]), self.base, bytes([CODEC_IDS[self.codec]]), self.digest]
-        for weight, body in self.replies:
-            out += [_varint(weight), _varint(len(body)), body]
-        return b"".join(out)
+        head = [MAGIC, bytes([VERSION]), self.base, self.rule, bytes([CODEC_IDS[self.codec]])]
+        return b"".join([*head, self.digest, _varint(self.length), self.replies])
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Relayed:
-        """Inverse of ``to_bytes``.
+        """Inverse of ``to_bytes``; replies are read by iteration.
 
         Raises:
             WireError: one named subclass per way the bytes can be wrong.
@@ -74,28 +88,19 @@ class Relayed:
         reader = _Reader(memoryview(blob), 0)
         magic = bytes(reader.take(len(MAGIC), "relay"))
         if magic != MAGIC:
-            raise BadMagicError(
-                f"expected relayed replies, magic {MAGIC!r}, got {magic!r}: both ends need the "
-                "same ServerConfig.relay"
-            )
+            raise BadMagicError(f"relay: expected magic {MAGIC!r}, got {magic!r}")
         version = reader.take(1, "relay version")[0]
         if version != VERSION:
             raise UnsupportedVersionError(f"relay: expected version {VERSION}, got {version}")
-        base = bytes(reader.take(DIGEST_BYTES, "base digest"))
+        base, rule = (bytes(reader.take(DIGEST_BYTES, what)) for what in ("base digest", "rule"))
         codec = reader.take(1, "codec")[0]
         if codec not in _CODECS:
             raise UnknownCodecError(f"relay: expected a codec of {sorted(_CODECS)}, got {codec}")
         digest = bytes(reader.take(DIGEST_BYTES, "codec digest"))
-        replies = []
-        while reader.left:
-            weight = reader.varint("weight")
-            if not weight:
-                raise MalformedBodyError("relay: expected a weight of at least 1, got 0")
-            body = bytes(reader.take(reader.varint("body length"), "body"))
-            replies.append((weight, body))
-        if not replies:
+        length = reader.varint("body length")
+        if not reader.left:
             raise MalformedBodyError("relay: expected at least one reply, got none")
-        return cls(base, _CODECS[codec], digest, tuple(replies))
+        return cls(base, rule, _CODECS[codec], digest, length, bytes(reader.view[reader.at :]))
 
 
 def is_relayed(increment: bytes) -> bool:

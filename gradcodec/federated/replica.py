@@ -30,7 +30,7 @@ from gradcodec.codec import Codec
 from gradcodec.codecs import Identity
 from gradcodec.encodable import check_update
 from gradcodec.errors import CodecMismatchError
-from gradcodec.federated.aggregation import Relay
+from gradcodec.federated.aggregation import Averager, decoded
 from gradcodec.federated.envelope import FIXED, INCREMENT, VALUES, Broadcast, Part
 from gradcodec.federated.relayed import Relayed, is_relayed
 from gradcodec.federated.tensors import Split
@@ -71,13 +71,13 @@ class Space:
         codec: decodes broadcasts; bound.
         latent: increments are codes ``z`` that mean ``Dec(z) - Dec(0)``.
         absolute: broadcasts carry the state itself instead of a difference.
-        relay: increments are replies that this averages; ``None``: they are payloads.
+        averager: increments are replies that this averages; ``None``: they are payloads.
     """
 
     codec: Codec
     latent: bool = False
     absolute: bool = False
-    relay: Relay | None = None
+    averager: Averager | None = None
 
     @property
     def in_code(self) -> bool:
@@ -96,20 +96,15 @@ class Space:
         Raises:
             WireError: it is damaged, or replies came where a payload is expected or vice versa.
         """
-        if self.relay is not None:
-            came = Relayed.from_bytes(increment)
-            return came.base, partial(self.relay.step, came)
-        if is_relayed(increment):
-            raise CodecMismatchError(
-                "relayed replies came to a participant without ServerConfig(relay=True)"
-            )
+        if is_relayed(increment) != (self.averager is not None):
+            came = "relayed replies" if self.averager is None else "a payload"
+            raise CodecMismatchError(f"{came} came: both ends need the same ServerConfig.relay")
+        if self.averager is not None:
+            replies = Relayed.from_bytes(increment)
+            return replies.base, partial(self.averager.step, replies)
         payload = Payload.from_bytes(increment)
-        return payload.base, partial(self._value, replace(payload, base=self.codec.base))
-
-    def _value(self, payload: Payload) -> Tensor:
-        if self.in_code or self.latent:
-            return self.codec.read_code(payload)
-        return layout.flatten(self.codec.decoder.decode(payload), self.codec.transform.table())
+        based, in_code = replace(payload, base=self.codec.base), self.in_code or self.latent
+        return payload.base, partial(decoded, self.codec, based, in_code)
 
     @property
     def snapshot_codec(self) -> Codec:
@@ -187,8 +182,12 @@ class Replica:
         return out
 
     @torch.no_grad()
-    def advance(self, blob: bytes) -> None:
+    def advance(self, blob: bytes, value: Tensor | None = None) -> None:
         """Apply one broadcast increment (or, for absolute spaces, the new state).
+
+        Args:
+            blob: the increment.
+            value: the code or update that it decodes to, if that is known.
 
         Raises:
             CodecMismatchError: the increment does not start from this state.
@@ -200,7 +199,7 @@ class Replica:
                 f"an increment of another history: it goes on from state {_hex(base)}, "
                 f"this replica is at {self.lineage.hex()} (round {self.version}); {WAY_BACK}"
             )
-        self._move(read())
+        self._move(read() if value is None else value)
         self.lineage = _digest(blob)  # ``blob`` contains the lineage before
         self.version += 1
 

@@ -10,7 +10,8 @@ of examples is the client's own claim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,16 +52,14 @@ class RobustRound(HeldRound):
     def aggregate(self, without: frozenset[ClientId] = frozenset()) -> Aggregate:
         """The robust mean of all replies except those in ``without``."""
         replies = [one.reply for client, one in self._held.items() if client not in without]
-        width = max(1, BUDGET // (4 * max(1, len(replies))))
-        update, kept = torch.empty(self._numel), None
-        for start in range(0, max(1, self._numel), width):
-            block = torch.empty(len(replies), min(width, self._numel - start))
-            for row, reply in zip(block, replies, strict=True):
-                row.copy_(self._read(reply)[0][start : start + width])
-            update[start : start + width] = robust_mean(block, self._trim)
+        reads = [partial(self._update, reply) for reply in replies]
+        update, kept = robust_update(reads, self._numel, self._trim), None
         if any(reply.values is not None for reply in replies):
             kept = self._robust_kept([self._read(reply)[1] for reply in replies])
         return Aggregate(update, kept)
+
+    def _update(self, reply: Reply) -> Tensor:
+        return self._read(reply)[0]
 
     def _robust_kept(self, came: list[Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
         """Kept tensors: floating ones likewise, integers and bools by their lower median."""
@@ -77,6 +76,18 @@ class RobustRound(HeldRound):
                 middle = stack.to(torch.int64).sort(dim=0).values[(len(rows) - 1) // 2]
                 out[name] = middle.to(before.dtype).view(before.shape)
         return out
+
+
+def robust_update(reads: Sequence[Callable[[], Tensor]], numel: int, trim: float | None) -> Tensor:
+    """``robust_mean`` of vectors, fp32 ``[n]``; each block of it reads all of them again."""
+    width = max(1, BUDGET // (4 * max(1, len(reads))))
+    update = torch.empty(numel)
+    for start in range(0, max(1, numel), width):
+        block = torch.empty(len(reads), min(width, numel - start))
+        for row, read in zip(block, reads, strict=True):
+            row.copy_(read()[start : start + width])
+        update[start : start + width] = robust_mean(block, trim)
+    return update
 
 
 def robust_mean(values: Tensor, trim: float | None) -> Tensor:

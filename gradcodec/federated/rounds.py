@@ -69,6 +69,7 @@ class Round:
         self._read, self._hold_bytes, self._summed = read, hold_bytes, summed
         self._equal = equal or summed
         self._held: dict[ClientId, _Held] = {}
+        self._held_nbytes = 0
         self._added: set[ClientId] = set()
 
     def __contains__(self, client: object) -> bool:
@@ -92,12 +93,14 @@ class Round:
         update = values[0]
         peak = float(update.abs().amax()) if update.numel() else 0.0
         self._held[reply.client] = _Held(reply, nbytes, peak * self._weight(reply))
-        size = sum(one.nbytes for one in self._held.values())
+        self._held_nbytes += nbytes
+        if self._held_nbytes <= self._hold_bytes:
+            return
         for client in reversed(self.loudest[1:]):
-            if size <= self._hold_bytes:
+            if self._held_nbytes <= self._hold_bytes:
                 break
             one = self._held.pop(client)
-            size -= one.nbytes
+            self._held_nbytes -= one.nbytes
             known = values if client == reply.client else self._read(one.reply)
             self._add(self._updates, self._kept, one.reply, known)
             self._added.add(client)
@@ -115,7 +118,7 @@ class Round:
             )
         if client not in self._held:
             raise ConfigError(f"expected a client that has replied, of {self.clients}: {client!r}")
-        del self._held[client]
+        self._held_nbytes -= self._held.pop(client).nbytes
 
     @torch.no_grad()
     def aggregate(self, without: frozenset[ClientId] = frozenset()) -> Aggregate:
@@ -127,11 +130,6 @@ class Round:
         added = self._updates
         total = added.total(held).float() if self._summed else added.mean(held)
         return Aggregate(total, kept.result() if kept.changed else None)
-
-    def replies(self, without: frozenset[ClientId] = frozenset()) -> list[tuple[int, Payload]]:
-        """Weight and payload of each held reply except those in ``without``."""
-        found = [one.reply for client, one in self._held.items() if client not in without]
-        return [(self._weight(reply), reply.payload) for reply in found]
 
     def _add(self, updates: ExactSum, kept: KeptMean, reply: Reply, values: Values) -> None:
         updates.add(values[0], self._weight(reply))
@@ -150,7 +148,7 @@ class HeldRound(Round):
         Raises:
             UnexpectedReplyError: it does not fit into ``hold_bytes`` beside the others.
         """
-        size = nbytes + sum(one.nbytes for one in self._held.values())
+        size = self._held_nbytes + nbytes
         if size > self._hold_bytes:
             raise UnexpectedReplyError(
                 f"client {reply.client!r}: a robust aggregate or a relay needs all replies at "
@@ -158,3 +156,8 @@ class HeldRound(Round):
                 f"{self._hold_bytes}"
             )
         super().add(reply, nbytes, values)
+
+    def replies(self, without: frozenset[ClientId] = frozenset()) -> list[tuple[int, Payload]]:
+        """Weight and payload of each reply except those in ``without``."""
+        found = [one.reply for client, one in self._held.items() if client not in without]
+        return [(self._weight(reply), reply.payload) for reply in found]

@@ -39,7 +39,8 @@ class Server:
 
     A round takes the memory of a few states, however many clients reply: replies are added up as
     they arrive. The sums are exact, so the order of arrival does not matter. Only the loudest
-    replies, which may have to be dropped, are held as bytes, up to ``config.hold_bytes``.
+    replies, which may have to be dropped, are held as bytes, up to ``config.hold_bytes``; a robust
+    aggregation and a relay hold all of them.
 
     Args:
         initial: the initial state, which every participant builds locally: a module, or tensors by
@@ -172,8 +173,7 @@ class Server:
                 f"expected a version of 0..{self.round}, got {version}: this server has not been "
                 f"there, or was restarted from an older checkpoint; {WAY_BACK}"
             )
-        least, whole = self.replica.snapshot_nbytes, self.space.absolute
-        steps = self.history.since(version, self._snapshot, least, whole=whole)
+        steps = self.history.since(version, self.replica)
         led = self._message([*steps, *self._kept_values(version)])
         if self.history.spans(version) < 2 or len(led) <= self.replica.spec.nbytes:
             return led
@@ -187,15 +187,11 @@ class Server:
         """
         if self.history.current.switch is None:
             return self.broadcast(0)
-        replica = self.replica
-        steps = self.history.anew(replica.coded, self._snapshot, replica.snapshot_nbytes)
+        steps = self.history.anew(self.replica)
         return self._message([*steps, *self._kept_values(0)])
 
     def _message(self, parts: list[Part]) -> bytes:
         return Broadcast(self.round, tuple(parts), self.replica.lineage).to_bytes()
-
-    def _snapshot(self) -> bytes:
-        return self.replica.snapshot().to_bytes()
 
     def _kept_values(self, version: int) -> list[Part]:
         """The kept tensors, if they have changed since ``version``."""
@@ -290,7 +286,7 @@ class Server:
         replica, before = self.replica, self.uplink
         codecs = switch.codecs(replica.moved())
         carried = [before.from_code(self.momentum), before.from_code(self.residual)]
-        self.history.enter(switch, self._snapshot())
+        self.history.enter(switch, self.replica.snapshot().to_bytes())
         parts = Split(tuple(replica.initial), replica.moved(), replica.kept)
         self._use(self.schedule.config(switch.mode), *codecs, parts, switch.first)
         self.momentum, self.residual = (self.uplink.to_code(value) for value in carried)

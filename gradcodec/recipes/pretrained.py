@@ -44,8 +44,8 @@ def load(names: Sequence[str], spec: UpdateSpec) -> dict[str, Chosen]:
         codec, key = find_codec(name), Path(name).name + ("-relayed" if relay else "")
         if key in found or key in SCHEMES or key in TRAINED:
             raise ConfigError(
-                f"expected a codec whose last part names no other scheme, got {name!r}; "
-                "rename its folder"
+                f"expected a codec whose last part names no other scheme, got {given!r}: leave "
+                "out what comes twice, or rename its folder"
             )
         if codec.spec is not None and codec.spec != spec:
             raise ConfigError(
@@ -66,10 +66,8 @@ def scheme_of(key: str, chosen: Chosen) -> Scheme:
     """
     codec, learned = chosen.codec, chosen.codec.config.learned
     mode = "latent" if learned and codec.linear else "post"
-    down: Codec | None = make_codec("int4")
-    if chosen.relay:
-        down = None
-    elif learned:
+    down = codec if chosen.relay else make_codec("int4")
+    if learned and not chosen.relay:
         outer = codec.outer if isinstance(codec, Chain) else codec
         down = Chain(outer, make_codec("int2-rotated"))
     return Scheme(

@@ -36,8 +36,7 @@ class Scheme:
     Attributes:
         name: key in tables, files and the command line.
         title: what a reader of the table sees.
-        codecs: makes the codecs (uplink, downlink) from those that TGAP fitted; a relay has no
-            downlink codec.
+        codecs: makes the codecs (uplink, downlink) from those that TGAP fitted.
         server: mode and aggregation.
         needs: names of the trained codecs.
         kind: ``"federated"``, ``"base"`` (no training) or ``"centralised"`` (pooled data).
@@ -45,7 +44,7 @@ class Scheme:
 
     name: str
     title: str
-    codecs: Callable[[Trained], tuple[Codec, Codec | None]]
+    codecs: Callable[[Trained], tuple[Codec, Codec]]
     server: ServerConfig = field(default_factory=ServerConfig)
     needs: tuple[str, ...] = ()
     kind: str = "federated"

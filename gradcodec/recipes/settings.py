@@ -110,8 +110,9 @@ class Settings:
             aggregation=self.aggregation,
             lr=self.server_lr,
             momentum=self.server_momentum,
-            relay=any(name.endswith(RELAY) for name in self.codecs),
         )
+        if any(name.endswith(RELAY) for name in self.codecs):
+            ServerConfig(lr=self.server_lr, momentum=self.server_momentum, relay=True)
         schemes.choose(self.schemes)
 
     def records_for(self, ratio: float) -> str:

@@ -101,7 +101,7 @@ def plain_loop(codec: Any, config: Any, downlink: Any = None) -> dict[str, torch
         ("int8", ServerConfig()),
         ("fp32", ServerConfig(momentum=0.5, lr=0.7)),
         ("int8", ServerConfig(representation="state")),
-        ("rotsign", ServerConfig(relay=True, lr=0.7, max_norm=3.0)),
+        ("rotsign", ServerConfig(relay=True, lr=0.7, max_norm=0.5)),
         ("rotsign", ServerConfig(relay=True, aggregation="trimmed", trim=0.3)),
         ("subspace:auto", AUTO),
     ],
@@ -111,6 +111,11 @@ def test_a_run_has_the_bits_of_the_plain_loop(codec: str, config: Any) -> None:
     ours = run(LoopbackGrid(app(), NODES), CodecFedAvg(codec, config=config))
     fixed = codec if codec == "subspace:auto" else gc.make_codec(codec)
     assert equal(ours, plain_loop(fixed, config))
+
+
+def test_a_relay_with_a_downlink_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="expected no downlink"):
+        CodecFedAvg("rotsign", "int4", config=ServerConfig(relay=True))
 
 
 def test_codes_of_a_fitted_codec_are_trained(tmp_path: Any) -> None:

@@ -9,6 +9,7 @@ from recipes.test_experiment import run_experiment
 from gradcodec.codec import Codec
 from gradcodec.errors import ConfigError, HubError
 from gradcodec.recipes import pretrained
+from gradcodec.recipes.settings import Settings
 from gradcodec.registry import make_codec
 from gradcodec.types import UpdateSpec
 
@@ -86,3 +87,7 @@ def test_relayed_replies_cost_less_both_ways(tmp_path: Path) -> None:
 def test_momentum_beside_a_relay_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected momentum 0, got 0\.5"):
         run_experiment(tmp_path, codecs=("rotsign:relay",), server_momentum=0.5)
+
+
+def test_what_autoencoders_encode_does_not_concern_a_relay() -> None:
+    assert Settings(representation="state", codecs=("rotsign:relay",)).representation == "state"

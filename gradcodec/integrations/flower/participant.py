@@ -182,7 +182,7 @@ def client_of(settings: str, number: ClientId, initial: State) -> Client:
         )
         if "relay" in found:
             server = {name: found["relay"][name] for name in RELAYED}
-            return Client(number, initial, up, None, replace(config, relay=True, **server))
+            config = replace(config, relay=True, **server)
     except (KeyError, TypeError, ValueError, RecursionError) as err:
         if isinstance(err, UpdateError | ConfigError):
             raise

@@ -17,6 +17,7 @@ from gradcodec.errors import ConfigError, GradcodecError, TrainingError
 from gradcodec.federated import AutoConfig, AutoServer, Server, ServerConfig
 from gradcodec.federated import checkpoint as saved
 from gradcodec.federated.participants import ClientId
+from gradcodec.federated.schedule import Fixed
 from gradcodec.federated.tensors import State, tensors_of
 from gradcodec.integrations.flower import container
 from gradcodec.integrations.flower.grid import CodecGrid
@@ -64,8 +65,8 @@ class CodecFedAvg(FedAvg):
     Args:
         codec: of replies: ``"subspace:auto"``, a codec's name, the config of one without weights, a
             folder, or a Hub id.
-        downlink: of broadcasts, likewise; not with ``"subspace:auto"``. The codec of replies by
-            default.
+        downlink: of broadcasts, likewise; not with ``"subspace:auto"`` or a relay. The codec of
+            replies by default.
         config: ``AutoConfig`` or ``ServerConfig``; rules name codecs by strings.
         initial: the initial state, if ``initial_arrays`` does not tell buffers from parameters: the
             same kind of module as nodes give to ``Participant``.
@@ -117,7 +118,8 @@ class CodecFedAvg(FedAvg):
                     "ServerConfig.privacy does not cover: expected privacy None here"
                 )
             ends = [plain_choice(codec), plain_choice(codec if downlink is None else downlink)]
-            up, down = codec_of(ends[0]), None if downlink is None else codec_of(ends[1])
+            up, down = (codec_of(end) for end in ends)
+            Fixed(up, down, fixed)  # what does not go together is refused now
             self._make = lambda state: Server(state, up, down, fixed)
             chosen = {
                 "uplink": ends[0],
