@@ -165,7 +165,7 @@ def _noise(_: Fitting) -> Decodes:
 
 CODERS: Mapping[str, Coder] = MappingProxyType(
     {
-        "identity": Coder("identity, fp32", "control", lambda _: Identity(), every=False),
+        "identity": Coder("identity, fp32", "control", lambda _: Identity()),
         "int4": Coder("int4", "ours", lambda _: make_codec("int4")),
         "rotsign": Coder("rotated signs, 1 bit", "ours", lambda _: _signs(256), every=False),
         "rotsign-128": Coder("rotated signs, 1/2 bit", "ours", lambda _: _signs(128)),

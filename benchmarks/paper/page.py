@@ -11,6 +11,7 @@ from benchmarks.federated import generalise_page
 from benchmarks.federated.figures import load
 from benchmarks.federated.generalise import SOURCES
 from benchmarks.paper import fits, plots
+from benchmarks.paper.coders import CODERS
 from benchmarks.paper.recordings import OBJECTS
 from benchmarks.paper.results import Form, Results, mean, metric, number, shown, some, title
 from benchmarks.paper.setup import EMBEDDED, Setup
@@ -291,23 +292,28 @@ def _fitted_table(
     results: Results, kind: str, titles: dict[str, str], extra: dict[str, str], head: str
 ) -> Table:
     """Errors of the coders that were fitted anew, by what they were fitted on."""
+    names = _fitted(results, kind)
     ends = ("error", "cosine", "cosine of the mean")
-    heads = [f"{title(name)}: {what}" for name in fits.CODERS for what in ends]
+    heads = [f"{title(name)}: {what}" for name in names for what in ends]
     more = (head,) if extra else ()
     table: Table = [("fitted on", *heads, *more)]
     for of, words in titles.items():
-        cells: list[str] = []
-        for name in fits.CODERS:
-            rows = results(kind, name, of)
-            if rows:
-                cells += _three(rows)
-        if len(cells) == len(heads):
+        found = {name: results(kind, name, of) for name in names}
+        if all(found[name] for name in names if CODERS[name].kind != "control"):
+            cells = [cell for name in names for cell in _three(found[name])]
             table.append((words, *cells, *([extra.get(of, "-")] if extra else [])))
     return table
 
 
+def _fitted(results: Results, kind: str) -> list[str]:
+    """The coders of these tables: codecs, and the control if it was run."""
+    return [n for n in fits.CODERS if CODERS[n].kind != "control" or results.has(kind, n)]
+
+
 def _three(rows: Sequence[Row]) -> list[str]:
     where = (("client", "rse"), ("client", "cosine"), ("mean", "cosine"))
+    if not rows:
+        return ["-"] * len(where)
     return [shown(name, metric(rows, whose, "all", name)) for whose, name in where]
 
 
@@ -328,17 +334,22 @@ def _transfer(out: Page, results: Results, path: Path) -> None:
     table = _fitted_table(results, "transfer", titles, gains, head)
     if len(table) == 1:
         return
-    priors = ("prior", "random-subspace")
+    names = _fitted(results, "transfer")
     seeds = {row["seed"] for row in results("transfer", fits.CODERS[0], "own")}
     cells = [
         cell
-        for name in priors
-        for cell in _three([row for row in results("snr", name) if row["seed"] in seeds])
+        for name in names
+        for cell in _three([r for r in results("snr", fits.CONTROLS[name]) if r["seed"] in seeds])
     ]
-    table.append(("*noise; random bases*", *cells, *([gains.get("random", "-")] if gains else [])))
+    words = "; ".join(("noise", "random bases", "nothing")[: len(names)])
+    table.append((f"*{words}*", *cells, *([gains.get("random", "-")] if gains else [])))
     out.table("5. A codec fitted on one task, applied to another", table)
-    about = ["the last column is from [generalise.md](generalise.md): a whole training"]
-    out.lines([*(about if gains else []), results.source("transfer", "own")])
+    about = []
+    if len(names) == len(fits.CODERS):
+        about.append("a codec carries over as far as it beats the mean of the same updates")
+    if gains:
+        about.append("the last column is from [generalise.md](generalise.md): a whole training")
+    out.lines([*about, results.source("transfer", "own")])
     out.plots({"-fits": functools.partial(plots.fits, results, titles)})
 
 

@@ -200,12 +200,14 @@ def _surface(figure: Any, ax: Any, what: str, values: Any) -> None:
 def fits(results: Results, titles: Mapping[str, str], path: Path) -> None:
     """Cosine of the round's mean by what a codec was fitted on."""
     readings = {"federated": "TGAP in a federation", "local": "TGAP, clients alone"}
-    figure, axes = report.figure(1, 2, figsize=(12, 3.8), sharex=True)
-    for ax, name in zip(axes, variants.CODERS, strict=True):
-        colour = report.COLOURS[CODERS[name].kind][0]
+    names = [name for name in variants.CODERS if results.has("transfer", name)]
+    options = {"figsize": (6 * len(names), 3.8), "sharex": True, "squeeze": False}
+    figure, axes = report.figure(1, len(names), **options)
+    for ax, name in zip(axes[0], names, strict=True):
+        colour = report.COLOURS.get(CODERS[name].kind, ("#404040",))[0]
         bars = {words: results("transfer", name, of) for of, words in titles.items() if of != "own"}
         bars = {words: results("reading", name, of) for of, words in readings.items()} | bars
-        control = {"ae-working": "prior", "subspace": "random-subspace"}[name]
+        control = variants.CONTROLS[name]
         bars[CODERS[control].title] = results("snr", control)
         bars = {words: rows for words, rows in bars.items() if rows}
         values = [metric(rows, "mean", "all", "cosine") or 0.0 for rows in bars.values()]

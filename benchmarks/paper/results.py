@@ -76,6 +76,10 @@ class Results:
         """The rows of an analysis, one a seed; none if it was not run."""
         return self._rows.get((kind, of, scheme), [])
 
+    def has(self, kind: str, scheme: str) -> bool:
+        """Whether an analysis was run on a scheme, of any object or source."""
+        return any((k, s) == (kind, scheme) for k, _, s in self._rows)
+
     def schemes(self, kind: str, of: str = "update") -> list[str]:
         """What has rows of a kind, in its own order."""
         there = [scheme for k, o, scheme in self._rows if (k, o) == (kind, of)]

@@ -144,6 +144,18 @@ def test_codes_of_a_64th_have_no_more_values_than_that(name: str) -> None:
     assert through.codec.code_numel(SPEC) == 4 * len(SPEC)
 
 
+def test_every_analysis_of_coders_has_every_control() -> None:
+    units = case.units(Setup())
+    controls = {"identity", "train-mean", "noise", "zero"}
+    for kind, of in (*(("snr", what) for what in recordings.OBJECTS), ("entropy", "update")):
+        assert controls <= {name for k, name, o in units if (k, o) == (kind, of)}
+    assert controls <= {name for k, name, _ in units if k == "noise"}
+    for kind in ("transfer", "reading"):
+        by_source = {(of, name) for k, name, of in units if k == kind}
+        sources = {of for of, _ in by_source}
+        assert {(of, name) for of in sources for name in ("train-mean", "subspace")} <= by_source
+
+
 def test_noise_on_a_code_of_all_values_is_noise_on_the_update() -> None:
     x = drawn(SPEC.numel, seed=5)
     noisy = Through(make_codec("fp32").bind(SPEC), SPEC).with_noise(x, sigma=0.5)
@@ -223,6 +235,13 @@ def test_the_identity_lets_clients_and_noise_through_and_a_constant_neither() ->
     assert constant["swapped"]["rse"] == constant["rse"]
     assert all(level["noise_gain"] == 0 for level in constant["levels"])
     assert {level["rse"] for level in constant["levels"]} == {constant["rse"]}
+
+
+def test_noise_of_the_same_norm_decodes_any_message_equally_badly() -> None:
+    found = robustness.noise(Fixed(), "noise")  # type: ignore[arg-type]
+    assert found["rse"] == pytest.approx(2, abs=0.2)
+    assert found["swapped"]["rse"] == pytest.approx(found["rse"], abs=0.2)
+    assert found["client_gain"] < 0.01
 
 
 def test_a_projection_on_a_64th_lets_a_64th_of_the_noise_through() -> None:
@@ -369,6 +388,24 @@ def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path:
     assert (tmp_path / "paper-snr.png").stat().st_size > 1000
 
 
+def test_a_control_that_was_not_run_has_no_columns_and_one_without_a_row_a_dash(
+    tmp_path: Path,
+) -> None:
+    codecs = [snr_row(n, 0.5, "transfer", "own") for n in fits.CODERS[:2]]
+    mean = snr_row("train-mean", 0.5, "transfer", "shuffled")
+    before, after = (
+        pages.page(write(tmp_path / "paper.jsonl", *lines)).tables[
+            "5. A codec fitted on one task, applied to another"
+        ]
+        for lines in (codecs, [*codecs, mean])
+    )
+    assert len(before[0]) == 7
+    assert after[0][7:] == tuple(
+        f"*always the training mean*: {end}" for end in ("error", "cosine", "cosine of the mean")
+    )
+    assert after[1][7:] == ("-", "-", "-")
+
+
 def test_page_shows_the_longest_form_of_each_analysis(tmp_path: Path) -> None:
     short, longer = snr_row("zero", 5.0), snr_row("zero", 1.0)
     longer["run"], longer["config"] = "longer", {**short["config"], "steps": 600}  # type: ignore[dict-item]
@@ -425,6 +462,7 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
     assert re.findall(r"^## (\d)\.", text, re.MULTILINE) == list("1234567")
     assert "| identity, fp32 |" not in text  # controls are in italics
     assert "| rounds of a federation |" not in text  # it has no row here
+    assert "| the clients' D1 |" + 9 * " 0.500 |" + "\n" in text  # two codecs and the mean
     assert re.search(r"\| \*always the training mean\* \| (\S+) \| \1 \| 0 \| 0 \|", text)
     assert "| resnet3 | 64 x 64 x 32 | 1.5625% | 1.56% | 524,288 | 246,785 | 246,698 |" in text
     assert all((tmp_path / f"paper{end}.png").stat().st_size > 1000 for end in page._plots)
