@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -99,10 +100,16 @@ def job(setup: Setup, unit: Unit) -> Job:
 
 
 def play_job(job: Job) -> Iterator[rows.Row]:
-    """The row of one analysis."""
+    """The row of one analysis, with how long it took.
+
+    Whoever needs a recording or a codec first makes it, and others may wait for it meanwhile: both
+    are in ``seconds``.
+    """
     config = dict(job.config)
+    began = time.perf_counter()
     found = KINDS[config["kind"]](Setup.of(job), job.scheme, config["of"])
-    yield {"round": 1, "diverged": False, **found}
+    seconds = round(time.perf_counter() - began, 1)
+    yield {"round": 1, "diverged": False, **found, "seconds": seconds}
 
 
 def main(options: Options) -> list[str]:

@@ -52,6 +52,9 @@ def _full(model: str) -> Form:
 
 def _about(out: Page, results: Results) -> None:
     played = "federated.md" if results.model == EMBEDDED else "llama-gsm8k.md"
+    spent = []
+    if results.seconds:
+        spent.append(f"the rows took {results.seconds / 60:.0f} min of a core")
     out.lines(
         [
             "clients fine-tune the model by LoRA, uncompressed: codecs are fitted on rounds on one "
@@ -61,6 +64,7 @@ def _about(out: Page, results: Results) -> None:
             "*in italics*: controls; a codec that is no better than these has learned nothing",
             f"no codec takes part in the training here: [{played}]({played}) says what they do to "
             "a model",
+            *spent,
         ]
     )
 

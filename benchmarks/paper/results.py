@@ -66,6 +66,12 @@ class Results:
         self.forms = sorted(set(self._form.values()), reverse=True)
         self.model = self.forms[0].model if self.forms else ""
 
+    @property
+    def seconds(self) -> float | None:
+        """How long the rows that are shown took; ``None`` if one of them does not say."""
+        took = [row.get("seconds") for rows in self._rows.values() for row in rows]
+        return None if None in took else sum(took)
+
     def source(self, kind: str, of: str = "update") -> str:
         """Which form and seeds the rows of an analysis are of."""
         found = [rows for (k, o, _), rows in self._rows.items() if (k, o) == (kind, of)]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,27 @@ def test_a_control_that_was_not_run_has_no_columns_and_one_without_a_row_a_dash(
         f"*always the training mean*: {end}" for end in ("error", "cosine", "cosine of the mean")
     )
     assert after[1][7:] == ("-", "-", "-")
+
+
+def test_page_says_how_long_its_rows_took_if_all_of_them_do(tmp_path: Path) -> None:
+    rows = [{**snr_row(name, 1.0), "seconds": 90.0} for name in ("zero", "int4")]
+    path = tmp_path / "paper.jsonl"
+    told = "the rows took 3 min of a core"
+    assert told in pages.page(write(path, *rows)).markdown("paper")
+    old = pages.page(write(path, *rows, snr_row("noise", 2.0))).markdown("paper")
+    assert "the rows took" not in old
+    assert "| *noise of the same norm* |" in old
+
+
+def test_a_row_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> dict[str, float]:
+        time.sleep(0.2)
+        return {"loss": 7.0}
+
+    monkeypatch.setattr(case, "KINDS", {"snr": slow})
+    (made,) = case.play_job(case.job(Setup(), ("snr", "zero", "update")))
+    assert made["loss"] == 7
+    assert 0.2 <= made["seconds"] < 5
 
 
 def test_page_shows_the_longest_form_of_each_analysis(tmp_path: Path) -> None:
