@@ -73,15 +73,15 @@ def _snr(out: Page, results: Results) -> None:
     """Analysis 1."""
     names = results.schemes("snr")
     head = ("what arrives of a client's update", "SNR as in the paper", "SNR, dB", "error")
-    table: Table = [(*head, "cosine", "error of A", "error of B")]
+    table: Table = [(*head, "cosine")]
     for name in names:
         rows = results("snr", name)
         cells = [shown(m, metric(rows, "client", "all", m)) for m in METRICS]
-        cells += [shown("rse", metric(rows, "client", f, "rse")) for f in ("A", "B")]
         table.append((title(name), *cells))
     out.table("1. The paper's SNR, and errors that can be compared", table)
     if names:
         out.lines([results.source("snr")])
+        _factors(out, results, "update")
     table = [("what arrives of a round's aggregate", "error of the mean", "cosine", "SNR, dB")]
     table[0] += ("error of the sum", "cosine of the sum", "cosine in A", "cosine in B")
     for name in names:
@@ -113,6 +113,28 @@ def _other_object(out: Page, results: Results, what: str) -> None:
         table.append((title(name), *cells))
     out.table(f"The same for {what}s", table)
     out.lines([results.source("snr", what)])
+    _factors(out, results, what)
+
+
+def _factors(out: Page, results: Results, what: str) -> None:
+    """Errors of A and of B apart; of states also those of the update in them."""
+    sides = {"client": ""}
+    if what == "state":
+        sides["innovation"] = "innovation in "
+    columns = [(whose, f) for whose in sides for f in "AB"]
+    head = [
+        cell
+        for whose, f in columns
+        for cell in (f"error of {sides[whose]}{f}", f"SNR of {sides[whose]}{f}, dB")
+    ]
+    table: Table = [(f"LoRA's factors apart, {what}s", *head)]
+    for name in results.schemes("snr", what):
+        rows = results("snr", name, what)
+        cells = [
+            shown(m, metric(rows, whose, f, m)) for whose, f in columns for m in ("rse", "snr_db")
+        ]
+        table.append((title(name), *cells))
+    out.table(f"By factor: {what}s", table)
 
 
 def _size(out: Page, results: Results) -> None:

@@ -108,6 +108,15 @@ def metric(found: Sequence[Row], whose: str, factor: str, name: str) -> float | 
     return mean(r[whose][factor][name] for row in found for r in row["rounds"])
 
 
+def over_rounds(
+    found: Sequence[Row], whose: str, name: str
+) -> tuple[list[int], list[float | None]]:
+    """The numbers of the rounds, and a metric of both factors in each, the mean over seeds."""
+    numbers = [r["number"] for r in found[0]["rounds"]]
+    apart = [[{"rounds": [row["rounds"][at]]} for row in found] for at in range(len(numbers))]
+    return numbers, [metric(one, whose, "all", name) for one in apart]
+
+
 def some(rounds: Sequence[T]) -> list[T]:
     """All rounds if they are few, else the first, about twice as many each time, and the last."""
     if len(rounds) <= 8:

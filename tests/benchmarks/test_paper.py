@@ -384,8 +384,8 @@ def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path:
     )
     pages.page(path).write(path)
     text = path.with_suffix(".md").read_text()
-    assert "| int4 | 800 | 20.00 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
-    assert "| *nothing (zero)* | 8.00 | 0.00 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
+    assert "| int4 | 800 | 20.00 | 0.0100 | 0.500 |" in text
+    assert "| *nothing (zero)* | 8.00 | 0.00 | 1.00 | 0.500 |" in text
     assert (tmp_path / "paper-snr.png").stat().st_size > 1000
 
 
@@ -405,6 +405,26 @@ def test_a_control_that_was_not_run_has_no_columns_and_one_without_a_row_a_dash(
         f"*always the training mean*: {end}" for end in ("error", "cosine", "cosine of the mean")
     )
     assert after[1][7:] == ("-", "-", "-")
+
+
+@pytest.mark.parametrize("what", recordings.OBJECTS)
+def test_page_tells_the_factors_apart(tmp_path: Path, what: str) -> None:
+    whole = snr_row("int4", 0.5, of=what)
+    errors = {"A": 0.1, "B": 0.01, "all": 0.05}
+    one = {f: {**whole["rounds"][0]["client"]["all"], "rse": e} for f, e in errors.items()}  # type: ignore[index]
+    whole["rounds"] = [{"number": 1, "client": one, "mean": one, "sum": one, "innovation": one}]
+    text = pages.page(write(tmp_path / "paper.jsonl", whole)).markdown("paper")
+    found = re.search(r"factors apart, (\w+)s \|.*\n.*\n\| int4 \|(.*) \|", text)
+    assert found is not None
+    cells = ["0.100", "10.00", "0.0100", "20.00"]
+    assert found[1] == what
+    assert [c.strip() for c in found[2].split("|")] == cells * (2 if what == "state" else 1)
+
+
+def test_a_metric_over_rounds_is_that_of_each_round() -> None:
+    one, two = (snr_row("zero", rse)["rounds"][0] for rse in (0.1, 0.01))  # type: ignore[index]
+    rows: Any = [{"rounds": [one, {**two, "number": 2}]}]
+    assert results.over_rounds(rows, "client", "snr_db") == ([1, 2], pytest.approx([10, 20]))
 
 
 def test_page_says_how_long_its_rows_took_if_all_of_them_do(tmp_path: Path) -> None:
