@@ -37,6 +37,9 @@ SEEDS = (0, 1, 2)
 REPEATED = ("snr", "aggregation", "noise", "shape", "product", "entropy")
 """Kinds of analyses that other seeds than the first have, of updates alone."""
 
+BRIEF = frozenset(name for name, coder in CODERS.items() if coder.brief)
+"""Coders that are measured as briefly as ``Coder.brief`` says."""
+
 Unit = tuple[str, str, str]
 """Kind of analysis, scheme, and a further word: the object, the reading, the source."""
 
@@ -61,7 +64,8 @@ def units(setup: Setup) -> list[Unit]:
     """All analyses of a setup; of another seed than the first those that are ``REPEATED``."""
     if setup.seed != SEEDS[0]:
         first = units(dataclasses.replace(setup, seed=SEEDS[0]))
-        return [unit for unit in first if unit[0] in REPEATED and unit[2] == "update"]
+        kept = [unit for unit in first if unit[0] in REPEATED and unit[2] == "update"]
+        return [unit for unit in kept if unit[1] not in BRIEF]
     out: list[Unit] = []
     for what in OBJECTS:
         out += [
@@ -72,7 +76,7 @@ def units(setup: Setup) -> list[Unit]:
     out += [("noise", name, "update") for name in robustness.CODERS]
     out += [("shape", "none", what) for what in ("gradient", "update")]
     out.append(("product", "none", "update"))
-    out += [("entropy", name, "update") for name in CODERS]
+    out += [("entropy", name, "update") for name in CODERS if name not in BRIEF]
     for name in fits.CODERS:
         out += [("transfer", name, source) for source in setup.sources()]
         out += [("reading", name, how) for how in READINGS]
@@ -82,12 +86,12 @@ def units(setup: Setup) -> list[Unit]:
 
 
 def _costly(unit: Unit) -> bool:
-    """Whether it trains a literal autoencoder for another object than the update.
+    """Whether it trains an autoencoder of another kind or a literal one for another object.
 
     On a real LLaMA a step takes a second of a core.
     """
     _, scheme, of = unit
-    return scheme == "ae-literal" and of != "update"
+    return scheme in BRIEF or (scheme == "ae-literal" and of != "update")
 
 
 def job(setup: Setup, unit: Unit) -> Job:

@@ -80,7 +80,10 @@ def _snr(out: Page, results: Results) -> None:
         table.append((title(name), *cells))
     out.table("1. The paper's SNR, and errors that can be compared", table)
     if names:
-        out.lines([results.source("snr")])
+        seeds = {name: len(results("snr", name)) for name in names}
+        fewer = [title(name) for name in names if seeds[name] < max(seeds.values())]
+        notes = [f"of fewer seeds: {', '.join(fewer)}"] if fewer else []
+        out.lines([*notes, results.source("snr")])
         _factors(out, results, "update")
     table = [("what arrives of a round's aggregate", "error of the mean", "cosine", "SNR, dB")]
     table[0] += ("error of the sum", "cosine of the sum", "cosine in A", "cosine in B")

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,21 @@ def test_the_noise_control_has_the_norm_of_its_input_and_nothing_else_of_it() ->
 def test_identity_loses_nothing() -> None:
     x = drawn(SPEC.numel, seed=5)
     assert torch.equal(made("identity")(x), x)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("ae-cnn1d", 32), ("ae-uformer", 64)])
+def test_the_papers_other_autoencoders_code_as_it_states_and_learn(name: str, ratio: int) -> None:
+    x = drawn(1, SPEC.numel)
+    same = Fitting(x.expand(6, -1), SPEC, steps=2, rate=2e-3, seed=0)
+    make = CODERS[name].codec
+    assert make is not None
+    fitted, untrained = (
+        Through(make(replace(same, steps=steps)).bind(SPEC), SPEC) for steps in (2, 0)
+    )
+    # The picture of these tensors is 128 x 128.
+    assert fitted.codec.code_numel(SPEC) == 128 * 128 // ratio
+    errors = [measures.errors(x, decode(x[0]))["rse"] or 0 for decode in (fitted, untrained)]
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("name", ["prior", "random-subspace", "subspace"])
@@ -311,7 +327,10 @@ def test_another_model_changes_recordings_and_sources_and_trains_fewer_autoencod
     assert own.settings().model == "embedded"
     analyses = [{u for u in case.units(s) if u[0] != "transfer"} for s in (own, other)]
     assert analyses[0] > analyses[1]
-    assert {u[:2] for u in analyses[0] - analyses[1]} == {("snr", "ae-literal")}
+    assert {u[:2] for u in analyses[0] - analyses[1]} == {
+        ("snr", "ae-literal"),
+        *((kind, name) for kind in ("snr", "size") for name in ("ae-cnn1d", "ae-uformer")),
+    }
     ids = [{case.job(s, u).stamp()["run"] for u in case.units(s)} for s in (own, other)]
     assert not ids[0] & ids[1]
 
@@ -423,6 +442,15 @@ def test_a_metric_over_rounds_is_that_of_each_round() -> None:
     one, two = (snr_row("zero", rse)["rounds"][0] for rse in (0.1, 0.01))  # type: ignore[index]
     rows: Any = [{"rounds": [one, {**two, "number": 2}]}]
     assert results.over_rounds(rows, "client", "snr_db") == ([1, 2], pytest.approx([10, 20]))
+
+
+def test_page_names_coders_that_were_run_on_fewer_seeds(tmp_path: Path) -> None:
+    other = {**snr_row("int4", 0.1), "run": "another", "seed": 1}
+    rows = [snr_row("int4", 0.1), snr_row("ae-cnn1d", 1.0)]
+    path = tmp_path / "paper.jsonl"
+    told = "of fewer seeds: 1-D CNN AE 1/32, literal, scaled\n"
+    assert told in pages.page(write(path, *rows, other)).markdown("paper")
+    assert "of fewer seeds" not in pages.page(write(path, *rows)).markdown("paper")
 
 
 def test_page_says_how_long_its_rows_took_if_all_of_them_do(tmp_path: Path) -> None:
