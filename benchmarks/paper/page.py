@@ -187,6 +187,7 @@ def _aggregation(out: Page, results: Results) -> None:
             results.source("aggregation"),
         ]
     )
+    out.plots({"-aggregation": functools.partial(plots.aggregation, results)})
 
 
 def _noise(out: Page, results: Results) -> None:

@@ -79,6 +79,32 @@ def snr(results: Results, path: Path) -> None:
     report.save(figure, path)
 
 
+def aggregation(results: Results, path: Path) -> None:
+    """Error of aggregated factors against aggregated products, over rounds."""
+    figure, ax = report.figure(figsize=(7.5, 4.2))
+    rows = results("aggregation", "none")
+    numbers = [r["number"] for r in rows[0]["rounds"]]
+    lines = (
+        ("mean", "mean by examples", "reference"),
+        ("sum", "sum (the paper's)", "paper"),
+        ("increments", "sum of increments, (sum dB)(sum dA)", "peer"),
+    )
+    known = report.Styles()
+    for rule, label, kind in lines:
+        errors = [mean(row["rounds"][at][rule] for row in rows) for at in range(len(numbers))]
+        ax.plot(numbers, errors, label=label, **known.next(kind))
+    ax.set(
+        title="Aggregating A and B apart: error of their product",
+        xlabel="round",
+        ylabel="relative squared error",
+        yscale="log",
+        xticks=some(numbers),
+    )
+    ax.grid(alpha=0.3, linewidth=0.5)
+    ax.legend(fontsize=8, frameon=False)
+    report.save(figure, path)
+
+
 PAPER_NOISE = ((5e-5, 4.59e-7), (5e-1, 5.21e-7))
 """Standard deviation and error per element of the paper's table, at its RMS of 1.305e-3."""
 PAPER_RMS = 1.305e-3
