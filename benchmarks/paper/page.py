@@ -15,6 +15,7 @@ from benchmarks.paper.coders import CODERS
 from benchmarks.paper.recordings import OBJECTS
 from benchmarks.paper.results import Form, Results, mean, metric, number, shown, some, title
 from benchmarks.paper.setup import EMBEDDED, Setup
+from benchmarks.paper.trained import TRAININGS
 from benchmarks.report import Page, Table
 from benchmarks.rows import Row
 
@@ -37,6 +38,7 @@ def page(path: Path) -> Page:
     _noise(out, results)
     _shapes(out, results)
     _entropy(out, results)
+    _trained(out, results)
     _transfer(out, results, path)
     _ablations(out, results)
     _geometry(out, results)
@@ -62,8 +64,8 @@ def _about(out: Page, results: Results) -> None:
             "how many rounds, steps of Adam and seeds; figures are means over rounds and seeds",
             "*error* is the relative squared error: 0 is perfect, 1 is what sending nothing gives",
             "*in italics*: controls; a codec that is no better than these has learned nothing",
-            f"no codec takes part in the training here: [{played}]({played}) says what they do to "
-            "a model",
+            f"no codec takes part in the recorded training: [{played}]({played}) says what they do "
+            "to a model",
             *spent,
         ]
     )
@@ -316,6 +318,40 @@ def _entropy(out: Page, results: Results) -> None:
             results.source("entropy"),
         ]
     )
+
+
+def _trained(out: Page, results: Results) -> None:
+    """Analysis 4, of what three trainings end with."""
+    names = results.schemes("trained")
+    if not names:
+        return
+    head = ("the adapter after", "held-out loss", "matrix entropy of B A", "effective rank")
+    table: Table = [(*head, "in the first direction", "in the first half", "norm")]
+    for name in names:
+        rows = results("trained", name)
+        layers = [layer for row in rows for layer in row["layers"]]
+        half = len(layers[0]["spectrum"]) // 2
+        shares = (mean(sum(x["spectrum"][:k]) for x in layers) or 0.0 for k in (1, half))
+        table.append(
+            (
+                TRAININGS[name].title,
+                f"{mean(row['held_out'] for row in rows):.3f}",
+                f"{mean(x['entropy'] for x in layers):.3f}",
+                number(mean(math.exp(x["entropy"]) for x in layers)),
+                *(f"{share:.0%}" for share in shares),
+                number(mean(x["norm"] for x in layers)),
+            )
+        )
+    out.table("What is trained in three ways", table)
+    out.lines(
+        [
+            "means over the adapted weights; in nats, of rank "
+            f"{2 * half} at most {math.log(2 * half):.3f}. Equal entropies do not say that the "
+            "same was learned: factors of noise, of the same norms, have one as well, the highest",
+            results.source("trained"),
+        ]
+    )
+    out.plots({"-trained": functools.partial(plots.trained, results)})
 
 
 def _fitted_table(

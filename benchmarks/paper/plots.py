@@ -10,8 +10,10 @@ from typing import Any
 from benchmarks import report
 from benchmarks.paper import fits as variants
 from benchmarks.paper.coders import CODERS
+from benchmarks.paper.recordings import OBJECTS
 from benchmarks.paper.results import Results, mean, metric, over_rounds, some
 from benchmarks.paper.shapes import BINS, REACH
+from benchmarks.paper.trained import TRAININGS
 from benchmarks.rows import Row
 
 _CONTROLS = ("x", "+", "1", "2", "3", "4", "|", "_")
@@ -169,12 +171,11 @@ def shapes(results: Results, path: Path) -> None:
     import numpy as np
     from matplotlib import colormaps
 
-    figure, axes = report.figure(2, 5, figsize=(22, 8))
-    for at, what in enumerate(("gradient", "update")):
-        rows = results("shape", "none", what)
-        if not rows:
-            continue
-        row = rows[0]
+    objects = [what for what in OBJECTS if results("shape", "none", what)]
+    options = {"figsize": (22, 4 * len(objects)), "squeeze": False}
+    figure, axes = report.figure(len(objects), 5, **options)
+    for at, what in enumerate(objects):
+        row = results("shape", "none", what)[0]
         rounds = row["rounds"]
         colours = colormaps["autumn"](np.linspace(0, 0.75, len(rounds)))
         for ax, factor in zip(axes[at], "AB", strict=False):
@@ -246,6 +247,34 @@ def _surface(figure: Any, ax: Any, what: str, which: str, rounds: Sequence[Row])
     if high:
         ax.invert_yaxis()
     ax.view_init(elev=25, azim=-60)
+
+
+def trained(results: Results, path: Path) -> None:
+    """Singular spectra of what was trained in three ways, and the entropy of each weight."""
+    figure, (left, right) = report.figure(1, 2, figsize=(13, 4.4))
+    looks = {"centralised": "peer", "federation": "reference", "compressed": "paper"}
+    known = report.Styles()
+    for name in results.schemes("trained"):
+        grey = {"color": "#606060", "linestyle": (0, (1, 2)), "marker": "x"}
+        style = known.next(looks[name]) if name in looks else grey
+        weights = [row["layers"] for row in results("trained", name)]
+        every = [layer["spectrum"] for layers in weights for layer in layers]
+        spectrum = [mean(values) for values in zip(*every, strict=True)]
+        label = TRAININGS[name].title.strip("*")
+        left.plot(range(1, len(spectrum) + 1), spectrum, label=label, **style)
+        alike = zip(*weights, strict=True)  # a weight, by seed
+        right.plot([mean(layer["entropy"] for layer in layers) for layers in alike], **style)
+    left.set(
+        title="Singular spectrum of B A, mean over weights",
+        xlabel="direction",
+        ylabel="share of the energy",
+        yscale="log",
+    )
+    left.legend(fontsize=8, frameon=False)
+    right.set(title="Matrix entropy of B A", xlabel="adapted weight, layer by layer", ylabel="nats")
+    for ax in (left, right):
+        ax.grid(alpha=0.3, linewidth=0.5)
+    report.save(figure, path)
 
 
 def fits(results: Results, titles: Mapping[str, str], path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from benchmarks import rows
 from benchmarks.paper.coders import CODERS
 from benchmarks.paper.fits import VARIANTS
+from benchmarks.paper.trained import TRAININGS
 from benchmarks.rows import Row
 from gradcodec.transforms.autoencoder.config import RATIOS
 
@@ -89,7 +90,7 @@ class Results:
     def schemes(self, kind: str, of: str = "update") -> list[str]:
         """What has rows of a kind, in its own order."""
         there = [scheme for k, o, scheme in self._rows if (k, o) == (kind, of)]
-        order = [*CODERS, *VARIANTS, *RATIOS]
+        order = [*CODERS, *VARIANTS, *RATIOS, *TRAININGS]
         return sorted(there, key=order.index)
 
 

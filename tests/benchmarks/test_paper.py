@@ -6,13 +6,14 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.federated.world import World
+from benchmarks.federated.world import world_of
 from benchmarks.llama.tasks import PLACES
 from benchmarks.paper import (
     case,
@@ -24,6 +25,7 @@ from benchmarks.paper import (
     results,
     robustness,
     shapes,
+    trained,
 )
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS, Fitting, Through
@@ -41,6 +43,17 @@ SPEC = UpdateSpec(
         for layer in range(2)
         for half, shape in (("A", (4, 64)), ("B", (64, 4)))
     )
+)
+
+
+SMALL = Settings(
+    limit=300,
+    clients=4,
+    fraction=0.5,
+    min_client=12,
+    held_out=20,
+    local=LocalTraining(steps=2),
+    device="cpu",
 )
 
 
@@ -289,6 +302,30 @@ def test_a_change_of_a_product_has_twice_the_rank() -> None:
     assert sum(found["spectrum"]) == pytest.approx(1)
 
 
+def test_the_entropy_of_a_product_is_the_logarithm_of_its_equal_directions() -> None:
+    b, a = torch.zeros(64, 4), torch.eye(4, 64)
+    b[:2, :2] = torch.eye(2)
+    names = [f"layers.0.q_proj.lora_{half}.weight" for half in "AB"]
+    (found,) = trained.layers(dict(zip(names, (a, b), strict=True)))
+    assert found["entropy"] == pytest.approx(math.log(2))
+    assert found["spectrum"] == pytest.approx([0.5, 0.5, 0, 0])
+    assert found["norm"] == pytest.approx(math.sqrt(2))
+
+
+def test_an_adapter_of_noise_has_the_norms_of_the_federations() -> None:
+    setup: Any = SimpleNamespace(test=recording, seed=0)
+    noise, real = (
+        trained.TRAININGS[name].adapter(setup) for name in ("noise-adapter", "federation")
+    )
+    assert list(noise) == list(real)
+    for name, tensor in real.items():
+        assert float(noise[name].norm()) == pytest.approx(float(tensor.norm()), rel=1e-4)
+        assert (
+            abs(float(measures.errors(tensor.flatten(), noise[name].flatten())["cosine"] or 0))
+            < 0.3
+        )
+
+
 @pytest.mark.parametrize("name", list(fits.VARIANTS))
 def test_variants_of_the_autoencoder_keep_its_shapes(name: str) -> None:
     variant = fits.VARIANTS[name]
@@ -330,6 +367,7 @@ def test_another_model_changes_recordings_and_sources_and_trains_fewer_autoencod
     assert {u[:2] for u in analyses[0] - analyses[1]} == {
         ("snr", "ae-literal"),
         *((kind, name) for kind in ("snr", "size") for name in ("ae-cnn1d", "ae-uformer")),
+        *(("trained", name) for name in trained.TRAININGS),
     }
     ids = [{case.job(s, u).stamp()["run"] for u in case.units(s)} for s in (own, other)]
     assert not ids[0] & ids[1]
@@ -350,22 +388,32 @@ def test_a_job_gives_back_the_setup_that_it_was_made_with() -> None:
 @pytest.mark.slow
 def test_a_recording_that_was_broken_off_goes_on_as_it_would_have() -> None:
     pytest.importorskip("peft")
-    settings = Settings(
-        limit=300,
-        clients=4,
-        fraction=0.5,
-        min_client=12,
-        held_out=20,
-        local=LocalTraining(steps=2),
-        device="cpu",
-    )
-    world = World(settings)
+    world = world_of(SMALL)
     for reading in recordings.READINGS:
         earlier, whole = recordings.record(world, "d1", 2, reading)
         _, again = recordings.record(world, "d1", 2, reading, earlier)
         assert torch.equal(again.starts, whole.starts)
         assert torch.equal(again.updates, whole.updates)
         assert not torch.equal(whole.starts[0], whole.starts[1])
+
+
+@pytest.mark.slow
+def test_a_codec_that_loses_nothing_trains_what_was_recorded() -> None:
+    pytest.importorskip("peft")
+    *_, played = recordings.record(world_of(SMALL), "d2", 2)
+    codec = make_codec("fp32").bind(played.spec)
+    setup: Any = SimpleNamespace(
+        settings=lambda: SMALL,
+        rounds=2,
+        test=lambda: played,
+        coder=lambda name: Through(codec, played.spec),
+    )
+    names = ("federation", "compressed", "centralised")
+    own, coded, pooled = (trained.TRAININGS[name].adapter(setup) for name in names)
+    assert list(own) == list(coded) == list(pooled)
+    for name, tensor in own.items():
+        assert torch.allclose(coded[name], tensor, atol=1e-6)
+        assert not torch.allclose(pooled[name], tensor, atol=1e-4)
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -497,6 +545,7 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
     setup: Any = Fixed()
     history = [{"step": s, "train_mse": 1.0, "val_rse": e} for s, e in ((0, 2.0), (10, 0.5))]
     sizes = {"parameters": {"encoder": 10, "decoder": 20}}
+    rank_one = {"name": "q", "entropy": 0.0, "spectrum": [1.0, 0.0, 0.0, 0.0], "norm": 0.5}
     macs = {"macs": {"encoder": 1e6, "decoder": 2e6, "decoder_on_output": 3e6}}
     path = write(
         tmp_path / "paper.jsonl",
@@ -510,6 +559,7 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
         row("shape", "none", **shapes.shape(setup, "update")),
         row("product", "none", **shapes.product(setup)),
         row("entropy", "identity", **shapes.entropy(setup, "identity")),
+        row("trained", "federation", layers=[rank_one], held_out=4.5),
         *(snr_row(n, 0.5, "transfer", "own") for n in fits.CODERS),
         *(snr_row(n, 0.6, "reading", "local") for n in fits.CODERS),
         row(
@@ -532,6 +582,7 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
     assert "| rounds of a federation |" not in text  # it has no row here
     assert "| the clients' D1 |" + 9 * " 0.500 |" + "\n" in text  # two codecs and the mean
     assert re.search(r"\| \*always the training mean\* \| (\S+) \| \1 \| 0 \| 0 \|", text)
+    assert "| a federation, fp32 | 4.500 | 0.000 | 1.00 | 100% | 100% | 0.500 |" in text
     assert "| resnet3 | 64 x 64 x 32 | 1.5625% | 1.56% | 524,288 | 246,785 | 246,698 |" in text
     assert all((tmp_path / f"paper{end}.png").stat().st_size > 1000 for end in page._plots)
 
