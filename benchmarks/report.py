@@ -34,7 +34,7 @@ Draw = Callable[[Path], None]
 OURS, PEER = "#d7191c", "#5b7f95"
 COLOURS = {
     "ours": (OURS, "#ff7f00", "#e6007e", "#ffb000", "#8b0000", "#a0522d", "#f781bf"),
-    "paper": ("#2e7d32", "#81c784"),
+    "paper": ("#2e7d32", "#81c784", "#00897b", "#9e9d24", "#1b5e20"),
     "peer": (
         PEER,
         "#8c7aa9",

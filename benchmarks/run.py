@@ -249,6 +249,7 @@ _ALL = (
         "pretraining that exchanges seldom: DiLoCo, SparseLoCo, DeMo and `LocalSteps`; loss, bytes",
         "benchmarks.local.case:main",
         "benchmarks.local.page:page",
+        tests=("tests/distributed/test_local_steps.py", "tests/distributed/test_collectives.py"),
     ),
     Case(
         "link_swap",

@@ -32,6 +32,8 @@ from gradcodec.wire import Payload
 RATIO = 64
 WORKING = AutoencoderConfig(variant="working", normalise="tensor_rms")
 LITERAL = AutoencoderConfig(variant="literal", normalise="factor_rms")
+CNN1D, UFORMER = (replace(LITERAL, arch=arch) for arch in ("cnn1d", "uformer"))
+"""The paper's other two; their layers are not published (``gradcodec``'s interpretations)."""
 UNSCALED = replace(LITERAL, normalise="none")
 """The paper mentions no scaling."""
 SUBSPACE = SubspaceConfig(ratio=RATIO, allocation="tempered", side="long", basis_dtype="float32")
@@ -101,6 +103,8 @@ class Coder:
         codec: makes the codec; ``None`` for a control that is none.
         control: makes the round trip of such a control.
         every: measured on every object; else on updates alone.
+        brief: its errors and its size alone, on the embedded model, of the first seed: it costs
+            minutes.
     """
 
     title: str
@@ -108,6 +112,7 @@ class Coder:
     codec: Callable[[Fitting], Codec] | None = None
     control: Callable[[Fitting], Decodes] | None = None
     every: bool = True
+    brief: bool = False
 
 
 def _autoencoder(config: AutoencoderConfig, share: float = 1.0) -> Callable[[Fitting], Codec]:
@@ -146,6 +151,10 @@ def random_prior(given: Fitting) -> Codec:
     return _autoencoder(WORKING)(replace(given, train=drawn))
 
 
+def _brief(title: str, config: AutoencoderConfig) -> Coder:
+    return Coder(title, "paper", _autoencoder(config), every=False, brief=True)
+
+
 def _zero(_: Fitting) -> Decodes:
     return lambda x, seed=0: torch.zeros_like(x)
 
@@ -165,7 +174,7 @@ def _noise(_: Fitting) -> Decodes:
 
 CODERS: Mapping[str, Coder] = MappingProxyType(
     {
-        "identity": Coder("identity, fp32", "control", lambda _: Identity(), every=False),
+        "identity": Coder("identity, fp32", "control", lambda _: Identity()),
         "int4": Coder("int4", "ours", lambda _: make_codec("int4")),
         "rotsign": Coder("rotated signs, 1 bit", "ours", lambda _: _signs(256), every=False),
         "rotsign-128": Coder("rotated signs, 1/2 bit", "ours", lambda _: _signs(128)),
@@ -175,6 +184,8 @@ CODERS: Mapping[str, Coder] = MappingProxyType(
         "ae-unscaled": Coder(
             "ResNet-3 AE, literal, as stated", "paper", _autoencoder(UNSCALED), every=False
         ),
+        "ae-cnn1d": _brief("1-D CNN AE 1/32, literal, scaled", CNN1D),
+        "ae-uformer": _brief("U-Former AE, literal, scaled", UFORMER),
         "prior": Coder("working AE, fitted on noise", "control", random_prior, every=False),
         "untrained": Coder(
             "literal AE, untrained", "control", _autoencoder(LITERAL, 0.0), every=False

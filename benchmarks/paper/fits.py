@@ -22,8 +22,15 @@ from gradcodec.transforms.autoencoder.image import Image
 from gradcodec.transforms.autoencoder.nets import ResidualBlock, count_macs
 from gradcodec.types import TensorSpec, UpdateSpec
 
-CODERS = ("ae-working", "subspace")
-"""What is fitted anew in analyses 5 and 7."""
+CONTROLS: Mapping[str, str] = MappingProxyType(
+    {"ae-working": "prior", "subspace": "random-subspace", "train-mean": "zero"}
+)
+"""What is fitted anew in analyses 5 and 7, and the same without any data.
+
+The training mean is a control itself. Where it is as good as a codec that was fitted on the same
+updates, the codec does not carry over: means are alike.
+"""
+CODERS = tuple(CONTROLS)
 
 Row = dict[str, Any]
 

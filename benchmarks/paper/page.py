@@ -11,9 +11,11 @@ from benchmarks.federated import generalise_page
 from benchmarks.federated.figures import load
 from benchmarks.federated.generalise import SOURCES
 from benchmarks.paper import fits, plots
+from benchmarks.paper.coders import CODERS
 from benchmarks.paper.recordings import OBJECTS
 from benchmarks.paper.results import Form, Results, mean, metric, number, shown, some, title
 from benchmarks.paper.setup import EMBEDDED, Setup
+from benchmarks.paper.trained import TRAININGS
 from benchmarks.report import Page, Table
 from benchmarks.rows import Row
 
@@ -36,6 +38,7 @@ def page(path: Path) -> Page:
     _noise(out, results)
     _shapes(out, results)
     _entropy(out, results)
+    _trained(out, results)
     _transfer(out, results, path)
     _ablations(out, results)
     _geometry(out, results)
@@ -51,6 +54,9 @@ def _full(model: str) -> Form:
 
 def _about(out: Page, results: Results) -> None:
     played = "federated.md" if results.model == EMBEDDED else "llama-gsm8k.md"
+    spent = []
+    if results.seconds:
+        spent.append(f"the rows took {results.seconds / 60:.0f} min of a core")
     out.lines(
         [
             "clients fine-tune the model by LoRA, uncompressed: codecs are fitted on rounds on one "
@@ -58,8 +64,9 @@ def _about(out: Page, results: Results) -> None:
             "how many rounds, steps of Adam and seeds; figures are means over rounds and seeds",
             "*error* is the relative squared error: 0 is perfect, 1 is what sending nothing gives",
             "*in italics*: controls; a codec that is no better than these has learned nothing",
-            f"no codec takes part in the training here: [{played}]({played}) says what they do to "
-            "a model",
+            f"no codec takes part in the recorded training: [{played}]({played}) says what they do "
+            "to a model",
+            *spent,
         ]
     )
 
@@ -68,15 +75,18 @@ def _snr(out: Page, results: Results) -> None:
     """Analysis 1."""
     names = results.schemes("snr")
     head = ("what arrives of a client's update", "SNR as in the paper", "SNR, dB", "error")
-    table: Table = [(*head, "cosine", "error of A", "error of B")]
+    table: Table = [(*head, "cosine")]
     for name in names:
         rows = results("snr", name)
         cells = [shown(m, metric(rows, "client", "all", m)) for m in METRICS]
-        cells += [shown("rse", metric(rows, "client", f, "rse")) for f in ("A", "B")]
         table.append((title(name), *cells))
     out.table("1. The paper's SNR, and errors that can be compared", table)
     if names:
-        out.lines([results.source("snr")])
+        seeds = {name: len(results("snr", name)) for name in names}
+        fewer = [title(name) for name in names if seeds[name] < max(seeds.values())]
+        notes = [f"of fewer seeds: {', '.join(fewer)}"] if fewer else []
+        out.lines([*notes, results.source("snr")])
+        _factors(out, results, "update")
     table = [("what arrives of a round's aggregate", "error of the mean", "cosine", "SNR, dB")]
     table[0] += ("error of the sum", "cosine of the sum", "cosine in A", "cosine in B")
     for name in names:
@@ -108,6 +118,28 @@ def _other_object(out: Page, results: Results, what: str) -> None:
         table.append((title(name), *cells))
     out.table(f"The same for {what}s", table)
     out.lines([results.source("snr", what)])
+    _factors(out, results, what)
+
+
+def _factors(out: Page, results: Results, what: str) -> None:
+    """Errors of A and of B apart; of states also those of the update in them."""
+    sides = {"client": ""}
+    if what == "state":
+        sides["innovation"] = "innovation in "
+    columns = [(whose, f) for whose in sides for f in "AB"]
+    head = [
+        cell
+        for whose, f in columns
+        for cell in (f"error of {sides[whose]}{f}", f"SNR of {sides[whose]}{f}, dB")
+    ]
+    table: Table = [(f"LoRA's factors apart, {what}s", *head)]
+    for name in results.schemes("snr", what):
+        rows = results("snr", name, what)
+        cells = [
+            shown(m, metric(rows, whose, f, m)) for whose, f in columns for m in ("rse", "snr_db")
+        ]
+        table.append((title(name), *cells))
+    out.table(f"By factor: {what}s", table)
 
 
 def _size(out: Page, results: Results) -> None:
@@ -157,6 +189,7 @@ def _aggregation(out: Page, results: Results) -> None:
             results.source("aggregation"),
         ]
     )
+    out.plots({"-aggregation": functools.partial(plots.aggregation, results)})
 
 
 def _noise(out: Page, results: Results) -> None:
@@ -287,27 +320,66 @@ def _entropy(out: Page, results: Results) -> None:
     )
 
 
+def _trained(out: Page, results: Results) -> None:
+    """Analysis 4, of what three trainings end with."""
+    names = results.schemes("trained")
+    if not names:
+        return
+    head = ("the adapter after", "held-out loss", "matrix entropy of B A", "effective rank")
+    table: Table = [(*head, "in the first direction", "in the first half", "norm")]
+    for name in names:
+        rows = results("trained", name)
+        layers = [layer for row in rows for layer in row["layers"]]
+        half = len(layers[0]["spectrum"]) // 2
+        shares = (mean(sum(x["spectrum"][:k]) for x in layers) or 0.0 for k in (1, half))
+        table.append(
+            (
+                TRAININGS[name].title,
+                f"{mean(row['held_out'] for row in rows):.3f}",
+                f"{mean(x['entropy'] for x in layers):.3f}",
+                number(mean(math.exp(x["entropy"]) for x in layers)),
+                *(f"{share:.0%}" for share in shares),
+                number(mean(x["norm"] for x in layers)),
+            )
+        )
+    out.table("What is trained in three ways", table)
+    out.lines(
+        [
+            "means over the adapted weights; in nats, of rank "
+            f"{2 * half} at most {math.log(2 * half):.3f}. Equal entropies do not say that the "
+            "same was learned: factors of noise, of the same norms, have one as well, the highest",
+            results.source("trained"),
+        ]
+    )
+    out.plots({"-trained": functools.partial(plots.trained, results)})
+
+
 def _fitted_table(
     results: Results, kind: str, titles: dict[str, str], extra: dict[str, str], head: str
 ) -> Table:
     """Errors of the coders that were fitted anew, by what they were fitted on."""
+    names = _fitted(results, kind)
     ends = ("error", "cosine", "cosine of the mean")
-    heads = [f"{title(name)}: {what}" for name in fits.CODERS for what in ends]
+    heads = [f"{title(name)}: {what}" for name in names for what in ends]
     more = (head,) if extra else ()
     table: Table = [("fitted on", *heads, *more)]
     for of, words in titles.items():
-        cells: list[str] = []
-        for name in fits.CODERS:
-            rows = results(kind, name, of)
-            if rows:
-                cells += _three(rows)
-        if len(cells) == len(heads):
+        found = {name: results(kind, name, of) for name in names}
+        if all(found[name] for name in names if CODERS[name].kind != "control"):
+            cells = [cell for name in names for cell in _three(found[name])]
             table.append((words, *cells, *([extra.get(of, "-")] if extra else [])))
     return table
 
 
+def _fitted(results: Results, kind: str) -> list[str]:
+    """The coders of these tables: codecs, and the control if it was run."""
+    return [n for n in fits.CODERS if CODERS[n].kind != "control" or results.has(kind, n)]
+
+
 def _three(rows: Sequence[Row]) -> list[str]:
     where = (("client", "rse"), ("client", "cosine"), ("mean", "cosine"))
+    if not rows:
+        return ["-"] * len(where)
     return [shown(name, metric(rows, whose, "all", name)) for whose, name in where]
 
 
@@ -328,17 +400,22 @@ def _transfer(out: Page, results: Results, path: Path) -> None:
     table = _fitted_table(results, "transfer", titles, gains, head)
     if len(table) == 1:
         return
-    priors = ("prior", "random-subspace")
+    names = _fitted(results, "transfer")
     seeds = {row["seed"] for row in results("transfer", fits.CODERS[0], "own")}
     cells = [
         cell
-        for name in priors
-        for cell in _three([row for row in results("snr", name) if row["seed"] in seeds])
+        for name in names
+        for cell in _three([r for r in results("snr", fits.CONTROLS[name]) if r["seed"] in seeds])
     ]
-    table.append(("*noise; random bases*", *cells, *([gains.get("random", "-")] if gains else [])))
+    words = "; ".join(("noise", "random bases", "nothing")[: len(names)])
+    table.append((f"*{words}*", *cells, *([gains.get("random", "-")] if gains else [])))
     out.table("5. A codec fitted on one task, applied to another", table)
-    about = ["the last column is from [generalise.md](generalise.md): a whole training"]
-    out.lines([*(about if gains else []), results.source("transfer", "own")])
+    about = []
+    if len(names) == len(fits.CODERS):
+        about.append("a codec carries over as far as it beats the mean of the same updates")
+    if gains:
+        about.append("the last column is from [generalise.md](generalise.md): a whole training")
+    out.lines([*about, results.source("transfer", "own")])
     out.plots({"-fits": functools.partial(plots.fits, results, titles)})
 
 

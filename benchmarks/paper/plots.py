@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.paper import fits as variants
 from benchmarks.paper.coders import CODERS
-from benchmarks.paper.results import Results, mean, metric, some
+from benchmarks.paper.recordings import OBJECTS
+from benchmarks.paper.results import Results, mean, metric, over_rounds, some
 from benchmarks.paper.shapes import BINS, REACH
+from benchmarks.paper.trained import TRAININGS
+from benchmarks.rows import Row
 
 _CONTROLS = ("x", "+", "1", "2", "3", "4", "|", "_")
 """Markers of controls: some lie on one another, and grey lines alone do not differ enough."""
@@ -36,34 +39,71 @@ def _legend(ax: Any) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
 
 
+_SNR = (
+    ("SNR as in the paper", "update", "client", "snr_paper"),
+    ("Cosine of a client's update", "update", "client", "cosine"),
+    ("Cosine of the round's mean", "update", "mean", "cosine"),
+    ("SNR of a client's update, dB", "update", "client", "snr_db"),
+    ("Error of a client's update", "update", "client", "rse"),
+    ("Error of the update in a state", "state", "innovation", "rse"),
+)
+"""Panels: title, object, whose, metric."""
+
+
 def snr(results: Results, path: Path) -> None:
-    """The paper's SNR, and cosines of clients' updates and of the round's mean, over rounds."""
-    figure, axes = report.figure(1, 3, figsize=(16, 4.6))
+    """The paper's SNR beside honest metrics, over rounds; of states the update in them."""
+    figure, axes = report.figure(2, 3, figsize=(16, 8.6))
     names = results.schemes("snr")
-    panels = (
-        ("SNR as in the paper", "client", "snr_paper"),
-        ("Cosine of a client's update", "client", "cosine"),
-        ("Cosine of the round's mean", "mean", "cosine"),
-    )
-    for ax, (title, whose, what) in zip(axes, panels, strict=True):
-        for name, (label, style) in zip(names, styles(names), strict=True):
-            rows = results("snr", name)
-            numbers = [r["number"] for r in rows[0]["rounds"]]
-            values = [
-                mean(row["rounds"][at][whose]["all"][what] for row in rows)
-                for at in range(len(numbers))
-            ]
-            if None not in values:  # infinite: nothing to draw
+    looks = dict(zip(names, styles(names), strict=True))
+    for ax, (title, what, whose, of) in zip(axes.flat, _SNR, strict=True):
+        for name in (n for n in names if results("snr", n, what)):
+            label, style = looks[name]
+            numbers, values = over_rounds(results("snr", name, what), whose, of)
+            if None not in values and (of != "rse" or all(values)):  # else nothing to draw
                 ax.plot(numbers, values, label=label, **style)
-        ax.set(title=title, xlabel="round", xticks=some(numbers))
+            ax.set_xticks(some(numbers))
+        ax.set(title=title, xlabel="round")
         ax.grid(alpha=0.3, linewidth=0.5)
-    axes[0].set_yscale("log")
+        if of in ("rse", "snr_paper"):
+            ax.set_yscale("log")
+        if of in ("rse", "snr_db"):
+            ax.axhline(float(of == "rse"), color="black", linewidth=0.8)
+            nothing = "sending the start" if what == "state" else "sending nothing"
+            ax.set_xlabel(f"round; black: what {nothing} gives")
+        ax.set_visible(bool(results.schemes("snr", what)))
     size = results("size", "identity")
     if size:
         n = size[0]["numel"]
-        axes[0].axhline(n, color="black", linewidth=0.8)
-        axes[0].set_xlabel(f"round; black: n = {n:,}, what sending nothing scores")
-    _legend(axes[-1])
+        axes[0][0].axhline(n, color="black", linewidth=0.8)
+        axes[0][0].set_xlabel(f"round; black: n = {n:,}, what sending nothing scores")
+    handles, labels = axes[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    report.save(figure, path)
+
+
+def aggregation(results: Results, path: Path) -> None:
+    """Error of aggregated factors against aggregated products, over rounds."""
+    figure, ax = report.figure(figsize=(7.5, 4.2))
+    rows = results("aggregation", "none")
+    numbers = [r["number"] for r in rows[0]["rounds"]]
+    lines = (
+        ("mean", "mean by examples", "reference"),
+        ("sum", "sum (the paper's)", "paper"),
+        ("increments", "sum of increments, (sum dB)(sum dA)", "peer"),
+    )
+    known = report.Styles()
+    for rule, label, kind in lines:
+        errors = [mean(row["rounds"][at][rule] for row in rows) for at in range(len(numbers))]
+        ax.plot(numbers, errors, label=label, **known.next(kind))
+    ax.set(
+        title="Aggregating A and B apart: error of their product",
+        xlabel="round",
+        ylabel="relative squared error",
+        yscale="log",
+        xticks=some(numbers),
+    )
+    ax.grid(alpha=0.3, linewidth=0.5)
+    ax.legend(fontsize=8, frameon=False)
     report.save(figure, path)
 
 
@@ -127,16 +167,15 @@ FLOOR = 1e-6
 
 
 def shapes(results: Results, path: Path) -> None:
-    """Histograms over rounds, spectra, and the surface of extremes."""
+    """Histograms over rounds, spectra, and the surfaces of extremes."""
     import numpy as np
     from matplotlib import colormaps
 
-    figure, axes = report.figure(2, 4, figsize=(18, 8))
-    for at, what in enumerate(("gradient", "update")):
-        rows = results("shape", "none", what)
-        if not rows:
-            continue
-        row = rows[0]
+    objects = [what for what in OBJECTS if results("shape", "none", what)]
+    options = {"figsize": (22, 4 * len(objects)), "squeeze": False}
+    figure, axes = report.figure(len(objects), 5, **options)
+    for at, what in enumerate(objects):
+        row = results("shape", "none", what)[0]
         rounds = row["rounds"]
         colours = colormaps["autumn"](np.linspace(0, 0.75, len(rounds)))
         for ax, factor in zip(axes[at], "AB", strict=False):
@@ -177,35 +216,78 @@ def shapes(results: Results, path: Path) -> None:
         )
         spectra.grid(alpha=0.3, linewidth=0.5)
         spectra.legend(fontsize=8, frameon=False)
-        surface = np.array([found["highest"] for found in rounds])
-        low = np.array([found["lowest"] for found in rounds])
-        _surface(figure, axes[at][3], what, np.maximum(surface, -low))
+        _surface(figure, axes[at][3], what, "highest", rounds)
+        _surface(figure, axes[at][4], what, "lowest", rounds)
         axes[at][0].legend(fontsize=8, frameon=False)
     report.save(figure, path)
 
 
-def _surface(figure: Any, ax: Any, what: str, values: Any) -> None:
-    """Largest absolute value by tensor and round."""
-    image = ax.imshow(values, aspect="auto", cmap="inferno", origin="lower")
+def _surface(figure: Any, ax: Any, what: str, which: str, rounds: Sequence[Row]) -> None:
+    """The ``which`` (``"highest"``, ``"lowest"``) value by tensor and round.
+
+    Extremes shrink over the rounds, so the round that is nearest to the eye is the last for the
+    highest and the first for the lowest: neither surface hides itself.
+    """
+    import numpy as np
+
+    place = ax.get_subplotspec()
+    ax.remove()
+    ax = figure.add_subplot(place, projection="3d")
+    values = np.array([found[which] for found in rounds])
+    tensor, number = np.meshgrid(*(np.arange(size) for size in values.shape[::-1]))
+    high = which == "highest"
+    colours = "autumn_r" if high else "winter"
+    ax.plot_surface(tensor, number + 1, values, cmap=colours, rcount=50, ccount=150)
     ax.set(
-        title=f"{what}s: largest absolute value",
+        title=f"{what}s: {which} value",
         xlabel="tensor, layer by layer",
         ylabel="round",
-        yticks=some(range(len(values))),
-        yticklabels=some(range(1, len(values) + 1)),
+        yticks=some(range(1, len(rounds) + 1)),
     )
-    figure.colorbar(image, ax=ax)
+    if high:
+        ax.invert_yaxis()
+    ax.view_init(elev=25, azim=-60)
+
+
+def trained(results: Results, path: Path) -> None:
+    """Singular spectra of what was trained in three ways, and the entropy of each weight."""
+    figure, (left, right) = report.figure(1, 2, figsize=(13, 4.4))
+    looks = {"centralised": "peer", "federation": "reference", "compressed": "paper"}
+    known = report.Styles()
+    for name in results.schemes("trained"):
+        grey = {"color": "#606060", "linestyle": (0, (1, 2)), "marker": "x"}
+        style = known.next(looks[name]) if name in looks else grey
+        weights = [row["layers"] for row in results("trained", name)]
+        every = [layer["spectrum"] for layers in weights for layer in layers]
+        spectrum = [mean(values) for values in zip(*every, strict=True)]
+        label = TRAININGS[name].title.strip("*")
+        left.plot(range(1, len(spectrum) + 1), spectrum, label=label, **style)
+        alike = zip(*weights, strict=True)  # a weight, by seed
+        right.plot([mean(layer["entropy"] for layer in layers) for layers in alike], **style)
+    left.set(
+        title="Singular spectrum of B A, mean over weights",
+        xlabel="direction",
+        ylabel="share of the energy",
+        yscale="log",
+    )
+    left.legend(fontsize=8, frameon=False)
+    right.set(title="Matrix entropy of B A", xlabel="adapted weight, layer by layer", ylabel="nats")
+    for ax in (left, right):
+        ax.grid(alpha=0.3, linewidth=0.5)
+    report.save(figure, path)
 
 
 def fits(results: Results, titles: Mapping[str, str], path: Path) -> None:
     """Cosine of the round's mean by what a codec was fitted on."""
     readings = {"federated": "TGAP in a federation", "local": "TGAP, clients alone"}
-    figure, axes = report.figure(1, 2, figsize=(12, 3.8), sharex=True)
-    for ax, name in zip(axes, variants.CODERS, strict=True):
-        colour = report.COLOURS[CODERS[name].kind][0]
+    names = [name for name in variants.CODERS if results.has("transfer", name)]
+    options = {"figsize": (6 * len(names), 3.8), "sharex": True, "squeeze": False}
+    figure, axes = report.figure(1, len(names), **options)
+    for ax, name in zip(axes[0], names, strict=True):
+        colour = report.COLOURS.get(CODERS[name].kind, ("#404040",))[0]
         bars = {words: results("transfer", name, of) for of, words in titles.items() if of != "own"}
         bars = {words: results("reading", name, of) for of, words in readings.items()} | bars
-        control = {"ae-working": "prior", "subspace": "random-subspace"}[name]
+        control = variants.CONTROLS[name]
         bars[CODERS[control].title] = results("snr", control)
         bars = {words: rows for words, rows in bars.items() if rows}
         values = [metric(rows, "mean", "all", "cosine") or 0.0 for rows in bars.values()]

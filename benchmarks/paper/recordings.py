@@ -120,7 +120,7 @@ def record(
     found: dict[str, list[Tensor]] = {name: [] for name in _TENSORS}
     if earlier is not None:
         found = {name: list(getattr(earlier, name)) for name in _TENSORS}
-        state, alone = _ends(earlier)
+        state, alone = ends(earlier)
         yield earlier
     for number in range(len(found["updates"]), rounds):
         clients = loop.sample(0 if local else number)
@@ -139,11 +139,11 @@ def record(
         found["clients"].append(torch.tensor(clients))
         found["examples"].append(examples)
         recording = Recording(spec, **{name: torch.stack(parts) for name, parts in found.items()})
-        state, alone = _ends(recording)
+        state, alone = ends(recording)
         yield recording
 
 
-def _ends(recording: Recording) -> tuple[Update, list[Update]]:
+def ends(recording: Recording) -> tuple[Update, list[Update]]:
     """Where the next round starts: all clients together, and each alone."""
     starts, updates = recording.starts[-1], recording.updates[-1]
     mean = starts[0] + weighted(updates, recording.examples[-1])

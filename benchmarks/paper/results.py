@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from benchmarks import rows
 from benchmarks.paper.coders import CODERS
 from benchmarks.paper.fits import VARIANTS
+from benchmarks.paper.trained import TRAININGS
 from benchmarks.rows import Row
 from gradcodec.transforms.autoencoder.config import RATIOS
 
@@ -66,6 +67,12 @@ class Results:
         self.forms = sorted(set(self._form.values()), reverse=True)
         self.model = self.forms[0].model if self.forms else ""
 
+    @property
+    def seconds(self) -> float | None:
+        """How long the rows that are shown took; ``None`` if one of them does not say."""
+        took = [row.get("seconds") for rows in self._rows.values() for row in rows]
+        return None if None in took else sum(took)
+
     def source(self, kind: str, of: str = "update") -> str:
         """Which form and seeds the rows of an analysis are of."""
         found = [rows for (k, o, _), rows in self._rows.items() if (k, o) == (kind, of)]
@@ -76,10 +83,14 @@ class Results:
         """The rows of an analysis, one a seed; none if it was not run."""
         return self._rows.get((kind, of, scheme), [])
 
+    def has(self, kind: str, scheme: str) -> bool:
+        """Whether an analysis was run on a scheme, of any object or source."""
+        return any((k, s) == (kind, scheme) for k, _, s in self._rows)
+
     def schemes(self, kind: str, of: str = "update") -> list[str]:
         """What has rows of a kind, in its own order."""
         there = [scheme for k, o, scheme in self._rows if (k, o) == (kind, of)]
-        order = [*CODERS, *VARIANTS, *RATIOS]
+        order = [*CODERS, *VARIANTS, *RATIOS, *TRAININGS]
         return sorted(there, key=order.index)
 
 
@@ -96,6 +107,15 @@ def metric(found: Sequence[Row], whose: str, factor: str, name: str) -> float | 
         error = metric(found, whose, factor, "rse")
         return -10 * math.log10(error) if error else None
     return mean(r[whose][factor][name] for row in found for r in row["rounds"])
+
+
+def over_rounds(
+    found: Sequence[Row], whose: str, name: str
+) -> tuple[list[int], list[float | None]]:
+    """The numbers of the rounds, and a metric of both factors in each, the mean over seeds."""
+    numbers = [r["number"] for r in found[0]["rounds"]]
+    apart = [[{"rounds": [row["rounds"][at]]} for row in found] for at in range(len(numbers))]
+    return numbers, [metric(one, whose, "all", name) for one in apart]
 
 
 def some(rounds: Sequence[T]) -> list[T]:

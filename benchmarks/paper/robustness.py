@@ -24,7 +24,7 @@ LEVELS = (0.04, 0.4, 4.0, 40.0, 400.0)
 
 CODERS = (
     *("identity", "int4", "rotsign-128", "subspace", "ae-working", "ae-literal", "ae-unscaled"),
-    *("prior", "untrained", "train-mean", "zero"),
+    *("prior", "untrained", "train-mean", "noise", "zero"),
 )
 
 Row = dict[str, Any]

@@ -99,7 +99,7 @@ def test_all_is_every_case_that_needs_nothing_and_says_what_it_leaves_out(
 
 def test_every_case_that_times_something_has_tests() -> None:
     timed = {"speed", "codecs", "growth", "link_swap", "flower"}
-    timed |= {"ddp", "ddp_auto", "ddp_buckets", "fsdp2"}
+    timed |= {"ddp", "ddp_auto", "ddp_buckets", "fsdp2", "local"}
     # `kernels` runs those of each kernel by itself.
     assert {name for name, case in CASES.items() if case.tests} == timed
     for case in CASES.values():

@@ -3,14 +3,17 @@
 import json
 import math
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.federated.world import World
+from benchmarks.federated.world import world_of
 from benchmarks.llama.tasks import PLACES
 from benchmarks.paper import (
     case,
@@ -22,6 +25,7 @@ from benchmarks.paper import (
     results,
     robustness,
     shapes,
+    trained,
 )
 from benchmarks.paper import page as pages
 from benchmarks.paper.coders import CODERS, Fitting, Through
@@ -39,6 +43,17 @@ SPEC = UpdateSpec(
         for layer in range(2)
         for half, shape in (("A", (4, 64)), ("B", (64, 4)))
     )
+)
+
+
+SMALL = Settings(
+    limit=300,
+    clients=4,
+    fraction=0.5,
+    min_client=12,
+    held_out=20,
+    local=LocalTraining(steps=2),
+    device="cpu",
 )
 
 
@@ -136,12 +151,39 @@ def test_identity_loses_nothing() -> None:
     assert torch.equal(made("identity")(x), x)
 
 
+@pytest.mark.parametrize(("name", "ratio"), [("ae-cnn1d", 32), ("ae-uformer", 64)])
+def test_the_papers_other_autoencoders_code_as_it_states_and_learn(name: str, ratio: int) -> None:
+    x = drawn(1, SPEC.numel)
+    same = Fitting(x.expand(6, -1), SPEC, steps=2, rate=2e-3, seed=0)
+    make = CODERS[name].codec
+    assert make is not None
+    fitted, untrained = (
+        Through(make(replace(same, steps=steps)).bind(SPEC), SPEC) for steps in (2, 0)
+    )
+    # The picture of these tensors is 128 x 128.
+    assert fitted.codec.code_numel(SPEC) == 128 * 128 // ratio
+    errors = [measures.errors(x, decode(x[0]))["rse"] or 0 for decode in (fitted, untrained)]
+    assert errors[0] < errors[1]
+
+
 @pytest.mark.parametrize("name", ["prior", "random-subspace", "subspace"])
 def test_codes_of_a_64th_have_no_more_values_than_that(name: str) -> None:
     through = made(name)
     assert isinstance(through, Through)
     # One direction of each tensor: its four columns.
     assert through.codec.code_numel(SPEC) == 4 * len(SPEC)
+
+
+def test_every_analysis_of_coders_has_every_control() -> None:
+    units = case.units(Setup())
+    controls = {"identity", "train-mean", "noise", "zero"}
+    for kind, of in (*(("snr", what) for what in recordings.OBJECTS), ("entropy", "update")):
+        assert controls <= {name for k, name, o in units if (k, o) == (kind, of)}
+    assert controls <= {name for k, name, _ in units if k == "noise"}
+    for kind in ("transfer", "reading"):
+        by_source = {(of, name) for k, name, of in units if k == kind}
+        sources = {of for of, _ in by_source}
+        assert {(of, name) for of in sources for name in ("train-mean", "subspace")} <= by_source
 
 
 def test_noise_on_a_code_of_all_values_is_noise_on_the_update() -> None:
@@ -225,6 +267,13 @@ def test_the_identity_lets_clients_and_noise_through_and_a_constant_neither() ->
     assert {level["rse"] for level in constant["levels"]} == {constant["rse"]}
 
 
+def test_noise_of_the_same_norm_decodes_any_message_equally_badly() -> None:
+    found = robustness.noise(Fixed(), "noise")  # type: ignore[arg-type]
+    assert found["rse"] == pytest.approx(2, abs=0.2)
+    assert found["swapped"]["rse"] == pytest.approx(found["rse"], abs=0.2)
+    assert found["client_gain"] < 0.01
+
+
 def test_a_projection_on_a_64th_lets_a_64th_of_the_noise_through() -> None:
     found = robustness.noise(Fixed(), "random-subspace")  # type: ignore[arg-type]
     assert found["levels"][1]["noise_gain"] == pytest.approx(1 / 64, rel=0.5)
@@ -251,6 +300,30 @@ def test_a_change_of_a_product_has_twice_the_rank() -> None:
     found = shapes.product(Fixed())["rounds"][0]  # type: ignore[arg-type]
     assert len(found["spectrum"]) == 8
     assert sum(found["spectrum"]) == pytest.approx(1)
+
+
+def test_the_entropy_of_a_product_is_the_logarithm_of_its_equal_directions() -> None:
+    b, a = torch.zeros(64, 4), torch.eye(4, 64)
+    b[:2, :2] = torch.eye(2)
+    names = [f"layers.0.q_proj.lora_{half}.weight" for half in "AB"]
+    (found,) = trained.layers(dict(zip(names, (a, b), strict=True)))
+    assert found["entropy"] == pytest.approx(math.log(2))
+    assert found["spectrum"] == pytest.approx([0.5, 0.5, 0, 0])
+    assert found["norm"] == pytest.approx(math.sqrt(2))
+
+
+def test_an_adapter_of_noise_has_the_norms_of_the_federations() -> None:
+    setup: Any = SimpleNamespace(test=recording, seed=0)
+    noise, real = (
+        trained.TRAININGS[name].adapter(setup) for name in ("noise-adapter", "federation")
+    )
+    assert list(noise) == list(real)
+    for name, tensor in real.items():
+        assert float(noise[name].norm()) == pytest.approx(float(tensor.norm()), rel=1e-4)
+        assert (
+            abs(float(measures.errors(tensor.flatten(), noise[name].flatten())["cosine"] or 0))
+            < 0.3
+        )
 
 
 @pytest.mark.parametrize("name", list(fits.VARIANTS))
@@ -291,8 +364,10 @@ def test_another_model_changes_recordings_and_sources_and_trains_fewer_autoencod
     assert own.settings().model == "embedded"
     analyses = [{u for u in case.units(s) if u[0] != "transfer"} for s in (own, other)]
     assert analyses[0] > analyses[1]
-    assert {u[:2] for u in analyses[0] - analyses[1] if u[0] != "ablation"} == {
-        ("snr", "ae-literal")
+    assert {u[:2] for u in analyses[0] - analyses[1]} == {
+        ("snr", "ae-literal"),
+        *((kind, name) for kind in ("snr", "size") for name in ("ae-cnn1d", "ae-uformer")),
+        *(("trained", name) for name in trained.TRAININGS),
     }
     ids = [{case.job(s, u).stamp()["run"] for u in case.units(s)} for s in (own, other)]
     assert not ids[0] & ids[1]
@@ -313,22 +388,32 @@ def test_a_job_gives_back_the_setup_that_it_was_made_with() -> None:
 @pytest.mark.slow
 def test_a_recording_that_was_broken_off_goes_on_as_it_would_have() -> None:
     pytest.importorskip("peft")
-    settings = Settings(
-        limit=300,
-        clients=4,
-        fraction=0.5,
-        min_client=12,
-        held_out=20,
-        local=LocalTraining(steps=2),
-        device="cpu",
-    )
-    world = World(settings)
+    world = world_of(SMALL)
     for reading in recordings.READINGS:
         earlier, whole = recordings.record(world, "d1", 2, reading)
         _, again = recordings.record(world, "d1", 2, reading, earlier)
         assert torch.equal(again.starts, whole.starts)
         assert torch.equal(again.updates, whole.updates)
         assert not torch.equal(whole.starts[0], whole.starts[1])
+
+
+@pytest.mark.slow
+def test_a_codec_that_loses_nothing_trains_what_was_recorded() -> None:
+    pytest.importorskip("peft")
+    *_, played = recordings.record(world_of(SMALL), "d2", 2)
+    codec = make_codec("fp32").bind(played.spec)
+    setup: Any = SimpleNamespace(
+        settings=lambda: SMALL,
+        rounds=2,
+        test=lambda: played,
+        coder=lambda name: Through(codec, played.spec),
+    )
+    names = ("federation", "compressed", "centralised")
+    own, coded, pooled = (trained.TRAININGS[name].adapter(setup) for name in names)
+    assert list(own) == list(coded) == list(pooled)
+    for name, tensor in own.items():
+        assert torch.allclose(coded[name], tensor, atol=1e-6)
+        assert not torch.allclose(pooled[name], tensor, atol=1e-4)
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -364,9 +449,77 @@ def test_page_shows_the_metrics_of_each_coder_and_the_last_row_of_each(tmp_path:
     )
     pages.page(path).write(path)
     text = path.with_suffix(".md").read_text()
-    assert "| int4 | 800 | 20.00 | 0.0100 | 0.500 | 0.0100 | 0.0100 |" in text
-    assert "| *nothing (zero)* | 8.00 | 0.00 | 1.00 | 0.500 | 1.00 | 1.00 |" in text
+    assert "| int4 | 800 | 20.00 | 0.0100 | 0.500 |" in text
+    assert "| *nothing (zero)* | 8.00 | 0.00 | 1.00 | 0.500 |" in text
     assert (tmp_path / "paper-snr.png").stat().st_size > 1000
+
+
+def test_a_control_that_was_not_run_has_no_columns_and_one_without_a_row_a_dash(
+    tmp_path: Path,
+) -> None:
+    codecs = [snr_row(n, 0.5, "transfer", "own") for n in fits.CODERS[:2]]
+    mean = snr_row("train-mean", 0.5, "transfer", "shuffled")
+    before, after = (
+        pages.page(write(tmp_path / "paper.jsonl", *lines)).tables[
+            "5. A codec fitted on one task, applied to another"
+        ]
+        for lines in (codecs, [*codecs, mean])
+    )
+    assert len(before[0]) == 7
+    assert after[0][7:] == tuple(
+        f"*always the training mean*: {end}" for end in ("error", "cosine", "cosine of the mean")
+    )
+    assert after[1][7:] == ("-", "-", "-")
+
+
+@pytest.mark.parametrize("what", recordings.OBJECTS)
+def test_page_tells_the_factors_apart(tmp_path: Path, what: str) -> None:
+    whole = snr_row("int4", 0.5, of=what)
+    errors = {"A": 0.1, "B": 0.01, "all": 0.05}
+    one = {f: {**whole["rounds"][0]["client"]["all"], "rse": e} for f, e in errors.items()}  # type: ignore[index]
+    whole["rounds"] = [{"number": 1, "client": one, "mean": one, "sum": one, "innovation": one}]
+    text = pages.page(write(tmp_path / "paper.jsonl", whole)).markdown("paper")
+    found = re.search(r"factors apart, (\w+)s \|.*\n.*\n\| int4 \|(.*) \|", text)
+    assert found is not None
+    cells = ["0.100", "10.00", "0.0100", "20.00"]
+    assert found[1] == what
+    assert [c.strip() for c in found[2].split("|")] == cells * (2 if what == "state" else 1)
+
+
+def test_a_metric_over_rounds_is_that_of_each_round() -> None:
+    one, two = (snr_row("zero", rse)["rounds"][0] for rse in (0.1, 0.01))  # type: ignore[index]
+    rows: Any = [{"rounds": [one, {**two, "number": 2}]}]
+    assert results.over_rounds(rows, "client", "snr_db") == ([1, 2], pytest.approx([10, 20]))
+
+
+def test_page_names_coders_that_were_run_on_fewer_seeds(tmp_path: Path) -> None:
+    other = {**snr_row("int4", 0.1), "run": "another", "seed": 1}
+    rows = [snr_row("int4", 0.1), snr_row("ae-cnn1d", 1.0)]
+    path = tmp_path / "paper.jsonl"
+    told = "of fewer seeds: 1-D CNN AE 1/32, literal, scaled\n"
+    assert told in pages.page(write(path, *rows, other)).markdown("paper")
+    assert "of fewer seeds" not in pages.page(write(path, *rows)).markdown("paper")
+
+
+def test_page_says_how_long_its_rows_took_if_all_of_them_do(tmp_path: Path) -> None:
+    rows = [{**snr_row(name, 1.0), "seconds": 90.0} for name in ("zero", "int4")]
+    path = tmp_path / "paper.jsonl"
+    told = "the rows took 3 min of a core"
+    assert told in pages.page(write(path, *rows)).markdown("paper")
+    old = pages.page(write(path, *rows, snr_row("noise", 2.0))).markdown("paper")
+    assert "the rows took" not in old
+    assert "| *noise of the same norm* |" in old
+
+
+def test_a_row_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> dict[str, float]:
+        time.sleep(0.2)
+        return {"loss": 7.0}
+
+    monkeypatch.setattr(case, "KINDS", {"snr": slow})
+    (made,) = case.play_job(case.job(Setup(), ("snr", "zero", "update")))
+    assert made["loss"] == 7
+    assert 0.2 <= made["seconds"] < 5
 
 
 def test_page_shows_the_longest_form_of_each_analysis(tmp_path: Path) -> None:
@@ -392,6 +545,7 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
     setup: Any = Fixed()
     history = [{"step": s, "train_mse": 1.0, "val_rse": e} for s, e in ((0, 2.0), (10, 0.5))]
     sizes = {"parameters": {"encoder": 10, "decoder": 20}}
+    rank_one = {"name": "q", "entropy": 0.0, "spectrum": [1.0, 0.0, 0.0, 0.0], "norm": 0.5}
     macs = {"macs": {"encoder": 1e6, "decoder": 2e6, "decoder_on_output": 3e6}}
     path = write(
         tmp_path / "paper.jsonl",
@@ -405,6 +559,7 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
         row("shape", "none", **shapes.shape(setup, "update")),
         row("product", "none", **shapes.product(setup)),
         row("entropy", "identity", **shapes.entropy(setup, "identity")),
+        row("trained", "federation", layers=[rank_one], held_out=4.5),
         *(snr_row(n, 0.5, "transfer", "own") for n in fits.CODERS),
         *(snr_row(n, 0.6, "reading", "local") for n in fits.CODERS),
         row(
@@ -425,7 +580,9 @@ def test_page_has_a_section_and_a_plot_for_each_analysis(tmp_path: Path) -> None
     assert re.findall(r"^## (\d)\.", text, re.MULTILINE) == list("1234567")
     assert "| identity, fp32 |" not in text  # controls are in italics
     assert "| rounds of a federation |" not in text  # it has no row here
+    assert "| the clients' D1 |" + 9 * " 0.500 |" + "\n" in text  # two codecs and the mean
     assert re.search(r"\| \*always the training mean\* \| (\S+) \| \1 \| 0 \| 0 \|", text)
+    assert "| a federation, fp32 | 4.500 | 0.000 | 1.00 | 100% | 100% | 0.500 |" in text
     assert "| resnet3 | 64 x 64 x 32 | 1.5625% | 1.56% | 524,288 | 246,785 | 246,698 |" in text
     assert all((tmp_path / f"paper{end}.png").stat().st_size > 1000 for end in page._plots)
 

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.federated.case import summed
 from benchmarks.federated.methods import Method, State
 from benchmarks.peers import optional
 from benchmarks.peers.federated import (
@@ -187,6 +189,17 @@ def test_only_bytes_cross_between_server_and_clients(name: str) -> None:
     assert equal(server.state(), one.state())
     assert not equal(server.state(), initial())
     assert side.round == 0, "the clients' instance was no server"
+
+
+def test_a_sum_moves_by_what_all_clients_changed() -> None:
+    world: Any = SimpleNamespace(initial=initial())
+    method = summed(world)
+    for c in range(CLIENTS):
+        _, state = method.deliver(c)
+        method.receive(method.reply(c, *trained(method, c, 0, state), examples(c)))
+    method.close_round()
+    moved = vector(method.state()) - vector(initial())
+    assert torch.allclose(moved, -sum(drawn(c) for c in range(CLIENTS)), atol=1e-6)
 
 
 @EVERY
