@@ -50,7 +50,8 @@ step adapter 40 "$python" -m benchmarks.gpu.adapter --out "$out" --device "$devi
 step tgap 80 "$python" -m benchmarks.gpu.tgap --out "$out" --device "$device"
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
     # What the others leave of ten minutes; rows come as rounds end.
-    step llama 300 "$python" -m benchmarks.gpu.llama --out "$out" --model "$MODEL" --data "$DATA"
+    left=$((600 - SECONDS))
+    step llama $((left > 30 ? left : 30)) "$python" -m benchmarks.gpu.llama --out "$out" --model "$MODEL" --data "$DATA"
 fi
 
 printf '%s\n' "---" "${summary[@]}"

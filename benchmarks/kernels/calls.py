@@ -263,6 +263,13 @@ def _torch_encode(numel: int, device: torch.device) -> Timed:
     return lambda: encode_by_torch(values, bits=4), _bytes(values, packed, scales)
 
 
+def _compiled_encode(numel: int, device: torch.device) -> Timed:
+    values = torch.randn(numel, device=device)
+    compiled = torch.compile(encode_by_torch)
+    packed, scales = compiled(values, bits=4)
+    return lambda: compiled(values, bits=4), _bytes(values, packed, scales)
+
+
 def _torch_topk(numel: int, device: torch.device) -> Timed:
     rows = torch.randn(numel // CHUNK, CHUNK, device=device)
     return lambda: rows.abs().topk(64, sorted=False), _bytes(rows) + 12 * 64 * len(rows)
@@ -308,6 +315,7 @@ def _torchft_fp8(numel: int, device: torch.device) -> Timed:
 #: Each raises ``ImportError`` where its package is not installed.
 PEERS: Mapping[str, Make] = {
     "torch: encode 4 bits, nearest, fp32 (reference)": _torch_encode,
+    "torch, compiled: encode 4 bits, nearest, fp32 (reference)": _compiled_encode,
     "torch: topk 64 of 4096, fp32": _torch_topk,
     "bitsandbytes: 8 bits of 256, fp32": _bitsandbytes_8bit,
     "bitsandbytes: nf4 of 64, bf16": _bitsandbytes_4bit,
