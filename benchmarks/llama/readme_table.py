@@ -48,17 +48,18 @@ def markdown(path: Path = ROWS) -> str:
         bold = SCHEMES[name].kind == "ours"
         lines.append("| " + " | ".join(f"**{c}**" if bold and c else c for c in cells) + " |")
     seeds = ", ".join(str(s) for s in sorted(runs[REFERENCE]))
-    note = (
-        "*Gain kept*: how much of fp32's progress on held-out questions is left. *A reply*: what "
-        "one client sends in a round. *Fewer up*: how many times fewer bytes clients send than "
-        "with fp32; *both ways*: the same with what they are sent; *with its codec*: and with one "
-        "download of the codec, for a client that takes part twice, as here. Fine-tuning "
-        f"SmolLM2-135M on GSM8K by LoRA, {config['per_round']} of {config['clients']} clients in "
-        f"each of {config['rounds']} rounds, seeds {seeds}; learning rates from one grid on "
-        "another seed. Made by `python -m benchmarks.run llama` (an H100, torch "
-        f"{first['versions']['torch']}): [all rows](benchmarks/results/llama-gsm8k.md)."
+    legend = (
+        "*Gain kept*: the share of fp32's progress on held-out questions that is left. *A reply*: "
+        "what one client sends in a round. *Fewer up*: how many times fewer bytes clients send "
+        "than with fp32. *Both ways*: the same, with what they receive. *With its codec*: the "
+        "same, with one download of the codec. Bold: ours."
     )
-    return "\n".join([*lines, "", note])
+    note = (
+        f"SmolLM2-135M, fine-tuned by LoRA on GSM8K; {config['per_round']} of {config['clients']} "
+        f"clients in each of {config['rounds']} rounds; seeds {seeds}. Made by `python -m "
+        "benchmarks.run llama`: [all rows, and how](benchmarks/results/llama-gsm8k.md)."
+    )
+    return "\n".join([*lines, "", legend, "", note])
 
 
 def filled(text: str) -> str:

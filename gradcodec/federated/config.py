@@ -134,8 +134,9 @@ class ServerConfig:
     @property
     def rule(self) -> bytes:
         """8 bytes that pin how replies become a step: SHA-256 of the settings that decide it."""
-        cut = self.cut if self.robust else None
-        settings = (self.mode, self.aggregation, cut, self.equal, self.lr, self.max_norm)
+        numbers = (self.cut if self.robust else None, self.lr, self.max_norm)
+        cut, lr, most = (None if n is None else float(n) for n in numbers)  # 1 is 1.0
+        settings = (self.mode, self.aggregation, cut, self.equal, lr, most)
         return hashlib.sha256(repr(settings).encode()).digest()[:DIGEST_BYTES]
 
     def _check_relay(self) -> None:

@@ -139,6 +139,12 @@ def test_a_client_of_other_settings_is_told_so(name: str) -> None:
     assert client.version == 0
 
 
+def test_equal_numbers_of_another_type_are_the_same_settings() -> None:
+    server = played(Server(INITIAL, FEW, config=replace(RELAY, lr=1, max_norm=3)), 1)
+    client = client_of(replace(RELAY, lr=1.0, max_norm=3.0))
+    assert equal(client.receive(server.broadcast()), server.replica.state())
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_a_server_is_not_restarted_with_other_settings(name: str) -> None:
     state = played(Server(INITIAL, FEW, config=RELAY), 1).state_dict()
