@@ -3,6 +3,7 @@
     python -m benchmarks.run paper --quick                          # minutes, embedded LLaMA
     python -m benchmarks.run paper                                  # two hours of a core, estimated
     python -m benchmarks.run paper --quick --model FILE.gguf --data FOLDER   # SmolLM2-135M
+    python -m benchmarks.run paper --quick --schemes entropy/       # one analysis, of every coder
 
 Clients train LoRA adapters without compression and are recorded: D1 is what codecs are fitted on
 (TGAP), D2 what they are tried on. All analyses read the recordings, in which no codec takes part;
@@ -88,6 +89,12 @@ def units(setup: Setup) -> list[Unit]:
     return out if setup.model == EMBEDDED else [unit for unit in out if not _costly(unit)]
 
 
+def named(unit: Unit) -> tuple[str, str]:
+    """What ``--schemes`` may call it: by what is tried, or, with a slash, by the analysis."""
+    kind, scheme, _ = unit
+    return scheme, f"{kind}/"
+
+
 def _costly(unit: Unit) -> bool:
     """Whether it is left out on a real LLaMA, where a step of anything takes a second of a core.
 
@@ -122,11 +129,14 @@ def main(options: Options) -> list[str]:
     for place, given in zip(PLACES, (options.model, options.data), strict=True):
         if given is not None:
             os.environ[place] = str(given)
-    check_names(options.schemes or (), dict.fromkeys(scheme for _, scheme, _ in units(Setup())))
+    known = [name for unit in units(Setup()) for name in named(unit)]
+    check_names(options.schemes or (), dict.fromkeys(known))
     todo = []
     for seed in options.seeds or (SEEDS[:1] if options.quick else SEEDS):
         setup = Setup.asked(options, seed)
-        chosen = [u for u in units(setup) if options.schemes is None or u[1] in options.schemes]
+        chosen = units(setup)
+        if options.schemes is not None:
+            chosen = [unit for unit in chosen if {*named(unit)} & {*options.schemes}]
         todo += [job(setup, unit) for unit in chosen]
     path = options.out / f"{CASE}{'-smollm2' if options.model else ''}.jsonl"
     failed = jobs.execute(todo, path, options.workers, again=options.again)

@@ -593,3 +593,20 @@ def test_figures_keep_three_digits() -> None:
     assert [results.number(v) for v in values] == shown
     assert results.shown("cosine", -0.0001) == "0.000"
     assert results.shown("snr_db", -3.0103) == "-3.01"
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (("size/", "geometry/"), {"size", "geometry"}),
+        (("zero",), {"snr", "noise", "entropy"}),
+    ],
+)
+def test_an_analysis_or_a_coder_can_be_run_alone(
+    names: tuple[str, ...], kinds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(case.jobs, "execute", lambda todo, *_, **__: asked.extend(todo) or [])
+    monkeypatch.setattr(case, "page", lambda path: SimpleNamespace(write=lambda path: ""))
+    case.main(Options(tmp_path, quick=True, schemes=names))
+    assert {dict(job.config)["kind"] for job in asked} == kinds
