@@ -134,7 +134,7 @@ def stochastic(bits: int) -> BlockQuant:
 # -- FSDP1 -------------------------------------------------------------------------------------
 
 
-def fsdp1(strategy: str = "FULL_SHARD") -> FSDP:
+def fsdp1(strategy: str = "FULL_SHARD", **options: Any) -> FSDP:
     from torch.distributed.fsdp import ShardingStrategy
 
     return FSDP(
@@ -143,6 +143,7 @@ def fsdp1(strategy: str = "FULL_SHARD") -> FSDP:
         device_id=torch.device("cpu"),
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         use_orig_params=True,
+        **options,
     )
 
 
@@ -178,6 +179,45 @@ def fsdp1_no_sync(codec: str | None) -> dict[str, Any]:
             if p.grad is not None:
                 p -= RATE * p.grad
     return {**result(net, []), "before": before}
+
+
+@cases(late={"wait": False}, waited={"wait": True})
+def fsdp1_behind(wait: bool) -> dict[str, Any]:
+    net = fsdp1()
+    handle = compress(net, nearest(4), min_numel=0, error_feedback=True)
+    if wait:
+        for m in net.modules():
+            if isinstance(m, FSDP):
+                m._comm_hook_state.late = lambda output: ()
+    return result(net, train(net), handle)
+
+
+@case
+def fsdp1_goes_on() -> bool:
+    """The last block's reduction does not begin before the backward pass has reached the first."""
+    return goes_on(fsdp1())
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp1_added(codec: str | None) -> dict[str, Any]:
+    """Two backward passes that both reduce, into one gradient."""
+    return added(fsdp1(), codec)
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp1_failed_pass(codec: str | None) -> dict[str, Any]:
+    """Training after a pass that an error has ended midway on all ranks."""
+    return failed_pass(fsdp1(), codec)
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp1_mixed(codec: str | None) -> dict[str, Any]:
+    """Gradients in another dtype than the parameters: they are read at once."""
+    from torch.distributed.fsdp import MixedPrecision
+
+    net = fsdp1(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
+    handle = None if codec is None else compress(net, codec, min_numel=0)
+    return result(net, train(net), handle)
 
 
 @cases(sharded={"strategy": "FULL_SHARD"}, no_shard={"strategy": "NO_SHARD"})
@@ -454,7 +494,10 @@ def fsdp2_behind(wait: bool, factor: float | None = None) -> dict[str, Any]:
 @case
 def fsdp2_goes_on() -> bool:
     """The last block's reduction does not begin before the backward pass has reached the first."""
-    net = fsdp2()
+    return goes_on(fsdp2())
+
+
+def goes_on(net: Any) -> bool:
     handle = compress(net, "int4", min_numel=0)
     train(net, 1)
     reached = threading.Event()
@@ -477,14 +520,18 @@ def fsdp2_goes_on() -> bool:
 @cases(native={"codec": None}, fp32={"codec": "fp32"})
 def fsdp2_added(codec: str | None) -> dict[str, Any]:
     """Two backward passes that both reduce, into one gradient."""
-    net = fsdp2()
+    return added(fsdp2(), codec)
+
+
+def added(net: Any, codec: str | None) -> dict[str, Any]:
     handle = None if codec is None else compress(net, codec, min_numel=0)
     for step in range(2):
         x, y = batch(step)
         nn.functional.cross_entropy(net(x), y).backward()
     with torch.no_grad():
         for p in net.parameters():
-            p -= RATE * p.grad
+            if p.grad is not None:  # a rank may have no part of it
+                p -= RATE * p.grad
     return result(net, [], handle)
 
 
@@ -511,7 +558,10 @@ def fsdp2_twice(codec: str | None) -> dict[str, Any]:
 @cases(native={"codec": None}, fp32={"codec": "fp32"})
 def fsdp2_failed_pass(codec: str | None) -> dict[str, Any]:
     """Training after a pass that an error has ended midway on all ranks."""
-    net = fsdp2()
+    return failed_pass(fsdp2(), codec)
+
+
+def failed_pass(net: Any, codec: str | None) -> dict[str, Any]:
     handle = None if codec is None else compress(net, codec, min_numel=0)
     broken = net[1].register_full_backward_pre_hook(lambda *_: 1 / 0)
     x, y = batch(0)

@@ -21,6 +21,15 @@ CASES = (
     "fsdp1_no_sync__fp32",
     "trained_fsdp1__zero2_native",
     "trained_fsdp1__zero2_int8",
+    "fsdp1_behind__late",
+    "fsdp1_behind__waited",
+    "fsdp1_goes_on",
+    "fsdp1_added__native",
+    "fsdp1_added__fp32",
+    "fsdp1_mixed__native",
+    "fsdp1_mixed__fp32",
+    "fsdp1_failed_pass__native",
+    "fsdp1_failed_pass__fp32",
 )
 
 
@@ -40,6 +49,29 @@ def distance(one: list[Any], other: list[Any]) -> float:
         for a, b in zip(one, other, strict=True)
     ]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+# -- reductions behind the backward pass --------------------------------------------------------
+
+
+def test_reductions_go_on_behind_the_backward_pass(two: Results) -> None:
+    assert two["fsdp1_goes_on"] == [True, True]
+
+
+def test_a_late_gradient_has_the_bits_of_one_waited_for(two: Results) -> None:
+    late, waited = two["fsdp1_behind__late"], two["fsdp1_behind__waited"]
+    assert [rank["digest"] for rank in late] == [rank["digest"] for rank in waited]
+    assert [rank["losses"] for rank in late] == [rank["losses"] for rank in waited]
+
+
+@pytest.mark.parametrize("case", ["fsdp1_added", "fsdp1_mixed"])
+def test_gradients_that_are_read_at_once_are_waited_for(two: Results, case: str) -> None:
+    assert distance(two[f"{case}__fp32"], two[f"{case}__native"]) < 1e-6
+
+
+def test_a_pass_that_failed_leaves_what_it_had_reduced(two: Results) -> None:
+    native, ours = two["fsdp1_failed_pass__native"], two["fsdp1_failed_pass__fp32"]
+    assert distance(ours, native) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["", "no_shard_"])

@@ -1,6 +1,6 @@
 """Reductions that go on behind the backward pass, for wrappers that use a result at once.
 
-FSDP2 asks for a reduction in the middle of the backward pass, and then does this with the result:
+FSDP asks for a reduction in the middle of the backward pass, and then does this with the result:
 
     output.div_(factor)            where FSDP2 scales after the reduction
     parameter.grad = output[...]   a view; or grad += ..., or a copy in another dtype
@@ -50,7 +50,7 @@ class _Late:
                 self.output.copy_(reduced if factor == 1 else reduced.div_(factor))
                 return
         raise ConfigError(
-            f"FSDP2 of torch {torch.__version__} scales gradients by {float(scaled):g}, expected "
+            f"FSDP of torch {torch.__version__} scales gradients by {float(scaled):g}, expected "
             f"one over one of {sorted(set(self.factors))}; this version cannot be compressed"
         )
 

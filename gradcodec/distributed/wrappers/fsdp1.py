@@ -37,8 +37,22 @@ def is_fsdp1(model: object) -> bool:
 class UnitState:
     """The state that FSDP1 passes to the hook of one FSDP module."""
 
-    def __init__(self, owner: ShardedState, unit: Unit, group: dist.ProcessGroup) -> None:
-        self.owner, self.unit, self.group = owner, unit, group
+    def __init__(self, owner: ShardedState, unit: Unit, module: nn.Module) -> None:
+        self.owner, self.unit, self.module = owner, unit, module
+        self.group: dist.ProcessGroup = _private(module, "process_group")
+
+    def late(self, output: Tensor) -> tuple[float, ...]:
+        """``(1.0,)`` if FSDP1 keeps a reduced gradient as it is until the backward pass ends.
+
+        Empty if it reads the values at once: to add them to gradients that are there, to give them
+        another dtype, to copy them to the host, or for an optimiser within the pass.
+        """
+        handle = _private(self.module, "_handle")
+        flat = _private(handle, "flat_param")
+        settings = ("_offload_params", "_has_optim_in_backward", "_keep_low_precision_grads")
+        read = any(_private(handle, name) for name in settings)
+        added = hasattr(flat, "_saved_grad_shard")
+        return () if read or added or output.dtype is not flat.dtype else (1.0,)
 
 
 def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
@@ -75,19 +89,25 @@ def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
         return made
 
     state = agreed_state(make, groups)
+    if all(_is_sharded(m) and _on_cpu(m) for m in units.values()):
+        state.reduce_behind(groups)
+        # After a pass that an error has ended, FSDP1 goes on with what it had reduced by then.
+        model.register_forward_pre_hook(lambda *_: state.finish_behind())
     try:
         model.register_comm_hook(state, reduce_unit)  # type: ignore[operator]
     except AssertionError as err:
         raise ConfigError(f"FSDP1 refuses a communication hook: {err}") from err
     # Registration gives all modules one state; replace it by one per module, which names its unit.
     for name, module in units.items():
-        of_unit = UnitState(state, state.units[name], _private(module, "process_group"))
-        module._comm_hook_state = of_unit  # type: ignore[assignment]
+        module._comm_hook_state = UnitState(state, state.units[name], module)  # type: ignore[assignment]
     return state
 
 
 def reduce_unit(state: UnitState, grad: Tensor, output: Tensor | None = None) -> None:
-    """The hook of FSDP1: average a unit's gradient over the ranks. It blocks.
+    """The hook of FSDP1: average a unit's gradient over the ranks.
+
+    On CPUs sharded gradients are reduced behind the backward pass, where FSDP1 does not read them
+    before it ends (``UnitState.late``); else it blocks.
 
     Args:
         state: names the unit.
@@ -97,7 +117,8 @@ def reduce_unit(state: UnitState, grad: Tensor, output: Tensor | None = None) ->
     if output is None:
         state.owner.all_reduce(state.unit, grad, state.group)
     else:
-        state.owner.reduce_scatter(state.unit, output, grad, state.group)
+        late = state.late(output)
+        state.owner.reduce_scatter(state.unit, output, grad, state.group, late=late)
 
 
 def _fsdp_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -109,6 +130,11 @@ def _fsdp_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_sharded(module: nn.Module) -> bool:
     return str(_private(module, "sharding_strategy").name) != "NO_SHARD"
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    device: torch.device = _private(_private(module, "_handle"), "device")
+    return device.type == "cpu"
 
 
 def _parameter_names(name: str, module: nn.Module) -> list[str]:

@@ -124,6 +124,11 @@ class ShardedState(Closing):
                 behind = self._behind[id(group)] = Behind(group)
                 weakref.finalize(self, behind.turns.stop)
 
+    def finish_behind(self) -> None:
+        """Write every reduction that a backward pass has left to its end; raises as the pass."""
+        for behind in self._behind.values():
+            behind.finish()
+
     def _submit(
         self,
         unit: Unit,
