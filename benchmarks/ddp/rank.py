@@ -243,9 +243,13 @@ class _Rank:
                 blocks[name].append(round(statistics.median(taken), 5))
                 self.send("alive", at[name])
         notes = {name: trainer.notes() for name, trainer in trainers.items()}
+        parts = {
+            name: {part: round(total / at[name], 5) for part, total in trainer.times().items()}
+            for name, trainer in trainers.items()
+        }
         for trainer in trainers.values():
             trainer.close()
-        return {"blocks": blocks, "block": BLOCK, "notes": notes}
+        return {"blocks": blocks, "block": BLOCK, "notes": notes, "parts": parts}
 
     def evaluate(self, model: nn.Module) -> float:
         """Held-out loss, each rank over its share."""

@@ -81,6 +81,22 @@ class Turns:
             out.append((row["link"], f"{row['config']['world']}", *cells))
         return out
 
+    def parts(self, row: rows.Row) -> Table:
+        """Of each scheme, the means of what its hook did; what they hide is what a step saves.
+
+        Hidden is what goes on beside the backward pass, or beside each other.
+        """
+        names = ("encode", "exchange", "decode")
+        out: Table = [("scheme", "step", "compute", *names, "hidden")]
+        compute = 1000 * row["compute_s"]
+        for scheme in self.beside:
+            step, found = 1000 * statistics.median(row["blocks"][scheme]), row["parts"][scheme]
+            told = [f"{1000 * found[part]:.1f}" if part in found else "" for part in names]
+            spent = 1000 * sum(found.values())
+            hidden = f"{spent - (step - compute):.1f}" if found else ""
+            out.append((_title(scheme), f"{step:.1f}", f"{compute:.1f}", *told, hidden))
+        return out
+
     def page(self, measured: Sequence[rows.Row], title: str, table: Table | None = None) -> Page:
         """The speeds, the spread of the steps behind them, and a plot.
 
@@ -98,6 +114,10 @@ class Turns:
             cells = [f"{statistics.median(b):.0f} [{b[0]:.0f}..{b[-1]:.0f}] ms" for b in each]
             steps.append((row["link"], f"{row['config']['world']}", *cells))
         page.table("A step: median [fastest..slowest] of the turns", steps)
+        for row in measured:
+            if any(row.get("parts", {}).values()):
+                where = f"{row['link']}, {row['config']['world']} ranks"
+                page.table(f"Where the milliseconds of a step go: {where}", self.parts(row))
         last = measured[-1]
         page.lines(
             [

@@ -21,6 +21,7 @@ from benchmarks.ddp import page as ddp_page
 from benchmarks.ddp.rank import Phase
 from benchmarks.ddp.schemes import REFERENCE, SCHEMES, GradientScheme
 from benchmarks.ddp.trainers import CollectiveClock
+from benchmarks.ddp.turns import BUCKETS
 from benchmarks.ddp.work import WORKS, Batches, Recipe, glyphs, kept_data, work_named
 from benchmarks.links import link as links
 from benchmarks.links import namespaces as link_namespaces
@@ -525,3 +526,16 @@ def test_two_real_ranks_walk_the_same_path_on_two_links(
     assert slow["path"] == fast["path"][:5]
     assert ddp.execute([run], path) == []
     assert len(rows.read(path)) == 2
+
+
+def test_the_parts_of_a_step_say_what_is_hidden() -> None:
+    """100 ms of compute and 30 of parts in a step of 120: 10 of them cost nothing."""
+    row: dict[str, Any] = {
+        "compute_s": 0.1,
+        "blocks": {name: [0.12, 0.11, 0.13] for name in BUCKETS.beside},
+        "parts": {key: {} for key in BUCKETS.beside}
+        | {"int4": {"encode": 0.005, "exchange": 0.02, "decode": 0.005}},
+    }
+    table = {cells[0]: cells[1:] for cells in BUCKETS.parts(row)}
+    assert table["int4"] == ("120.0", "100.0", "5.0", "20.0", "5.0", "10.0")
+    assert table["plain DDP"] == ("120.0", "100.0", "", "", "", "")
