@@ -232,6 +232,7 @@ class _Rank:
             for _ in range(self.scheme_named(name).settle):
                 self.step(trainer, at[name])
                 at[name] += 1
+        settled = {name: (at[name], dict(trainer.times())) for name, trainer in trainers.items()}
         for _ in range(max(1, phase.steps // BLOCK)):
             for name, trainer in trainers.items():
                 dist.barrier()
@@ -243,10 +244,13 @@ class _Rank:
                 blocks[name].append(round(statistics.median(taken), 5))
                 self.send("alive", at[name])
         notes = {name: trainer.notes() for name, trainer in trainers.items()}
-        parts = {
-            name: {part: round(total / at[name], 5) for part, total in trainer.times().items()}
-            for name, trainer in trainers.items()
-        }
+        parts = {}
+        for name, trainer in trainers.items():
+            steps, before = at[name] - settled[name][0], settled[name][1]
+            parts[name] = {
+                part: round((total - before.get(part, 0.0)) / steps, 5)
+                for part, total in trainer.times().items()
+            }
         for trainer in trainers.values():
             trainer.close()
         return {"blocks": blocks, "block": BLOCK, "notes": notes, "parts": parts}

@@ -84,7 +84,8 @@ class Turns:
     def parts(self, row: rows.Row) -> Table:
         """Of each scheme, the means of what its hook did; what they hide is what a step saves.
 
-        Hidden is what goes on beside the backward pass, or beside each other.
+        Hidden is what goes on beside the backward pass, or beside each other; it is not told where
+        a step exchanges something else too, as parameters are gathered under FSDP.
         """
         names = ("encode", "exchange", "decode")
         out: Table = [("scheme", "step", "compute", *names, "hidden")]
@@ -93,7 +94,8 @@ class Turns:
             step, found = 1000 * statistics.median(row["blocks"][scheme]), row["parts"][scheme]
             told = [f"{1000 * found[part]:.1f}" if part in found else "" for part in names]
             spent = 1000 * sum(found.values())
-            hidden = f"{spent - (step - compute):.1f}" if found else ""
+            known = found and self.beside[0] == REFERENCE
+            hidden = f"{spent - (step - compute):.1f}" if known else ""
             out.append((_title(scheme), f"{step:.1f}", f"{compute:.1f}", *told, hidden))
         return out
 

@@ -52,7 +52,8 @@ def markdown(path: Path = ROWS) -> str:
         "*Gain kept*: the share of fp32's progress on held-out questions that is left. *A reply*: "
         "what one client sends in a round. *Fewer up*: how many times fewer bytes clients send "
         "than with fp32. *Both ways*: the same, with what they receive. *With its codec*: the "
-        "same, with one download of the codec. Bold: ours."
+        "same, with one download of the codec, for a client that takes part twice, as here. Bold: "
+        "ours."
     )
     note = (
         f"SmolLM2-135M, fine-tuned by LoRA on GSM8K; {config['per_round']} of {config['clients']} "

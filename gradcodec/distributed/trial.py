@@ -134,6 +134,11 @@ class Trial:
         """The way of the current step: 0 is dense, others are codecs by their place."""
         return self._plan[0][0] if self._plan else self.decision or 0
 
+    def restart(self) -> None:
+        """Begin anew: with other ranks, what was measured says nothing."""
+        self.decision, self.times, self._steps = None, {}, 0
+        self._begin(range(len(self.names)), WARM)
+
     def settle(self, rung: int) -> None:
         """Decide without a trial: after a restart, or where nothing is exchanged."""
         self.decision, self._plan, self._steps = rung, [], 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -91,19 +91,24 @@ class Averager:
             )
         try:
             if config.robust:
-                bodies = [bytes(body) for _, body in came]
-                reads = [partial(self._value, came, body) for body in bodies]
+                reads = [partial(self._value, came, body) for _, body in self._replies(came)]
                 update = robust_update(reads, self._numel, config.cut)
             else:
                 total = ExactSum(self._numel)
-                for weight, body in came:
-                    total.add(self._value(came, bytes(body)), weight)
+                for weight, body in self._replies(came):
+                    total.add(self._value(came, body), weight)
                 update = total.total().float() if config.aggregation == "sum" else total.mean()
             step = config.lr * update
             layout.check_finite(step, "the step of relayed replies")
         except NonFiniteError as err:
             raise MalformedBodyError(str(err)) from err
         return step
+
+    def _replies(self, came: Relayed) -> Iterator[tuple[int, bytes]]:
+        for weight, body in came:
+            if self._config.equal and weight != 1:
+                raise MalformedBodyError(f"relay: expected a weight of 1, got {weight}")
+            yield weight, bytes(body)
 
     def _value(self, came: Relayed, body: bytes) -> Tensor:
         payload = Payload(came.codec, came.digest, body, base=self._codec.base)

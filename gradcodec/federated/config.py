@@ -109,6 +109,11 @@ class ServerConfig:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError(f"expected {name} of at least {least}, got {value!r}")
+        if (self.relay or self.robust) and not self.hold_bytes:
+            raise ConfigError(
+                "a relay and a robust aggregation hold all replies of a round: expected hold_bytes "
+                "above 0"
+            )
         for rule in self.rules:
             pair = isinstance(rule, tuple) and len(rule) == 2
             if not pair or not (isinstance(rule[0], str) and isinstance(rule[1], str | Codec)):
@@ -146,8 +151,6 @@ class ServerConfig:
             return
         if self.representation != "update":
             raise ConfigError(f"a relay sends updates on, not {self.representation!r}")
-        if not self.hold_bytes:
-            raise ConfigError("a relay holds all replies of a round: expected hold_bytes above 0")
         if self.momentum:
             raise ConfigError(
                 "clients of a relay take the server's step from a round's replies alone: expected "

@@ -928,8 +928,10 @@ def auto_decides_alike_and_trains_on(rank: int, world: int) -> None:
         with wrapped(ladder) as (_, state):
             assert state is not None
             assert state.auto is not None
+            state.auto.settle(1)
             state.load_state_dict({**kept, "world": world + 1})
             assert state.auto.measuring  # what was best for other ranks may not be for these
+            assert state.auto.rung == 0
     trial.GAIN = 0.97
 
 

@@ -134,16 +134,15 @@ def stochastic(bits: int) -> BlockQuant:
 # -- FSDP1 -------------------------------------------------------------------------------------
 
 
-def fsdp1(strategy: str = "FULL_SHARD", **options: Any) -> FSDP:
+def fsdp1(strategy: str = "FULL_SHARD", net: nn.Module | None = None, **options: Any) -> FSDP:
     from torch.distributed.fsdp import ShardingStrategy
 
     return FSDP(
-        model(),
+        model() if net is None else net,
         sharding_strategy=ShardingStrategy[strategy],
         device_id=torch.device("cpu"),
         auto_wrap_policy=ModuleWrapPolicy({Block}),
-        use_orig_params=True,
-        **options,
+        **{"use_orig_params": True, **options},
     )
 
 
@@ -188,8 +187,62 @@ def fsdp1_behind(wait: bool) -> dict[str, Any]:
     if wait:
         for m in net.modules():
             if isinstance(m, FSDP):
-                m._comm_hook_state.late = lambda output: ()
+                m._comm_hook_state.late = lambda output: None
     return result(net, train(net), handle)
+
+
+@cases(native={"codec": None}, fp32={"codec": "fp32"})
+def fsdp1_flat(codec: str | None) -> dict[str, Any]:
+    """One flat parameter a unit, gradients clipped, a block used twice behind a checkpoint."""
+    torch.manual_seed(0)
+    net = fsdp1(net=Twice(use_reentrant=False), use_orig_params=False)
+    handle = None if codec is None else compress(net, codec, min_numel=0)
+    optimizer, losses = torch.optim.SGD(net.parameters(), RATE), []
+    for step in range(STEPS):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        net.clip_grad_norm_(0.1)
+        optimizer.step()
+        losses.append(loss.item())
+    return result(net, losses, handle)
+
+
+@case
+def fsdp1_read_within_the_pass() -> list[bool]:
+    """A gradient that is read before the pass ends is NaN, and not a number that looks right."""
+    net, found, were_nan = fsdp1(), [], []
+    compress(net, "fp32", min_numel=0)
+
+    def look(*_: Any) -> None:
+        found.extend(p.grad for p in net[2].parameters() if p.grad is not None)
+        were_nan.append(all(bool(t.isnan().all()) for t in found))
+
+    net[0].register_full_backward_hook(look)
+    x, y = batch(0)
+    nn.functional.cross_entropy(net(x.requires_grad_()), y).backward()
+    return [bool(found), all(were_nan), all(bool(t.isfinite().all()) for t in found)]
+
+
+@case
+def fsdp1_failed_reduction() -> list[list[str]]:
+    """What the next forward pass, and one after ``close``, say after a reduction has failed."""
+    logging.disable(logging.CRITICAL)
+    net = fsdp1()
+    handle = compress(net, "int4", min_numel=0)
+    real = sharded.reduce_scatter
+    sharded.reduce_scatter = fails_at(0, real, itertools.count())
+    x, y = batch(0)
+    told = [error_of(lambda: nn.functional.cross_entropy(net(x), y).backward())]
+    sharded.reduce_scatter = real
+    told.append(error_of(lambda: net(x)))
+    with torch.no_grad():
+        told.append(error_of(lambda: net(x)))
+    handle.close()
+    told.append(error_of(lambda: net(x)))
+    logging.disable(logging.NOTSET)
+    return told
 
 
 @case
@@ -204,10 +257,15 @@ def fsdp1_added(codec: str | None) -> dict[str, Any]:
     return added(fsdp1(), codec)
 
 
-@cases(native={"codec": None}, fp32={"codec": "fp32"})
-def fsdp1_failed_pass(codec: str | None) -> dict[str, Any]:
+@cases(
+    native={"codec": None},
+    fp32={"codec": "fp32"},
+    zeroed_native={"codec": None, "zeroed": True},
+    zeroed_fp32={"codec": "fp32", "zeroed": True},
+)
+def fsdp1_failed_pass(codec: str | None, zeroed: bool = False) -> dict[str, Any]:
     """Training after a pass that an error has ended midway on all ranks."""
-    return failed_pass(fsdp1(), codec)
+    return failed_pass(fsdp1(), codec, zeroed)
 
 
 @cases(native={"codec": None}, fp32={"codec": "fp32"})
@@ -217,7 +275,11 @@ def fsdp1_mixed(codec: str | None) -> dict[str, Any]:
 
     net = fsdp1(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
     handle = None if codec is None else compress(net, codec, min_numel=0)
-    return result(net, train(net), handle)
+    state, seen = net._comm_hook_state, []
+    if handle is not None:
+        late = state.late
+        state.late = lambda output: seen.append(late(output)) or seen[-1]
+    return {**result(net, train(net), handle), "late": seen}
 
 
 @cases(sharded={"strategy": "FULL_SHARD"}, no_shard={"strategy": "NO_SHARD"})
@@ -536,14 +598,17 @@ def added(net: Any, codec: str | None) -> dict[str, Any]:
 
 
 class Twice(nn.Module):
-    """One block used twice, once behind a checkpoint that runs a backward pass of its own."""
+    """One block used twice, once behind a checkpoint; a reentrant one runs a pass of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, use_reentrant: bool = True) -> None:
         super().__init__()
         self.block, self.head = Block(), nn.Linear(WIDTH, CLASSES)
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.utils.checkpoint.checkpoint(self.block, self.block(x), use_reentrant=True)
+        x = torch.utils.checkpoint.checkpoint(
+            self.block, self.block(x), use_reentrant=self.use_reentrant
+        )
         return self.head(x)
 
 
@@ -561,7 +626,7 @@ def fsdp2_failed_pass(codec: str | None) -> dict[str, Any]:
     return failed_pass(fsdp2(), codec)
 
 
-def failed_pass(net: Any, codec: str | None) -> dict[str, Any]:
+def failed_pass(net: Any, codec: str | None, zeroed: bool = False) -> dict[str, Any]:
     handle = None if codec is None else compress(net, codec, min_numel=0)
     broken = net[1].register_full_backward_pre_hook(lambda *_: 1 / 0)
     x, y = batch(0)
@@ -570,6 +635,8 @@ def failed_pass(net: Any, codec: str | None) -> dict[str, Any]:
         loss.backward()
     except ZeroDivisionError:
         broken.remove()
+    if zeroed:
+        net.zero_grad(set_to_none=False)
     return result(net, train(net), handle)
 
 

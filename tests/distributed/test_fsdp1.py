@@ -30,6 +30,12 @@ CASES = (
     "fsdp1_mixed__fp32",
     "fsdp1_failed_pass__native",
     "fsdp1_failed_pass__fp32",
+    "fsdp1_failed_pass__zeroed_native",
+    "fsdp1_failed_pass__zeroed_fp32",
+    "fsdp1_flat__native",
+    "fsdp1_flat__fp32",
+    "fsdp1_read_within_the_pass",
+    "fsdp1_failed_reduction",
 )
 
 
@@ -64,14 +70,33 @@ def test_a_late_gradient_has_the_bits_of_one_waited_for(two: Results) -> None:
     assert [rank["losses"] for rank in late] == [rank["losses"] for rank in waited]
 
 
-@pytest.mark.parametrize("case", ["fsdp1_added", "fsdp1_mixed"])
-def test_gradients_that_are_read_at_once_are_waited_for(two: Results, case: str) -> None:
+@pytest.mark.parametrize("case", ["fsdp1_added", "fsdp1_mixed", "fsdp1_flat"])
+def test_other_ways_to_train_are_the_native_ones(two: Results, case: str) -> None:
     assert distance(two[f"{case}__fp32"], two[f"{case}__native"]) < 1e-6
 
 
-def test_a_pass_that_failed_leaves_what_it_had_reduced(two: Results) -> None:
-    native, ours = two["fsdp1_failed_pass__native"], two["fsdp1_failed_pass__fp32"]
+def test_gradients_of_another_dtype_are_waited_for(two: Results) -> None:
+    for rank in two["fsdp1_mixed__fp32"]:
+        assert rank["late"]
+        assert set(rank["late"]) == {None}
+
+
+@pytest.mark.parametrize("kind", ["", "zeroed_"])
+def test_training_goes_on_after_a_failed_pass_as_natively(two: Results, kind: str) -> None:
+    native, ours = (two[f"fsdp1_failed_pass__{kind}{codec}"] for codec in ("native", "fp32"))
     assert distance(ours, native) < 1e-6
+
+
+def test_a_gradient_that_is_read_within_the_pass_is_nan(two: Results) -> None:
+    for found, were_nan, finite_later in two["fsdp1_read_within_the_pass"]:
+        assert (found, were_nan, finite_later) == (True, True, True)
+
+
+def test_a_failed_reduction_is_told_until_the_compression_is_closed(two: Results) -> None:
+    for told in two["fsdp1_failed_reduction"]:
+        assert "as coding would" in told[0][1]
+        assert told[1][0] == "TrainingError"
+        assert [kind for kind, _ in told[2:]] == ["nothing", "nothing"]
 
 
 @pytest.mark.parametrize("kind", ["", "no_shard_"])

@@ -11,6 +11,9 @@ reduction is left to a worker, and its result is written into the output when th
     during the pass    output = 1, which FSDP2 scales | a worker reduces into a tensor of its own
     at its end         output = reduced / factor, where 1 / factor is what FSDP2 made of the ones
 
+FSDP1 scales nothing: there the output is NaN until the pass ends, so that whoever reads a gradient
+within the pass notices.
+
 All reductions of a group go through the same workers, those that are waited for too: so ranks
 reduce in the same order, even if one of them waits and another does not.
 """
@@ -36,14 +39,26 @@ Reduction = Callable[[dist.ProcessGroup], Tensor]
 
 @dataclass
 class _Late:
-    """An output that is still to be written, and by what its wrapper may have divided it."""
+    """An output that is still to be written, and by what its wrapper may have divided it.
+
+    Without factors it is not divided.
+    """
 
     output: Tensor
     future: Future[Tensor]
     factors: Sequence[float]
 
+    def hold(self) -> None:
+        """Mark the output as not written yet."""
+        self.output.fill_(1.0 if self.factors else torch.nan)
+
     def write(self) -> None:
         reduced = self.future.wait()
+        if not self.factors:
+            # After a pass that failed, somebody may have written into it, as ``zero_grad`` does.
+            if bool(self.output.flatten()[0].isnan()):
+                self.output.copy_(reduced)
+            return
         scaled = self.output.flatten()[:1].clone()
         for factor in self.factors:
             if torch.equal(torch.ones_like(scaled).div_(factor), scaled):
@@ -89,7 +104,7 @@ class Behind:
             work: reduces over the ranks of the group that it is given.
             late: whether ``output`` may be written at the end of the pass. If not, all outputs that
                 are still to be written are written first.
-            factors: by which the wrapper may divide a late output.
+            factors: by which the wrapper may divide a late output; empty if it does not.
 
         Raises:
             AgreementError, TrainingError, ConfigError: of this reduction or an earlier one.
@@ -108,8 +123,9 @@ class Behind:
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
         while len(self._under_way) >= _MOST:
             self._under_way.popleft().wait()
-        output.fill_(1)
-        self._late.append(_Late(output, self._enqueue(key, output, work), factors))
+        late_one = _Late(output, self._enqueue(key, output, work), factors)
+        late_one.hold()
+        self._late.append(late_one)
 
     def _enqueue(self, key: object, output: Tensor, work: Reduction) -> Future[Tensor]:
         self._count += 1

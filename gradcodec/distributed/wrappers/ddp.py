@@ -412,8 +412,10 @@ class CompressState(Closing):
         self._step = int(state["step"])
         self.reducer.seed = int(state["seed"])
         alike = int(state.get("world", self._world)) == self._world
-        if self.auto is not None and decision >= 0 and alike:  # more or fewer ranks: a new trial
+        if self.auto is not None and decision >= 0 and alike:
             self.auto.settle(decision)
+        elif self.auto is not None and self._world > 1:
+            self.auto.restart()
 
     def __deepcopy__(self, memo: object) -> CopiedState:
         # A copy of a DDP model has its own reducer, without a hook. What this state holds (a

@@ -41,18 +41,18 @@ class UnitState:
         self.owner, self.unit, self.module = owner, unit, module
         self.group: dist.ProcessGroup = _private(module, "process_group")
 
-    def late(self, output: Tensor) -> tuple[float, ...]:
-        """``(1.0,)`` if FSDP1 keeps a reduced gradient as it is until the backward pass ends.
+    def late(self, output: Tensor) -> tuple[float, ...] | None:
+        """Empty if FSDP1 keeps a reduced gradient as it is until the backward pass ends.
 
-        Empty if it reads the values at once: to add them to gradients that are there, to give them
-        another dtype, to copy them to the host, or for an optimiser within the pass.
+        ``None`` if it reads the values at once: to add them to gradients that are there, to give
+        them another dtype, to copy them to the host, or for an optimiser within the pass.
         """
         handle = _private(self.module, "_handle")
         flat = _private(handle, "flat_param")
         settings = ("_offload_params", "_has_optim_in_backward", "_keep_low_precision_grads")
         read = any(_private(handle, name) for name in settings)
         added = hasattr(flat, "_saved_grad_shard")
-        return () if read or added or output.dtype is not flat.dtype else (1.0,)
+        return None if read or added or output.dtype is not flat.dtype else ()
 
 
 def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
@@ -91,12 +91,13 @@ def compress_fsdp1(model: nn.Module, **options: Any) -> ShardedState:
     state = agreed_state(make, groups)
     if all(_is_sharded(m) and _on_cpu(m) for m in units.values()):
         state.reduce_behind(groups)
-        # After a pass that an error has ended, FSDP1 goes on with what it had reduced by then.
-        model.register_forward_pre_hook(lambda *_: state.finish_behind())
     try:
         model.register_comm_hook(state, reduce_unit)  # type: ignore[operator]
     except AssertionError as err:
+        state.close()
         raise ConfigError(f"FSDP1 refuses a communication hook: {err}") from err
+    # After a pass that an error has ended, FSDP1 goes on with what it had reduced by then.
+    model.register_forward_pre_hook(lambda *_: state.finish_behind())
     # Registration gives all modules one state; replace it by one per module, which names its unit.
     for name, module in units.items():
         module._comm_hook_state = UnitState(state, state.units[name], module)  # type: ignore[assignment]

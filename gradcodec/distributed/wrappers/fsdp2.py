@@ -93,10 +93,10 @@ class Managed:
         device: torch.device = self.group.device
         return device.type == "cpu"
 
-    def late(self, output: Tensor, *, hooked: bool = False) -> tuple[float, ...]:
+    def late(self, output: Tensor, *, hooked: bool = False) -> tuple[float, ...] | None:
         """By what FSDP2 may divide a reduced gradient, if it does nothing else with its values.
 
-        Empty if it reads them at once: to add them to gradients that are there, to give them
+        ``None`` if it reads them at once: to add them to gradients that are there, to give them
         another dtype, or for a hook of the user's; and in fp16, which is scaled before and after.
 
         Args:
@@ -114,7 +114,7 @@ class Managed:
         cast = given is not output.dtype or given is torch.float16
         others = self.replicated or (group._all_reduce_hook is not None and not hooked)
         if read or cast or others:
-            return ()
+            return None
         return 1.0, self.divide_factor or float(self.shards.size())
 
 

@@ -125,7 +125,9 @@ class ShardedState(Closing):
                 weakref.finalize(self, behind.turns.stop)
 
     def finish_behind(self) -> None:
-        """Write every reduction that a backward pass has left to its end; raises as the pass."""
+        """Before the next pass: write what one that failed has left; raises what made it fail."""
+        if self.closed or not torch.is_grad_enabled():
+            return
         for behind in self._behind.values():
             behind.finish()
 
@@ -137,14 +139,14 @@ class ShardedState(Closing):
         group: dist.ProcessGroup,
         op: str,
         work: Callable[[Tensor, dist.ProcessGroup], None],
-        late: Sequence[float],
+        late: Sequence[float] | None,
     ) -> None:
         """Let ``work`` write into ``output``: here, or by a worker behind the backward pass."""
         behind = self._behind.get(id(group))
         if behind is None:
             work(output, group)
             return
-        if not late:
+        if late is None:
             behind.finish()  # the unit may be under way
 
         def reduced(sister: dist.ProcessGroup) -> Tensor:
@@ -153,7 +155,7 @@ class ShardedState(Closing):
             return own
 
         key = self._key(unit, values, op, self._codec_now(unit, values.numel()))
-        behind.reduce(key, output, reduced, late=bool(late), factors=late)
+        behind.reduce(key, output, reduced, late=late is not None, factors=late or ())
 
     def close(self) -> None:
         """End the compression and its threads."""
@@ -172,7 +174,7 @@ class ShardedState(Closing):
         *,
         op: str = "mean",
         whole: bool = True,
-        late: Sequence[float] = (),
+        late: Sequence[float] | None = None,
     ) -> None:
         """This rank's shard of the mean (or sum) of ``input`` over ``group``.
 
@@ -184,8 +186,9 @@ class ShardedState(Closing):
             op: ``"mean"`` or ``"sum"``.
             whole: whether ``input`` holds all of the unit's trainable parameters. If not, the
                 residual, which belongs to the whole unit, is not used.
-            late: if nothing reads ``output`` before the backward pass ends, but that it is divided:
-                by what it may be divided, 1 included. Then it may be written at the pass's end.
+            late: if nothing reads ``output`` before the backward pass ends, but that it may be
+                divided: by what, 1 included; empty if it is not. Then it may be written at the
+                pass's end. ``None``: it is read at once.
         """
 
         def work(output: Tensor, group: dist.ProcessGroup) -> None:
@@ -218,10 +221,10 @@ class ShardedState(Closing):
         *,
         op: str = "mean",
         whole: bool = True,
-        late: Sequence[float] = (),
+        late: Sequence[float] | None = None,
     ) -> None:
         """Replace a contiguous tensor by its mean (or sum) over ``group``; the rest as above."""
-        values = tensor.clone() if late else tensor
+        values = tensor if late is None else tensor.clone()
 
         def work(output: Tensor, group: dist.ProcessGroup) -> None:
             output.copy_(values)
