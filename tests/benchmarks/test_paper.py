@@ -595,6 +595,26 @@ def test_figures_keep_three_digits() -> None:
     assert results.shown("snr_db", -3.0103) == "-3.01"
 
 
+def asked(monkeypatch: pytest.MonkeyPatch, options: Options) -> list[Any]:
+    """The jobs that the command would run."""
+    found: list[Any] = []
+    monkeypatch.setattr(case.jobs, "execute", lambda todo, *_, **__: found.extend(todo) or [])
+    monkeypatch.setattr(case, "page", lambda path: SimpleNamespace(write=lambda path: ""))
+    case.main(options)
+    return found
+
+
+def test_the_short_form_leaves_the_slowest_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options, there in (
+        (Options(tmp_path, quick=True), False),
+        (Options(tmp_path, quick=True, schemes=(case.SLOW,)), True),
+        (Options(tmp_path), True),
+    ):
+        assert (case.SLOW in {job.scheme for job in asked(monkeypatch, options)}) == there
+
+
 @pytest.mark.parametrize(
     ("names", "kinds"),
     [
@@ -605,8 +625,5 @@ def test_figures_keep_three_digits() -> None:
 def test_an_analysis_or_a_coder_can_be_run_alone(
     names: tuple[str, ...], kinds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(case.jobs, "execute", lambda todo, *_, **__: asked.extend(todo) or [])
-    monkeypatch.setattr(case, "page", lambda path: SimpleNamespace(write=lambda path: ""))
-    case.main(Options(tmp_path, quick=True, schemes=names))
-    assert {dict(job.config)["kind"] for job in asked} == kinds
+    jobs = asked(monkeypatch, Options(tmp_path, quick=True, schemes=names))
+    assert {dict(job.config)["kind"] for job in jobs} == kinds
