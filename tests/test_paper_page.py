@@ -14,6 +14,8 @@ SOURCES = [
         "generalise.md",
         "autoencoder_curves.jsonl",
         "llama-mmlu-cpu.md",
+        "eval-smollm2-mmlu.md",
+        "demo-relay/summary.json",
     )
 ]
 
