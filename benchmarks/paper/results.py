@@ -150,3 +150,12 @@ def title(scheme: str) -> str:
     """What a reader sees; controls are in italics."""
     coder = CODERS[scheme]
     return f"*{coder.title}*" if coder.kind == "control" else coder.title
+
+
+def percent(value: float | None) -> str:
+    """A share; small ones keep two digits, none is ``0``."""
+    if value is None:
+        return "inf"
+    if value < 1e-9:
+        return "0"
+    return f"{value:.1%}" if value >= 1e-3 else f"{value:.0e}"
