@@ -92,6 +92,8 @@ class Turns:
         compute = 1000 * row["compute_s"]
         for scheme in self.beside:
             step, found = 1000 * statistics.median(row["blocks"][scheme]), row["parts"][scheme]
+            if not any(found.values()):  # left to DDP, which tells no times
+                found = {}
             told = [f"{1000 * found[part]:.1f}" if part in found else "" for part in names]
             spent = 1000 * sum(found.values())
             known = found and self.beside[0] == REFERENCE
