@@ -107,7 +107,12 @@ def test_the_budget_is_never_exceeded(
         least = sum(Axis.choose(t, config).other for t in spec)
         assert least > spec.numel / ratio
         return
-    assert spent(spec, ranks, config) <= spec.numel / ratio
+    assert spent(spec, ranks, config) <= budget(spec, ratio)
+
+
+def budget(spec: UpdateSpec, ratio: float) -> float:
+    """Elements that may be spent; 33 / 1.1 is a little less than 30 in floating point."""
+    return spec.numel / ratio * (1 + 1e-12)
 
 
 @given(SHAPES, st.floats(1, 8), st.integers(1, 3))
@@ -127,7 +132,7 @@ def test_uniform_keeps_the_budget_where_sides_are_long_enough(
     config = SubspaceConfig(ratio, "uniform", side="long")
     ranks = allocate(spec, spectra_of(spec, config), config)
     if all(Axis.choose(t, config).size >= ratio for t in spec):
-        assert spent(spec, ranks, config) <= spec.numel / ratio
+        assert spent(spec, ranks, config) <= budget(spec, ratio)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -162,7 +167,7 @@ def test_energy_is_optimal(seed: int, ratio: float) -> None:
     spectra = spectra_of(spec, config, seed)
     choices = itertools.product(*(range(1, len(spectra[t.name]) + 1) for t in spec))
     every = [dict(zip(("a", "b", "c"), c, strict=True)) for c in choices]
-    allowed = [r for r in every if spent(spec, r, config) <= spec.numel / ratio]
+    allowed = [r for r in every if spent(spec, r, config) <= budget(spec, ratio)]
     best = max(kept(r, spectra) for r in allowed)
     ranks = allocate(spec, spectra, config)
     # Sums in another order differ by fp64 noise.
